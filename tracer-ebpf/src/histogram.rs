@@ -1,0 +1,84 @@
+//! The log-linear histogram that the kernel updates and user space reads.
+//!
+//! Values below [`LINEAR`] have a cell each; above, every power of two is divided into
+//! [`SUB_CELLS`] cells, so a cell is at most 1/64 (1.6 %) of its values wide. Each cell lies
+//! wholly inside one `HdrHistogram` bucket scheme of two significant digits, so merging loses nothing.
+
+/// log2 of the cells per power of two.
+pub const SUB_BITS: u32 = 6;
+/// Cells per power of two.
+pub const SUB_CELLS: usize = 1 << SUB_BITS;
+/// Values below this are counted exactly.
+pub const LINEAR: u64 = 2 << SUB_BITS;
+/// The highest power of two that is told apart: 2^34 ns is 17 s.
+pub const MAX_BIT: u32 = 33;
+/// Cells of one histogram.
+pub const CELLS: usize = LINEAR as usize + (MAX_BIT - SUB_BITS) as usize * SUB_CELLS;
+
+/// The cell a value falls into; values above the range fall into the last one.
+#[inline(always)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::inline_always,
+    reason = "bounded by CELLS; the kernel programs must not call it"
+)]
+pub const fn cell_of(value: u64) -> usize {
+    if value < LINEAR {
+        return value as usize;
+    }
+    if value >> (MAX_BIT + 1) != 0 {
+        return CELLS - 1;
+    }
+    let msb = 63 - value.leading_zeros();
+    let shift = msb - SUB_BITS;
+    // (value >> shift) is in SUB_CELLS..2*SUB_CELLS
+    (shift as usize) * SUB_CELLS + (value >> shift) as usize
+}
+
+/// The lowest and highest value of a cell.
+pub const fn bounds_of(cell: usize) -> (u64, u64) {
+    if cell < LINEAR as usize {
+        return (cell as u64, cell as u64);
+    }
+    let shift = (cell / SUB_CELLS - 1) as u32;
+    let mantissa = (cell % SUB_CELLS + SUB_CELLS) as u64;
+    let low = mantissa << shift;
+    (low, low + (1 << shift) - 1)
+}
+
+/// One histogram as it lies in the per-CPU map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Histogram {
+    /// Sum of the recorded values, for an exact mean.
+    pub sum: u64,
+    /// Count of values of each cell.
+    pub cells: [u64; CELLS],
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cells_tile_the_range() {
+        let mut next = 0;
+        for cell in 0..CELLS {
+            let (low, high) = bounds_of(cell);
+            assert_eq!(low, next, "cell {cell}");
+            assert_eq!(cell_of(low), cell);
+            assert_eq!(cell_of(high), cell);
+            next = high + 1;
+        }
+        assert_eq!(next, 1 << (MAX_BIT + 1));
+        assert_eq!(cell_of(u64::MAX), CELLS - 1);
+    }
+
+    #[test]
+    fn relative_error_is_bounded() {
+        for cell in LINEAR as usize..CELLS {
+            let (low, high) = bounds_of(cell);
+            assert!((high - low + 1) as f64 / low as f64 <= 1.0 / 64.0 + 1e-12);
+        }
+    }
+}

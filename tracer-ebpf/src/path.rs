@@ -1,0 +1,118 @@
+//! How traffic enters a node and what it asks for.
+
+/// Who sent the first packet of a flow, seen from the node under test.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Origin {
+    /// A pod on this node.
+    Pod = 0,
+    /// A process in the node's own network namespace.
+    Host = 1,
+    /// A machine outside the node.
+    External = 2,
+}
+
+/// What kind of address the flow was sent to.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Target {
+    /// A Service's ClusterIP and port.
+    ClusterIp = 0,
+    /// One of the node's addresses and a Service's NodePort.
+    NodePort = 1,
+    /// A pod's own address: no Service at all, the floor of every comparison.
+    Pod = 2,
+}
+
+/// One way into the node: origin and target together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Path {
+    /// Who sent the first packet.
+    pub origin: Origin,
+    /// What it was sent to.
+    pub target: Target,
+}
+
+impl Path {
+    /// How many paths there are; [`Path::index`] is below it.
+    pub const COUNT: usize = 9;
+
+    /// Every path, in the order of [`Path::index`].
+    pub const ALL: [Self; Self::COUNT] = {
+        const fn p(origin: Origin, target: Target) -> Path {
+            Path { origin, target }
+        }
+        [
+            p(Origin::Pod, Target::ClusterIp),
+            p(Origin::Pod, Target::NodePort),
+            p(Origin::Pod, Target::Pod),
+            p(Origin::Host, Target::ClusterIp),
+            p(Origin::Host, Target::NodePort),
+            p(Origin::Host, Target::Pod),
+            p(Origin::External, Target::ClusterIp),
+            p(Origin::External, Target::NodePort),
+            p(Origin::External, Target::Pod),
+        ]
+    };
+
+    /// The three Service paths that the comparison measures, in its order.
+    pub const SERVICE: [Self; 3] = [Self::ALL[0], Self::ALL[3], Self::ALL[7]];
+
+    /// The same origins sending straight to a pod's address, in the order of [`Path::SERVICE`].
+    pub const FLOOR: [Self; 3] = [Self::ALL[2], Self::ALL[5], Self::ALL[8]];
+
+    /// A number below [`Path::COUNT`].
+    pub const fn index(self) -> usize {
+        self.origin as usize * 3 + self.target as usize
+    }
+
+    /// The path without a Service from the same origin.
+    pub const fn floor(self) -> Self {
+        Self {
+            origin: self.origin,
+            target: Target::Pod,
+        }
+    }
+
+    /// A stable identifier, as run.json writes it: `pod-to-clusterip`.
+    pub const fn id(self) -> &'static str {
+        match (self.origin, self.target) {
+            (Origin::Pod, Target::ClusterIp) => "pod-to-clusterip",
+            (Origin::Pod, Target::NodePort) => "pod-to-nodeport",
+            (Origin::Pod, Target::Pod) => "pod-to-pod",
+            (Origin::Host, Target::ClusterIp) => "host-to-clusterip",
+            (Origin::Host, Target::NodePort) => "host-to-nodeport",
+            (Origin::Host, Target::Pod) => "host-to-pod",
+            (Origin::External, Target::ClusterIp) => "external-to-clusterip",
+            (Origin::External, Target::NodePort) => "external-to-nodeport",
+            (Origin::External, Target::Pod) => "external-to-pod",
+        }
+    }
+
+    /// As people read it: `pod→ClusterIP`.
+    pub const fn title(self) -> &'static str {
+        match (self.origin, self.target) {
+            (Origin::Pod, Target::ClusterIp) => "pod→ClusterIP",
+            (Origin::Pod, Target::NodePort) => "pod→NodePort",
+            (Origin::Pod, Target::Pod) => "pod→pod",
+            (Origin::Host, Target::ClusterIp) => "host→ClusterIP",
+            (Origin::Host, Target::NodePort) => "host→NodePort",
+            (Origin::Host, Target::Pod) => "host→pod",
+            (Origin::External, Target::ClusterIp) => "external→ClusterIP",
+            (Origin::External, Target::NodePort) => "external→NodePort",
+            (Origin::External, Target::Pod) => "external→pod",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn index_and_all_agree() {
+        for (i, path) in Path::ALL.iter().enumerate() {
+            assert_eq!(path.index(), i);
+        }
+    }
+}

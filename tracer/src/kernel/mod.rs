@@ -1,0 +1,3 @@
+//! Everything that touches the kernel besides the probes.
+
+pub mod netns;

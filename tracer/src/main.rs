@@ -1,0 +1,2 @@
+//! The `svcpath` program.
+fn main() {}

@@ -1,0 +1,3 @@
+//! From maps and ring buffers to flows, losses, outages and histograms.
+
+pub mod run;
