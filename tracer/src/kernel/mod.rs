@@ -1,3 +1,4 @@
 //! Everything that touches the kernel besides the probes.
 
+pub mod btf;
 pub mod netns;
