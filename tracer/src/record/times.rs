@@ -2,44 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use tracer_ebpf::histogram::{bounds_of, cell_of};
 use tracer_ebpf::path::Path;
 use tracer_ebpf::record::{STAGE_NODE, state};
 
 use super::run::{Histogram, PacketState, StageHistogram};
 use crate::probe::catalogue;
 use crate::probe::hooks::Times;
-
-/// Values of one kind, gathered in user space into the kernel's own cells.
-#[derive(Clone, Debug, Default)]
-pub struct Recorder {
-    sum: u64,
-    cells: BTreeMap<usize, u64>,
-}
-
-impl Recorder {
-    /// Records one value, in nanoseconds.
-    pub fn record(&mut self, ns: u64) {
-        self.sum += ns;
-        *self.cells.entry(cell_of(ns)).or_default() += 1;
-    }
-
-    /// What was recorded.
-    pub fn histogram(&self) -> Histogram {
-        Histogram {
-            count: self.cells.values().sum(),
-            sum_ns: self.sum,
-            buckets: self
-                .cells
-                .iter()
-                .map(|(cell, count)| {
-                    let (low, high) = bounds_of(*cell);
-                    [low, high, *count]
-                })
-                .collect(),
-        }
-    }
-}
 
 /// What the probes timed on one path.
 #[derive(Clone, Debug, Default)]
@@ -82,24 +50,5 @@ pub fn packet_state(number: u8) -> PacketState {
         state::ESTABLISHED => PacketState::Established,
         state::REPLY => PacketState::Reply,
         _ => PacketState::Untracked,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_recorder_keeps_count_sum_and_order() {
-        let mut recorder = Recorder::default();
-        for ns in [5, 1_000_000, 5, 200] {
-            recorder.record(ns);
-        }
-        let histogram = recorder.histogram();
-        assert_eq!(histogram.count, 4);
-        assert_eq!(histogram.sum_ns, 1_000_210);
-        assert_eq!(histogram.buckets[0], [5, 5, 2]);
-        assert!(histogram.buckets.is_sorted());
-        assert!(histogram.buckets.iter().all(|[low, high, _]| low <= high));
     }
 }
