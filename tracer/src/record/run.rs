@@ -15,6 +15,7 @@ pub const FORMAT: &str = "svcpath.run/1";
 
 /// One run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Run {
     /// Always [`FORMAT`].
@@ -27,6 +28,7 @@ pub struct Run {
 
 /// When and where a run took place.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Environment {
     /// RFC 3339, UTC.
@@ -55,6 +57,7 @@ pub struct Environment {
 
 /// Where the node under test lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Place {
     /// Network namespaces of this machine.
@@ -65,6 +68,7 @@ pub enum Place {
 
 /// What a nanosecond means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Clock {
     /// Real time.
@@ -75,6 +79,7 @@ pub enum Clock {
 
 /// Everything measured.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Measurements {
     /// The clock of every `_ns` in this object.
@@ -91,6 +96,7 @@ pub struct Measurements {
 
 /// One mode at one size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Cell {
     /// The mode.
@@ -111,6 +117,7 @@ pub struct Cell {
 
 /// One path of a cell.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct PathResult {
     /// The path's identifier, as [`tracer_ebpf::path::Path::id`].
@@ -128,6 +135,7 @@ pub struct PathResult {
 
 /// What conntrack said of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum PacketState {
     /// First packet of a flow (no reply seen yet).
@@ -142,6 +150,7 @@ pub enum PacketState {
 
 /// Time spent in one stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct StageHistogram {
     /// `PREROUTING`, `INPUT`, `FORWARD`, `OUTPUT`, `POSTROUTING`, or `-` before the first hook.
@@ -156,6 +165,7 @@ pub struct StageHistogram {
 
 /// A histogram of nanoseconds of the run's clock: at most 1.6 % relative error a bucket.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Histogram {
     /// Number of values.
@@ -168,6 +178,7 @@ pub struct Histogram {
 
 /// What became of flows: `sent` = `delivered` + every loss.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Ledger {
     /// Flows started.
@@ -192,6 +203,7 @@ impl Ledger {
 
 /// A verdict other than delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// A rule answered with ICMP unreachable or RST.
@@ -212,6 +224,7 @@ pub enum Verdict {
 
 /// Flows lost in one way.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Loss {
     /// How.
@@ -226,6 +239,7 @@ pub struct Loss {
 
 /// What the probes missed. A run with uncounted loss is invalid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ProbeHealth {
     /// Netfilter links attached.
@@ -254,6 +268,7 @@ pub struct ProbeHealth {
 
 /// A control, flush or switch run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Fault {
     /// What was done.
@@ -280,6 +295,7 @@ pub struct Fault {
 
 /// Kinds of fault runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum FaultKind {
     /// Nothing is done: nothing may be lost.
@@ -292,6 +308,7 @@ pub enum FaultKind {
 
 /// One change of the node's rules.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RuleChange {
     /// Start, from the start of the traffic.
@@ -308,6 +325,7 @@ pub struct RuleChange {
 
 /// What one path's users saw during a fault.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct FaultPath {
     /// The path's identifier.
@@ -324,6 +342,7 @@ pub struct FaultPath {
 
 /// From the first failed new flow to the first good new flow after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Outage {
     /// When the first flow that failed was started, from the start of the traffic.
@@ -336,6 +355,7 @@ pub struct Outage {
 
 /// New flows of one time bin.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Bin {
     /// Flows started.

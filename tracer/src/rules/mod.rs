@@ -23,6 +23,7 @@ use ports::Ports;
 
 /// How a node's Services are implemented.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// kube-proxy's iptables mode over `x_tables` (`iptables-legacy`).
@@ -79,6 +80,7 @@ impl FromStr for Mode {
 
 /// What a mode put into the kernel, counted in the kernel after applying.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RuleCounts {
     /// iptables or nftables rules.

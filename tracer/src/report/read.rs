@@ -1,0 +1,449 @@
+//! Loads run.json and says in one line what is wrong with one that cannot be trusted.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use serde::Deserialize;
+
+use crate::record::run::{FORMAT, FaultKind, Histogram, Ledger, ProbeHealth, Run};
+
+/// Why a run could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The file could not be read at all.
+    #[error("cannot read {}: {source}", file.display())]
+    File {
+        /// Which.
+        file: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Not JSON.
+    #[error("{}: not JSON: {what} at line {line}, column {column}; was it written to the end?", file.display())]
+    Syntax {
+        /// Which.
+        file: PathBuf,
+        /// What the parser met.
+        what: String,
+        /// Where, from 1.
+        line: usize,
+        /// Where, from 1.
+        column: usize,
+    },
+    /// JSON of another program or version.
+    #[error("{}: format is '{found}', this svcpath reads '{FORMAT}': use the svcpath that wrote it, or measure again", file.display())]
+    Format {
+        /// Which.
+        file: PathBuf,
+        /// What it says it is.
+        found: String,
+    },
+    /// JSON, but not a run: a field is missing, unknown or of another type.
+    #[error("{}: not a run: {what} at line {line}, column {column}", file.display())]
+    Shape {
+        /// Which.
+        file: PathBuf,
+        /// Which field, and what is wrong with it.
+        what: String,
+        /// Where, from 1.
+        line: usize,
+        /// Where, from 1.
+        column: usize,
+    },
+    /// A run whose figures contradict each other.
+    #[error("{}: run invalid: {source}", file.display())]
+    Invalid {
+        /// Which.
+        file: PathBuf,
+        /// What contradicts what, and where.
+        source: Invalid,
+    },
+}
+
+impl ReadError {
+    /// The program's exit code: 5 for a run that is invalid, 1 for a file that cannot be read.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::File { .. } => 1,
+            Self::Syntax { .. } | Self::Format { .. } | Self::Shape { .. } | Self::Invalid { .. } => 5,
+        }
+    }
+}
+
+/// A contradiction inside a run.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{place}: {problem}")]
+pub struct Invalid {
+    /// Which cell or fault, path and figure: `iptables-nft 1000, pod-to-clusterip, stage PREROUTING dnat new`.
+    pub place: String,
+    /// What contradicts what.
+    pub problem: String,
+}
+
+/// Reads and validates one run.
+pub fn read(path: impl AsRef<Path>) -> Result<Run, ReadError> {
+    let file = path.as_ref();
+    let text = fs::read_to_string(file).map_err(|source| ReadError::File {
+        file: file.to_owned(),
+        source,
+    })?;
+    parse(file, &text)
+}
+
+/// Only what tells one format from another.
+#[derive(Deserialize)]
+struct Head {
+    format: String,
+}
+
+fn parse(file: &Path, text: &str) -> Result<Run, ReadError> {
+    // The format first: fields of another version are no mistakes of that version.
+    let head: Head = serde_json::from_str(text).map_err(|error| json_error(file, &error))?;
+    if head.format != FORMAT {
+        return Err(ReadError::Format {
+            file: file.to_owned(),
+            found: head.format,
+        });
+    }
+    let run: Run = serde_json::from_str(text).map_err(|error| json_error(file, &error))?;
+    validate(&run).map_err(|source| ReadError::Invalid {
+        file: file.to_owned(),
+        source,
+    })?;
+    Ok(run)
+}
+
+fn json_error(file: &Path, error: &serde_json::Error) -> ReadError {
+    let (line, column) = (error.line(), error.column());
+    let text = error.to_string();
+    let place = format!(" at line {line} column {column}");
+    let what = text.strip_suffix(&place).unwrap_or(&text).to_owned();
+    let file = file.to_owned();
+    if error.is_data() {
+        ReadError::Shape { file, what, line, column }
+    } else {
+        ReadError::Syntax { file, what, line, column }
+    }
+}
+
+/// Does the run agree with itself? Called on what was read and before anything is written.
+pub fn validate(run: &Run) -> Result<(), Invalid> {
+    if run.format != FORMAT {
+        return Err(invalid("format", format!("is '{}', not '{FORMAT}'", run.format)));
+    }
+    let mut cells = BTreeSet::new();
+    for cell in &run.measurements.cells {
+        let place = format!("{} {}", cell.mode, cell.services);
+        if !cells.insert((cell.mode, cell.services, cell.endpoints_per_service)) {
+            return Err(invalid(&place, "there is more than one cell of this mode and size"));
+        }
+        probes(&place, &cell.probes)?;
+        let mut paths = BTreeSet::new();
+        for path in &cell.paths {
+            let place = format!("{place}, {}", path.path);
+            if !paths.insert(&path.path) {
+                return Err(invalid(&place, "this path is there twice"));
+            }
+            ledger(&place, &path.flows)?;
+            for (name, h) in &path.client {
+                histogram(&format!("{place}, client {name}"), h)?;
+            }
+            let mut stages = BTreeSet::new();
+            for stage in &path.stages {
+                let place = format!(
+                    "{place}, stage {} {} {}",
+                    stage.hook,
+                    stage.stage,
+                    super::figures::state_name(stage.state)
+                );
+                if !stages.insert((&stage.hook, &stage.stage, stage.state)) {
+                    return Err(invalid(&place, "this stage is there twice"));
+                }
+                histogram(&place, &stage.histogram)?;
+            }
+            for (state, h) in &path.node {
+                histogram(&format!("{place}, node {}", super::figures::state_name(*state)), h)?;
+            }
+        }
+    }
+    for fault in &run.measurements.faults {
+        let place = format!("{} {} {}", super::figures::kind_name(fault.kind), fault.mode, fault.services);
+        if (fault.kind == FaultKind::Switch) != fault.to.is_some() {
+            return Err(invalid(&place, "a switch has a mode after it, and nothing else has"));
+        }
+        if fault.bin_ns == 0 {
+            return Err(invalid(&place, "bin_ns is 0"));
+        }
+        if let Some(change) = fault.changes.iter().find(|change| change.end_ns < change.start_ns) {
+            return Err(invalid(&place, format!("the rule change '{}' ends before it starts", change.what)));
+        }
+        probes(&place, &fault.probes)?;
+        let mut paths = BTreeSet::new();
+        for path in &fault.paths {
+            let place = format!("{place}, {}", path.path);
+            if !paths.insert(&path.path) {
+                return Err(invalid(&place, "this path is there twice"));
+            }
+            ledger(&format!("{place}, new flows"), &path.new)?;
+            ledger(&format!("{place}, established flows"), &path.established)?;
+            if let Some(outage) = path.outages.iter().find(|outage| outage.end_ns.is_some_and(|end| end < outage.start_ns)) {
+                return Err(invalid(&place, format!("the outage at {} ns ends before it starts", outage.start_ns)));
+            }
+            if !path.series.is_empty() {
+                let sent: u64 = path.series.iter().map(|bin| bin.sent).sum();
+                let lost: u64 = path.series.iter().map(|bin| bin.lost).sum();
+                if (sent, lost) != (path.new.sent, path.new.lost_count()) {
+                    return Err(invalid(
+                        &place,
+                        format!(
+                            "the series holds {sent} new flows, {lost} lost; the ledger {}, {} lost",
+                            path.new.sent,
+                            path.new.lost_count()
+                        ),
+                    ));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn invalid(place: &str, problem: impl Into<String>) -> Invalid {
+    Invalid {
+        place: place.to_owned(),
+        problem: problem.into(),
+    }
+}
+
+fn ledger(place: &str, ledger: &Ledger) -> Result<(), Invalid> {
+    if ledger.is_balanced() {
+        return Ok(());
+    }
+    Err(invalid(
+        place,
+        format!(
+            "ledger not balanced: {} sent, but {} delivered + {} lost",
+            ledger.sent,
+            ledger.delivered,
+            ledger.lost_count()
+        ),
+    ))
+}
+
+fn histogram(place: &str, histogram: &Histogram) -> Result<(), Invalid> {
+    let mut next = 0_u64;
+    let mut first = true;
+    let (mut count, mut lowest) = (0_u128, 0_u128);
+    for &[low, high, n] in &histogram.buckets {
+        if low > high || n == 0 {
+            return Err(invalid(place, format!("histogram bucket [{low}, {high}, {n}] is upside down or empty")));
+        }
+        if !first && low < next {
+            return Err(invalid(place, format!("histogram bucket [{low}, {high}, {n}] is out of order or overlaps the one before")));
+        }
+        first = false;
+        next = high.saturating_add(1);
+        count += u128::from(n);
+        lowest += u128::from(low) * u128::from(n);
+    }
+    if count != u128::from(histogram.count) {
+        return Err(invalid(
+            place,
+            format!("histogram's buckets hold {count} values, its count is {}", histogram.count),
+        ));
+    }
+    if u128::from(histogram.sum_ns) < lowest {
+        return Err(invalid(
+            place,
+            format!("histogram's sum {} is less than its buckets' lowest values add up to ({lowest})", histogram.sum_ns),
+        ));
+    }
+    Ok(())
+}
+
+/// Every journey that began must have an end or be counted as given up.
+fn probes(place: &str, probes: &ProbeHealth) -> Result<(), Invalid> {
+    let missing = unaccounted(probes);
+    if missing == 0 {
+        return Ok(());
+    }
+    Err(invalid(
+        place,
+        format!("uncounted loss: {missing} of {} journeys have no end and are not counted as unfinished", probes.journeys),
+    ))
+}
+
+/// Journeys that began and are in no other count.
+pub const fn unaccounted(probes: &ProbeHealth) -> u64 {
+    let ended = probes.transmitted + probes.delivered_locally + probes.dropped + probes.unfinished + probes.slot_collisions;
+    probes.journeys.saturating_sub(ended)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::record::run::Outage;
+    use crate::report::{json, sample};
+
+    fn text() -> String {
+        String::from_utf8(json::to_bytes(&sample::run()).expect("serialize")).expect("UTF-8")
+    }
+
+    fn refused(text: &str) -> (u8, String) {
+        let error = parse(Path::new("some/run.json"), text).expect_err("must be refused");
+        let message = error.to_string();
+        assert!(message.starts_with("some/run.json: "), "names the file: {message}");
+        assert!(!message.contains('\n'), "one line: {message}");
+        (error.exit_code(), message)
+    }
+
+    fn contradiction(breaking: impl FnOnce(&mut Run)) -> String {
+        let mut run = sample::run();
+        breaking(&mut run);
+        let message = validate(&run).expect_err("must be refused").to_string();
+        let (code, whole) = refused(&String::from_utf8(json::to_bytes(&run).expect("serialize")).expect("UTF-8"));
+        assert_eq!(code, 5);
+        assert_eq!(whole, format!("some/run.json: run invalid: {message}"));
+        message
+    }
+
+    #[test]
+    fn the_sample_is_valid() {
+        assert_eq!(parse(Path::new("run.json"), &text()).expect("valid"), sample::run());
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = read("/nonexistent/run.json").expect_err("not there");
+        assert_eq!(error.exit_code(), 1);
+        insta::assert_snapshot!(error, @"cannot read /nonexistent/run.json: No such file or directory (os error 2)");
+    }
+
+    #[test]
+    fn not_json() {
+        insta::assert_snapshot!(refused("{\"format\": oops}").1, @"some/run.json: not JSON: expected value at line 1, column 12; was it written to the end?");
+        let half = &text()[..2000];
+        let (code, message) = refused(half);
+        assert_eq!(code, 5);
+        assert!(message.contains("not JSON: EOF while parsing"), "{message}");
+    }
+
+    #[test]
+    fn another_version() {
+        let (code, message) = refused(&text().replacen(FORMAT, "svcpath.run/2", 1));
+        assert_eq!(code, 5);
+        insta::assert_snapshot!(message, @"some/run.json: format is 'svcpath.run/2', this svcpath reads 'svcpath.run/1': use the svcpath that wrote it, or measure again");
+        // A later version may have fields that this one does not know.
+        let (_, message) = refused("{\"format\": \"svcpath.run/9\", \"new\": 1}");
+        assert!(message.contains("svcpath.run/9"), "{message}");
+    }
+
+    #[test]
+    fn an_unknown_field() {
+        let (code, message) = refused(&text().replacen("\"seed\"", "\"sede\"", 1));
+        assert_eq!(code, 5);
+        assert!(message.starts_with("some/run.json: not a run: unknown field `sede`"), "{message}");
+        let (_, message) = refused("[]");
+        assert!(message.contains("not a run"), "{message}");
+    }
+
+    #[test]
+    fn an_unbalanced_ledger() {
+        insta::assert_snapshot!(contradiction(|run| run.measurements.cells[0].paths[0].flows.sent += 1),
+            @"iptables-legacy 100, pod-to-clusterip: ledger not balanced: 1001 sent, but 1000 delivered + 0 lost");
+        let message = contradiction(|run| run.measurements.faults[1].paths[0].established.delivered += 7);
+        assert!(message.contains("established flows: ledger not balanced"), "{message}");
+    }
+
+    #[test]
+    fn histograms_that_do_not_add_up() {
+        let stage = |run: &mut Run, breaking: fn(&mut Histogram)| {
+            breaking(&mut run.measurements.cells[0].paths[0].stages[0].histogram);
+        };
+        let message = contradiction(|run| stage(run, |h| h.count += 1));
+        assert!(message.starts_with("iptables-legacy 100, pod-to-clusterip, stage "), "{message}");
+        assert!(message.contains("values, its count is"), "{message}");
+        let message = contradiction(|run| stage(run, |h| h.buckets.reverse()));
+        assert!(message.contains("out of order"), "{message}");
+        let message = contradiction(|run| stage(run, |h| h.buckets[0].swap(0, 1)));
+        assert!(message.contains("upside down") || message.contains("overlaps"), "{message}");
+        let message = contradiction(|run| stage(run, |h| h.sum_ns = 0));
+        assert!(message.contains("sum 0 is less"), "{message}");
+    }
+
+    #[test]
+    fn twice_the_same() {
+        let message = contradiction(|run| {
+            let cell = run.measurements.cells[0].clone();
+            run.measurements.cells.push(cell);
+        });
+        assert_eq!(message, "iptables-legacy 100: there is more than one cell of this mode and size");
+        let message = contradiction(|run| {
+            let path = run.measurements.cells[0].paths[0].clone();
+            run.measurements.cells[0].paths.push(path);
+        });
+        assert!(message.ends_with("this path is there twice"), "{message}");
+        let message = contradiction(|run| {
+            let stage = run.measurements.cells[0].paths[0].stages[0].clone();
+            run.measurements.cells[0].paths[0].stages.push(stage);
+        });
+        assert!(message.ends_with("this stage is there twice"), "{message}");
+    }
+
+    #[test]
+    fn faults_that_cannot_be() {
+        let fault = |run: &Run, kind| {
+            run.measurements.faults.iter().position(|f| f.kind == kind).expect("in the sample")
+        };
+        let message = contradiction(|run| {
+            let i = fault(run, FaultKind::Switch);
+            run.measurements.faults[i].to = None;
+        });
+        assert!(message.contains("a switch has a mode after it"), "{message}");
+        let message = contradiction(|run| run.measurements.faults[0].bin_ns = 0);
+        assert!(message.contains("bin_ns is 0"), "{message}");
+        let message = contradiction(|run| {
+            let i = fault(run, FaultKind::Flush);
+            run.measurements.faults[i].changes[0].end_ns = 0;
+        });
+        assert!(message.contains("ends before it starts"), "{message}");
+        let message = contradiction(|run| {
+            run.measurements.faults[0].paths[0].outages.push(Outage { start_ns: 9, end_ns: Some(3), lost: 0 });
+        });
+        assert!(message.contains("the outage at 9 ns ends before it starts"), "{message}");
+        let message = contradiction(|run| run.measurements.faults[0].paths[0].series[0].sent += 1);
+        assert!(message.contains("the series holds"), "{message}");
+    }
+
+    #[test]
+    fn uncounted_loss() {
+        let message = contradiction(|run| run.measurements.cells[0].probes.journeys += 3);
+        assert!(message.starts_with("iptables-legacy 100: uncounted loss: 3 of "), "{message}");
+    }
+
+    #[test]
+    fn an_empty_run_is_no_mistake() {
+        let mut run = sample::run();
+        run.measurements.cells.clear();
+        run.measurements.faults.clear();
+        run.environment.tools = BTreeMap::new();
+        assert_eq!(validate(&run), Ok(()));
+    }
+
+    #[test]
+    fn the_schema_is_current() {
+        let generated = serde_json::to_string_pretty(&schemars::schema_for!(Run)).expect("serialize") + "\n";
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("schema/run.schema.json");
+        if std::env::var_os("SVCPATH_UPDATE_SCHEMA").is_some() {
+            fs::write(&file, &generated).expect("write the schema");
+        }
+        let kept = fs::read_to_string(&file).expect("the schema is kept in the repository");
+        assert!(
+            kept == generated,
+            "tracer/schema/run.schema.json is stale: run the tests once with SVCPATH_UPDATE_SCHEMA=1"
+        );
+    }
+}

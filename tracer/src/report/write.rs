@@ -1,0 +1,255 @@
+//! Writes a run's folder: run.json, the histogram logs and report.html, all of it or nothing.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use super::{Invalid, html, json, read};
+use crate::record::run::Run;
+use crate::report::hlog;
+
+/// The file that says that a folder holds a run.
+pub const RUN_FILE: &str = "run.json";
+/// The page.
+pub const HTML_FILE: &str = "report.html";
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// run.json.
+    pub run: PathBuf,
+    /// report.html.
+    pub html: PathBuf,
+    /// One log a cell.
+    pub hlogs: Vec<PathBuf>,
+}
+
+/// Why a run could not be written. Nothing half-written stays behind.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The run contradicts itself.
+    #[error("run invalid, nothing written: {0}")]
+    Invalid(#[from] Invalid),
+    /// The folder holds a run already.
+    #[error("{} is there already: choose another folder, or overwrite it with --force", .0.display())]
+    Exists(PathBuf),
+    /// A figure that could not be encoded.
+    #[error("nothing written: {0}")]
+    Encode(String),
+    /// The file system refused.
+    #[error("cannot write {}: {source}: {}", file.display(), remedy(source))]
+    File {
+        /// Which file.
+        file: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl WriteError {
+    /// The program's exit code.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Invalid(_) => 5,
+            Self::Exists(_) => 2,
+            Self::Encode(_) | Self::File { .. } => 1,
+        }
+    }
+}
+
+/// What to do about an error of the file system.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "free some space or choose a folder on another disk"
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "choose a folder that you may write to"
+        }
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+            "a file stands where a folder is needed; choose another folder"
+        }
+        _ => "choose another folder",
+    }
+}
+
+/// Writes run.json, the `.hlog` files and report.html into `dir`, which is made if it is missing.
+///
+/// Everything goes to temporary names first and is renamed when all of it is on disk, run.json
+/// last, so a folder with a run.json is complete. With `force` a run that is there is replaced.
+pub fn write_all(run: &Run, dir: &Path, force: bool) -> Result<Written, WriteError> {
+    read::validate(run)?;
+    let run_file = dir.join(RUN_FILE);
+    if !force && run_file.symlink_metadata().is_ok() {
+        return Err(WriteError::Exists(run_file));
+    }
+    // Everything is made before anything is written: what cannot be encoded costs no disk.
+    let logs = hlog::logs(run).map_err(|error| WriteError::Encode(error.to_string()))?;
+    let names: BTreeSet<String> = logs.iter().map(|(name, _)| name.clone()).collect();
+    let mut files = logs;
+    files.push((HTML_FILE.to_owned(), html::render(run).into_bytes()));
+    let bytes = json::to_bytes(run).map_err(|error| WriteError::Encode(error.to_string()))?;
+    files.push((RUN_FILE.to_owned(), bytes));
+
+    fs::create_dir_all(dir).map_err(|source| WriteError::File {
+        file: dir.to_owned(),
+        source,
+    })?;
+    let mut staged = Staged(Vec::new());
+    for (name, bytes) in &files {
+        staged.add(dir, name, bytes)?;
+    }
+    staged.publish()?;
+    if force {
+        remove_stale_logs(dir, &names)?;
+    }
+    Ok(Written {
+        run: run_file,
+        html: dir.join(HTML_FILE),
+        hlogs: names_in_order(&files, dir),
+    })
+}
+
+fn names_in_order(files: &[(String, Vec<u8>)], dir: &Path) -> Vec<PathBuf> {
+    files
+        .iter()
+        .filter(|(name, _)| is_log(name))
+        .map(|(name, _)| dir.join(name))
+        .collect()
+}
+
+fn is_log(name: &str) -> bool {
+    name.starts_with("cell-") && Path::new(name).extension().is_some_and(|ext| ext == "hlog")
+}
+
+/// Logs of a run that was replaced would be read as logs of this one.
+fn remove_stale_logs(dir: &Path, ours: &BTreeSet<String>) -> Result<(), WriteError> {
+    let failed = |file: &Path| {
+        let file = file.to_owned();
+        move |source| WriteError::File { file, source }
+    };
+    for entry in fs::read_dir(dir).map_err(failed(dir))? {
+        let entry = entry.map_err(failed(dir))?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        if is_log(name) && !ours.contains(name) {
+            fs::remove_file(entry.path()).map_err(failed(&entry.path()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Files under temporary names; those not published are removed when this is dropped.
+struct Staged(Vec<(PathBuf, PathBuf)>);
+
+impl Staged {
+    fn add(&mut self, dir: &Path, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
+        let target = dir.join(name);
+        let temporary = dir.join(format!(".{name}.{}.tmp", std::process::id()));
+        self.0.push((temporary.clone(), target.clone()));
+        let write = || -> io::Result<()> {
+            let mut file = File::create(&temporary)?;
+            file.write_all(bytes)?;
+            // A full disk may show only here.
+            file.sync_all()
+        };
+        write().map_err(|source| WriteError::File { file: target, source })
+    }
+
+    fn publish(&mut self) -> Result<(), WriteError> {
+        while !self.0.is_empty() {
+            let (temporary, target) = &self.0[0];
+            fs::rename(temporary, target).map_err(|source| WriteError::File {
+                file: target.clone(),
+                source,
+            })?;
+            self.0.remove(0);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        for (temporary, _) in &self.0 {
+            // Nothing more can be done about one that cannot be removed.
+            let _ = fs::remove_file(temporary);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::sample;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(dir)
+            .expect("a folder")
+            .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn everything_is_written_and_read_back() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let into = dir.path().join("a/b");
+        let written = write_all(&sample::run(), &into, false).expect("written");
+        assert_eq!(read::read(&written.run).expect("valid"), sample::run());
+        assert_eq!(written.hlogs.len(), sample::run().measurements.cells.len());
+        let mut expected: Vec<String> = written
+            .hlogs
+            .iter()
+            .chain([&written.run, &written.html])
+            .map(|path| path.file_name().expect("a name").to_string_lossy().into_owned())
+            .collect();
+        expected.sort();
+        assert_eq!(names(&into), expected, "and nothing else stays");
+    }
+
+    #[test]
+    fn a_run_is_not_overwritten_unless_told() {
+        let dir = tempfile::tempdir().expect("a folder");
+        write_all(&sample::run(), dir.path(), false).expect("written");
+        let error = write_all(&sample::run(), dir.path(), false).expect_err("is there");
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().ends_with("run.json is there already: choose another folder, or overwrite it with --force"));
+        let mut smaller = sample::run();
+        smaller.measurements.cells.truncate(1);
+        write_all(&smaller, dir.path(), true).expect("replaced");
+        assert_eq!(names(dir.path()), ["cell-iptables-legacy-100.hlog", "report.html", "run.json"]);
+    }
+
+    #[test]
+    fn an_invalid_run_is_not_written() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut run = sample::run();
+        run.measurements.cells[0].paths[0].flows.sent += 1;
+        let error = write_all(&run, &dir.path().join("new"), false).expect_err("invalid");
+        assert_eq!(error.exit_code(), 5);
+        assert!(names(dir.path()).is_empty());
+    }
+
+    #[test]
+    fn nothing_half_written_stays() {
+        let dir = tempfile::tempdir().expect("a folder");
+        // A folder in the place of a file: the rename fails after others were written.
+        fs::create_dir_all(dir.path().join("report.html/x")).expect("a folder");
+        let error = write_all(&sample::run(), dir.path(), false).expect_err("in the way");
+        assert!(error.to_string().starts_with(&format!("cannot write {}", dir.path().join("report.html").display())));
+        let left = names(dir.path());
+        assert!(left.iter().all(|name| !name.ends_with(".tmp") && name != RUN_FILE), "{left:?}");
+    }
+
+    #[test]
+    fn a_full_disk_is_one_line_with_a_remedy() {
+        let error = WriteError::File {
+            file: "out/run.json".into(),
+            source: io::Error::from_raw_os_error(28),
+        };
+        insta::assert_snapshot!(error, @"cannot write out/run.json: No space left on device (os error 28): free some space or choose a folder on another disk");
+    }
+}
