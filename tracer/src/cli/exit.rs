@@ -3,6 +3,7 @@
 use tracer::kernel::btf::BtfError;
 use tracer::kernel::netns::NetnsError;
 use tracer::probe::hooks::ProbeError;
+use tracer::report::WriteError;
 use tracer::report::read::ReadError;
 use tracer::scenario::matrix::{MatrixError, UnknownPlace};
 use tracer::scenario::node::NodeError;
@@ -40,6 +41,9 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     if cause.is::<NotPermitted>() {
         return Some(NOT_PERMITTED);
+    }
+    if let Some(error) = cause.downcast_ref::<WriteError>() {
+        return Some(error.exit_code());
     }
     if cause.is::<MatrixError>() || cause.is::<UnknownPlace>() {
         return Some(USAGE);

@@ -2,8 +2,11 @@
 
 pub mod apply;
 pub mod btf;
+pub mod clock;
+pub mod link;
 pub mod netns;
 pub mod nfacct;
+pub mod sysctl;
 pub mod tool;
 
 /// The running kernel's release, as `uname -r` prints it.

@@ -64,10 +64,10 @@ impl Evidence {
                     if record.transmitted == 0 {
                         continue;
                     }
-                    match dissect(&record.header) {
-                        Some(headers) => {
-                            self.left
-                                .insert(key, SocketAddr::new(headers.dst, headers.dport));
+                    let headers = dissect(&record.header);
+                    match headers.and_then(|h| Some(SocketAddr::new(h.dst, h.dport?))) {
+                        Some(destination) => {
+                            self.left.insert(key, destination);
                         }
                         None => self.unreadable += 1,
                     }

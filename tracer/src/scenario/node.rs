@@ -11,7 +11,7 @@ use crate::kernel::apply::{self, ApplyError};
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::nfacct;
-use crate::lab::flow::Outcome;
+use crate::lab::Outcome;
 use crate::lab::plan::{self, Family};
 use crate::lab::sink::{SinkError, Sinks};
 use crate::lab::topology::{Lab, LabError, LabOptions};
@@ -20,6 +20,7 @@ use crate::probe::hooks::{HooksTier, ProbeError, TRACEPOINTS, Times, Watch};
 use crate::record::evidence::Evidence;
 use crate::record::flows::{Seen, Sent};
 use crate::record::run::ProbeHealth;
+use crate::rules::iptables;
 use crate::rules::{Cidr, Mode, NodeView, RuleCounts, RuleSet, render};
 
 /// Why a job could not be done.
@@ -101,7 +102,7 @@ impl TestNode {
         let cluster = plan::cluster(services, endpoints, false)?;
         let lab = Lab::build(LabOptions::default())?;
         let sinks = Sinks::start(&lab, &cluster)?;
-        let nfacct = nfacct::supported(lab.node(), &nfacct::NAMES)?;
+        let nfacct = nfacct::supported(lab.node(), &[iptables::INVALID_DROPPED, iptables::LOCALHOST_NODE_PORTS])?;
         let view = NodeView {
             name: plan::NODE.to_owned(),
             addresses: vec![plan::node_address(Family::V4), plan::LINK_ADDRESS.base],
