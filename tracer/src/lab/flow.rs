@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
+    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, bind, connect, recv, setsockopt,
+    socket, sockopt,
 };
+use tokio::io::Interest;
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::Instant;
 
@@ -298,19 +300,23 @@ pub(super) async fn finish_udp(
 async fn read_udp(socket: &UdpSocket, n: u64) -> io::Result<(SocketAddr, u64)> {
     let mut buffer = [0; 2 * sink::MAX_REQUEST];
     loop {
-        socket.readable().await?;
-        match socket.try_recv(&mut buffer) {
-            Ok(read) => {
-                let now = monotonic_ns();
-                match sink::parse_answer(&buffer[..read]) {
-                    Some((request, by)) if request == n => return Ok((by, now)),
-                    _ => {}
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+        let read = receive_udp(socket, &mut buffer).await?;
+        let now = monotonic_ns();
+        match sink::parse_answer(&buffer[..read]) {
+            Some((request, by)) if request == n => return Ok((by, now)),
+            _ => {}
         }
     }
+}
+
+/// The next datagram or ICMP error. An error alone does not make a UDP socket readable, so it is
+/// waited for by name; tokio's own receive would sleep through it.
+async fn receive_udp(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
+    socket
+        .async_io(Interest::READABLE | Interest::ERROR, || {
+            Ok(recv(socket.as_raw_fd(), buffer, MsgFlags::empty())?)
+        })
+        .await
 }
 
 fn judge(by: SocketAddr, may_answer: impl Fn(SocketAddr) -> bool) -> Outcome {
@@ -400,10 +406,7 @@ impl Conversation {
                     Ok(()) => stream.try_read(&mut buffer[filled..]),
                     Err(error) => Err(error),
                 },
-                Self::Udp(socket) => match socket.readable().await {
-                    Ok(()) => socket.try_recv(&mut buffer[filled..]),
-                    Err(error) => Err(error),
-                },
+                Self::Udp(socket) => receive_udp(socket, &mut buffer[filled..]).await,
             };
             let now = monotonic_ns();
             match (read, self) {

@@ -29,8 +29,8 @@ use crate::kernel::netns::{Netns, NetnsError};
 
 /// The longest request a server takes, its line end included.
 pub const MAX_REQUEST: usize = 64;
-/// Connections that may wait to be accepted.
-const BACKLOG: i32 = 16_384;
+/// Connections that may wait to be accepted: the most that Linux takes by default.
+const BACKLOG: i32 = 4096;
 
 /// Why the servers could not be started.
 #[derive(Debug, thiserror::Error)]

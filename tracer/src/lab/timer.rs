@@ -27,7 +27,11 @@ impl Timer {
             ClockId::CLOCK_MONOTONIC,
             TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
         )?;
-        AsyncFd::with_interest(Descriptor(timer), Interest::READABLE).map(Self)
+        // SAFETY: the AsyncFd owns the timer and nothing takes it out or replaces it, so the
+        // descriptor stays open and the same as long as it is registered.
+        let registered =
+            unsafe { AsyncFd::register_with_interest(Descriptor(timer), Interest::READABLE) };
+        Ok(Self(registered.map_err(io::Error::from)?))
     }
 
     /// Waits until the clock shows `at_ns`; at once if it already does.

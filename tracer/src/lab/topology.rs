@@ -220,18 +220,18 @@ impl Lab {
             ext0.node_address(&mut node, plan::NODE_ADDRESS6);
             ext0.neighbour(&mut node, plan::EXTERNAL_ADDRESS6.base);
             node.line(format!(
-                "-6 route add default via {}",
+                "route add default via {}",
                 plan::EXTERNAL_ADDRESS6.base
             ));
             node.line(format!(
-                "-6 route add {} via {}",
+                "route add {} via {}",
                 plan::EXTERNAL_MORE6,
                 plan::EXTERNAL_ADDRESS6.base
             ));
             link.node_address(&mut node, plan::LINK_ADDRESS6);
             link.neighbour(&mut node, plan::NODE2_ADDRESS6.base);
             node.line(format!(
-                "-6 route add {} via {}",
+                "route add {} via {}",
                 plan::NODE2_POD_CIDR6,
                 plan::NODE2_ADDRESS6.base
             ));
@@ -288,7 +288,7 @@ impl Lab {
             pod.any_ip(range6);
             wire.peer_neighbour(&mut pod, plan::POD_GATEWAY6);
             pod.line(format!(
-                "-6 route add default via {} dev eth0",
+                "route add default via {} dev eth0",
                 plan::POD_GATEWAY6
             ));
         }
@@ -317,7 +317,7 @@ impl Lab {
             external.any_ip(plan::EXTERNAL_MORE6);
             for cidr in [plan::CLUSTER_CIDR6, plan::SERVICE_CIDR6] {
                 external.line(format!(
-                    "-6 route add {cidr} via {}",
+                    "route add {cidr} via {}",
                     plan::NODE_ADDRESS6.base
                 ));
             }
@@ -340,7 +340,7 @@ impl Lab {
             wire.peer_neighbour(&mut node2, plan::LINK_ADDRESS6.base);
             node2.any_ip(plan::NODE2_POD_CIDR6);
             node2.line(format!(
-                "-6 route add default via {}",
+                "route add default via {}",
                 plan::LINK_ADDRESS6.base
             ));
         }
@@ -358,7 +358,7 @@ const EVERYWHERE: [(&str, &str); 6] = [
     ("net/ipv4/conf/default/send_redirects", "0"),
     // No flow inherits round-trip times from an earlier one: modes must start alike.
     ("net/ipv4/tcp_no_metrics_save", "1"),
-    ("net/core/somaxconn", "16384"),
+    ("net/core/somaxconn", "4096"),
 ];
 
 /// Sysctls of the node alone.
