@@ -17,13 +17,15 @@ pub fn release() -> String {
     )
 }
 
-/// Has the running kernel IPVS, built in or as a module?
-///
-/// Built in or loaded it shows itself in `/proc`; as a module it stands in the module index.
+/// Has the running kernel IPVS? If it is a module it is loaded, as kube-proxy does at its start.
 pub fn has_ipvs() -> bool {
-    if std::path::Path::new("/proc/net/ip_vs").exists() {
+    let there = || std::path::Path::new("/proc/net/ip_vs").exists();
+    if there() {
         return true;
     }
-    let index = format!("/lib/modules/{}/modules.dep", release());
-    std::fs::read_to_string(index).is_ok_and(|text| text.contains("/ip_vs.ko"))
+    // A kernel without modules, or without this one, has no IPVS: the look after it decides.
+    let _ = std::process::Command::new("modprobe")
+        .args(["--quiet", "ip_vs"])
+        .status();
+    there()
 }
