@@ -145,7 +145,7 @@ mod tests {
 
     fn ends() -> impl Strategy<Value = (SocketAddr, SocketAddr)> {
         let ports = (any::<u16>(), any::<u16>());
-        let v4 = (any::<u32>(), any::<u32>(), ports.clone()).prop_map(|(s, d, (sp, dp))| {
+        let v4 = (any::<u32>(), any::<u32>(), ports).prop_map(|(s, d, (sp, dp))| {
             (
                 SocketAddr::new(Ipv4Addr::from_bits(s).into(), sp),
                 SocketAddr::new(Ipv4Addr::from_bits(d).into(), dp),
@@ -199,10 +199,7 @@ mod tests {
     fn what_cannot_be_sent_is_refused() {
         let v4: SocketAddr = "10.0.0.1:1".parse().expect("an address");
         let v6: SocketAddr = "[::1]:1".parse().expect("an address");
-        assert_eq!(
-            craft(Protocol::Udp, v4, v6, b""),
-            Err(CraftError::Families)
-        );
+        assert_eq!(craft(Protocol::Udp, v4, v6, b""), Err(CraftError::Families));
         assert_eq!(
             craft(Protocol::Sctp, v4, v4, b""),
             Err(CraftError::Protocol(Protocol::Sctp))
