@@ -341,7 +341,16 @@ fn listen(ns: &Netns, cluster: &Cluster) {
 
 /// Connects to every TCP Service: the answer tells the endpoint.
 fn assert_reachable(ns: &Netns, cluster: &Cluster) {
+    let mut refused_in_ipv6 = false;
     for (door, port) in doors(cluster) {
+        // The kernel tells the client of an IPv6 reject only at its second SYN, a second later, so
+        // one such door has to do.
+        if port.endpoints.is_empty()
+            && door.is_ipv6()
+            && std::mem::replace(&mut refused_in_ipv6, true)
+        {
+            continue;
+        }
         let wanted: Vec<SocketAddr> = port
             .endpoints
             .iter()
