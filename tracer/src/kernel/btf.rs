@@ -4,8 +4,9 @@
 //! constants at load time; the same object then runs on any kernel that has BTF.
 //! Format: Documentation/bpf/btf.rst; kinds: include/uapi/linux/btf.h.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// Where the kernel shows its own BTF.
 pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
@@ -50,15 +51,14 @@ const KIND_CONST: u32 = 10;
 const KIND_RESTRICT: u32 = 11;
 const KIND_TYPE_TAG: u32 = 18;
 
-/// Parsed just far enough to find structures and enums by name.
+/// Parsed just far enough to find structures and enums by name: a kernel has some hundred thousand
+/// types and a few questions are asked, so names are compared when a question comes.
 #[derive(Debug)]
 pub struct Btf {
     data: Vec<u8>,
     strings: usize,
     /// Byte offset of each type, by type id; entry 0 is `void`.
     types: Vec<usize>,
-    structures: HashMap<String, u32>,
-    enums: HashMap<String, u32>,
 }
 
 struct Type {
@@ -71,9 +71,14 @@ struct Type {
 }
 
 impl Btf {
-    /// The running kernel's BTF.
-    pub fn vmlinux() -> Result<Self, BtfError> {
-        Self::read(Path::new(VMLINUX))
+    /// The running kernel's BTF, read once.
+    pub fn vmlinux() -> Result<&'static Self, BtfError> {
+        static READ: OnceLock<Btf> = OnceLock::new();
+        if let Some(btf) = READ.get() {
+            return Ok(btf);
+        }
+        let btf = Self::read(Path::new(VMLINUX))?;
+        Ok(READ.get_or_init(|| btf))
     }
 
     /// Reads a raw BTF file.
@@ -91,8 +96,6 @@ impl Btf {
             data,
             strings: 0,
             types: vec![0],
-            structures: HashMap::new(),
-            enums: HashMap::new(),
         };
         if btf.u16(0)? != MAGIC {
             return Err(BtfError::Damaged("wrong magic number"));
@@ -103,22 +106,6 @@ impl Btf {
         btf.strings = header + btf.u32(16)? as usize;
         while at < end {
             let ty = btf.type_at(at)?;
-            let id =
-                u32::try_from(btf.types.len()).map_err(|_| BtfError::Damaged("too many types"))?;
-            let name = btf.u32(at)?;
-            if name != 0 {
-                match ty.kind {
-                    KIND_STRUCT | KIND_UNION => {
-                        let name = btf.string(name)?.to_owned();
-                        btf.structures.entry(name).or_insert(id);
-                    }
-                    KIND_ENUM => {
-                        let name = btf.string(name)?.to_owned();
-                        btf.enums.entry(name).or_insert(id);
-                    }
-                    _ => {}
-                }
-            }
             btf.types.push(at);
             at = ty.body + body_len(ty.kind, ty.vlen)?;
         }
@@ -128,11 +115,9 @@ impl Btf {
     /// Byte offset of a field; `field` may lead through nested structures (`ns.inum`), and
     /// anonymous unions and structures are looked through.
     pub fn offset_of(&self, structure: &str, field: &str) -> Result<u32, BtfError> {
-        let id = *self
-            .structures
-            .get(structure)
+        let mut id = self
+            .find(structure, &[KIND_STRUCT, KIND_UNION])?
             .ok_or_else(|| BtfError::NoType(format!("struct {structure}")))?;
-        let mut id = id;
         let mut bits = 0;
         for name in field.split('.') {
             let (offset, member) = self.member(id, name)?.ok_or_else(|| BtfError::NoField {
@@ -147,9 +132,8 @@ impl Btf {
 
     /// Names of an enum's values.
     pub fn enum_names(&self, name: &str) -> Result<BTreeMap<u32, String>, BtfError> {
-        let id = *self
-            .enums
-            .get(name)
+        let id = self
+            .find(name, &[KIND_ENUM])?
             .ok_or_else(|| BtfError::NoType(format!("enum {name}")))?;
         let ty = self.type_of(id)?;
         (0..ty.vlen)
@@ -158,6 +142,25 @@ impl Btf {
                 Ok((self.u32(at + 4)?, self.string(self.u32(at)?)?.to_owned()))
             })
             .collect()
+    }
+
+    /// The first type of one of these kinds with this name.
+    fn find(&self, name: &str, kinds: &[u32]) -> Result<Option<u32>, BtfError> {
+        let name = name.as_bytes();
+        for (id, at) in self.types.iter().enumerate().skip(1) {
+            let kind = (self.u32(at + 4)? >> 24) & 0x1f;
+            if !kinds.contains(&kind) {
+                continue;
+            }
+            let begin = self.strings + self.u32(*at)? as usize;
+            let found = self.data.get(begin..begin + name.len() + 1);
+            if found.is_some_and(|found| found[..name.len()] == *name && found[name.len()] == 0) {
+                return u32::try_from(id)
+                    .map(Some)
+                    .map_err(|_| BtfError::Damaged("too many types"));
+            }
+        }
+        Ok(None)
     }
 
     /// Bit offset and type of a member, searched through anonymous members too.

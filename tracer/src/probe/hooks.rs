@@ -19,7 +19,7 @@ use tracer_ebpf::record::{
 };
 
 use super::catalogue::{self, ALL};
-use super::netfilter::{self, Link, NetfilterError, Place};
+use super::netfilter::{self, Link, NetfilterError, Place, Template};
 use super::{OBJECT, offsets};
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::netns::{Netns, NetnsError};
@@ -133,12 +133,10 @@ impl HooksTier {
     /// The kernel lacks BTF or netfilter links, or the process lacks `CAP_BPF`, `CAP_PERFMON` or
     /// `CAP_NET_ADMIN`.
     pub fn attach(node: &Netns, watch: &Watch) -> Result<Self, ProbeError> {
-        let btf = Btf::vmlinux()?;
-        let mut constants: HashMap<&'static str, Vec<u8>> = offsets::offsets(&btf)?
+        let mut constants: HashMap<&'static str, Vec<u8>> = offsets::offsets(Btf::vmlinux()?)?
             .into_iter()
             .map(|(name, value)| (name, value.to_ne_bytes().to_vec()))
             .collect();
-        drop(btf);
         // Namespace numbers are 32 bits in the kernel (struct ns_common).
         let netns = node.inode().map_err(ProbeError::Inode)? as u32;
         constants.insert("NETNS", netns.to_ne_bytes().to_vec());
@@ -164,10 +162,11 @@ impl HooksTier {
         let maps = map_fds(&ebpf);
         let mut links = Vec::with_capacity(2 * ALL.len());
         let mut placed = Vec::with_capacity(2 * ALL.len());
+        let mut template = Template::new(OBJECT, "boundary", &maps)?;
         let _inside = node.enter()?;
         for family in [IPV4, IPV6] {
             for id in 0..ALL.len() {
-                let (link, priority) = attach_boundary(id, family, &constants, &maps)?;
+                let (link, priority) = attach_boundary(&mut template, id, family, &constants)?;
                 links.push(link);
                 placed.push(Placed {
                     boundary: id,
@@ -420,10 +419,10 @@ const TRIES: i32 = 8;
 
 /// Loads and attaches one boundary, moving up from its wish while the place is taken.
 fn attach_boundary(
+    template: &mut Template,
     id: usize,
     family: u8,
     constants: &HashMap<&'static str, Vec<u8>>,
-    maps: &HashMap<String, RawFd>,
 ) -> Result<(Link, i32), ProbeError> {
     let boundary = &ALL[id];
     let mut constants = constants.clone();
@@ -433,7 +432,7 @@ fn attach_boundary(
     set("ROLE", catalogue::role_of(id));
     set("HOOK", boundary.hook);
     set("FAMILY", family.into());
-    let program = netfilter::load(OBJECT, "boundary", &constants, maps)?;
+    let program = template.load(&constants)?;
     let end = boundary.limit.min(boundary.priority.saturating_add(TRIES));
     for priority in boundary.priority..=end {
         let place = Place {

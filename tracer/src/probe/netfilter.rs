@@ -1,9 +1,9 @@
 //! Netfilter programs and links (`BPF_PROG_TYPE_NETFILTER`, kernel 6.4 and later), which aya does
 //! not know yet.
 //!
-//! The program stands in a section that aya accepts; aya makes the maps, and this room loads the
-//! program once for each set of constants: parse, patch the constants, a `.rodata` map of its own,
-//! relocate against aya's maps, `BPF_PROG_LOAD`, `BPF_LINK_CREATE`. A link ends with its file
+//! The program stands in a section that aya accepts; aya makes the maps, and this room relocates the
+//! program against them once and loads it for each set of constants: patch the constants, a
+//! `.rodata` map of its own, `BPF_PROG_LOAD`, `BPF_LINK_CREATE`. A link ends with its file
 //! descriptor, so nothing outlives this process.
 //!
 //! # Safety
@@ -18,7 +18,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use aya::maps::MapData;
-use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_prog_type};
+use aya_obj::generated::{
+    BPF_PSEUDO_MAP_VALUE, bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_prog_type,
+};
 use aya_obj::{EbpfSectionKind, Object};
 
 /// Why a netfilter program could not be loaded or attached.
@@ -80,63 +82,114 @@ pub(super) struct Place {
     pub(super) priority: i32,
 }
 
-/// Loads one function of the object with the given constants; `maps` are aya's, by name.
-pub(super) fn load(
-    object: &[u8],
-    function: &str,
-    constants: &HashMap<&str, Vec<u8>>,
-    maps: &HashMap<String, RawFd>,
-) -> Result<Program, NetfilterError> {
-    let damaged = |error: &dyn std::fmt::Display| NetfilterError::Object(error.to_string());
-    let mut object = Object::parse(object).map_err(|e| damaged(&e))?;
-    object
-        .patch_map_data(
-            constants
-                .iter()
-                .map(|(name, bytes)| (*name, (bytes.as_slice(), true)))
-                .collect(),
-        )
-        .map_err(|e| damaged(&e))?;
-    let text_sections = object
-        .functions
-        .keys()
-        .map(|(section, _)| *section)
-        .collect();
+/// One function of the object, relocated; [`Template::load`] makes programs of it that differ in
+/// their constants.
+#[derive(Debug)]
+pub(super) struct Template {
+    object: Object,
+    function: &'static str,
+    code: Vec<bpf_insn>,
+    license: CString,
+    /// The maps of constants, and the descriptors that stand for them in `code`.
+    constants: Vec<(String, MapData)>,
+}
 
-    // The constants are this program's own; every other map is shared.
-    let mut constants_maps = Vec::new();
-    let mut fds = Vec::new();
-    for (name, map) in std::mem::take(&mut object.maps) {
-        let fd = if map.section_kind() == EbpfSectionKind::Rodata {
-            let made = frozen(&name, &map)?;
-            let fd = made.fd().as_fd().as_raw_fd();
-            constants_maps.push(made);
-            fd
-        } else {
-            *maps
-                .get(&name)
-                .ok_or_else(|| NetfilterError::Object(format!("map {name} was not made")))?
-        };
-        fds.push((name, fd, map));
+impl Template {
+    /// Parses the object and relocates the function against aya's maps, given by name.
+    pub(super) fn new(
+        object: &[u8],
+        function: &'static str,
+        maps: &HashMap<String, RawFd>,
+    ) -> Result<Self, NetfilterError> {
+        let mut object = Object::parse(object).map_err(|e| damaged(&e))?;
+        let text_sections = object.functions.keys().map(|(section, _)| *section).collect();
+        let mut constants = Vec::new();
+        let mut fds = Vec::new();
+        for (name, map) in &object.maps {
+            let fd = if map.section_kind() == EbpfSectionKind::Rodata {
+                let stand_in = frozen(name, map)?;
+                let fd = stand_in.fd().as_fd().as_raw_fd();
+                constants.push((name.clone(), stand_in));
+                fd
+            } else {
+                *maps
+                    .get(name)
+                    .ok_or_else(|| NetfilterError::Object(format!("map {name} was not made")))?
+            };
+            fds.push((name.clone(), fd, map.clone()));
+        }
+        object
+            .relocate_maps(
+                fds.iter().map(|(name, fd, map)| (name.as_str(), *fd, map)),
+                &text_sections,
+            )
+            .map_err(|e| damaged(&e))?;
+        object.relocate_calls(&text_sections).map_err(|e| damaged(&e))?;
+        let code = object
+            .programs
+            .get(function)
+            .and_then(|program| object.functions.get(&program.function_key()))
+            .ok_or_else(|| NetfilterError::Object(format!("no function {function}")))?
+            .instructions
+            .clone();
+        Ok(Self {
+            license: object.license.clone(),
+            object,
+            function,
+            code,
+            constants,
+        })
     }
-    object
-        .relocate_maps(
-            fds.iter().map(|(name, fd, map)| (name.as_str(), *fd, map)),
-            &text_sections,
-        )
-        .map_err(|e| damaged(&e))?;
-    object
-        .relocate_calls(&text_sections)
-        .map_err(|e| damaged(&e))?;
-    let program = object
-        .programs
-        .get(function)
-        .ok_or_else(|| NetfilterError::Object(format!("no function {function}")))?;
-    let code = object
-        .functions
-        .get(&program.function_key())
-        .ok_or_else(|| NetfilterError::Object(format!("no code for {function}")))?;
-    program_load(function, &code.instructions, &object.license)
+
+    /// Loads the function with these constants.
+    pub(super) fn load(
+        &mut self,
+        constants: &HashMap<&str, Vec<u8>>,
+    ) -> Result<Program, NetfilterError> {
+        self.object
+            .patch_map_data(
+                constants
+                    .iter()
+                    .map(|(name, bytes)| (*name, (bytes.as_slice(), true)))
+                    .collect(),
+            )
+            .map_err(|e| damaged(&e))?;
+        let mut code = self.code.clone();
+        // The programs hold their maps: these descriptors may end with this function.
+        let mut made = Vec::new();
+        for (name, stand_in) in &self.constants {
+            let map = self
+                .object
+                .maps
+                .get(name)
+                .ok_or_else(|| NetfilterError::Object(format!("no map {name}")))?;
+            let map = frozen(name, map)?;
+            replace_fd(
+                &mut code,
+                stand_in.fd().as_fd().as_raw_fd(),
+                map.fd().as_fd().as_raw_fd(),
+            );
+            made.push(map);
+        }
+        program_load(self.function, &code, &self.license)
+    }
+}
+
+/// Exchanges the map behind every address of a map's value.
+fn replace_fd(code: &mut [bpf_insn], from: RawFd, to: RawFd) {
+    const LOAD_64: u8 = 0x18; // BPF_LD | BPF_IMM | BPF_DW
+    for instruction in code {
+        if instruction.code == LOAD_64
+            && u32::from(instruction.src_reg()) == BPF_PSEUDO_MAP_VALUE
+            && instruction.imm == from
+        {
+            instruction.imm = to;
+        }
+    }
+}
+
+fn damaged(error: &dyn std::fmt::Display) -> NetfilterError {
+    NetfilterError::Object(error.to_string())
 }
 
 /// Makes a map of constants, fills it and freezes it: the verifier then knows the values.

@@ -27,7 +27,7 @@ pub(super) async fn run(
     progress(0.0, "building the node");
     let node = TestNode::build(job.services, ENDPOINTS)?;
     progress(0.05, "applying rules");
-    let applied = node.apply(job.mode)?;
+    let applied = node.apply(job.mode).await?;
     progress(0.4, "warming up");
     node.warm_up(matrix.seed).await?;
     progress(0.45, "attaching probes");

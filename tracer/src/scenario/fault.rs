@@ -39,13 +39,13 @@ pub(super) async fn run(
     progress(0.0, "building the node");
     let node = TestNode::build(job.services, ENDPOINTS)?;
     progress(0.05, "applying rules");
-    let took = Duration::from_nanos(node.apply(job.mode)?.took_ns);
+    let took = Duration::from_nanos(node.apply(job.mode).await?.took_ns);
     let changing = match job.kind {
         JobKind::Cell | JobKind::Control => GAP,
         JobKind::Flush => GAP + took * 2,
         JobKind::Switch(to) => {
             // How long the other mode takes is found out on a node of its own.
-            let other = TestNode::build(job.services, ENDPOINTS)?.apply(to)?;
+            let other = TestNode::build(job.services, ENDPOINTS)?.apply(to).await?;
             GAP + (took + Duration::from_nanos(other.took_ns)) * 3
         }
     };

@@ -131,13 +131,19 @@ impl TestNode {
     }
 
     /// Puts a mode's rules in and checks that all went in.
-    pub fn apply(&self, mode: Mode) -> Result<Applied, NodeError> {
+    ///
+    /// The tools run beside the caller's tasks, which can be given up meanwhile.
+    pub async fn apply(&self, mode: Mode) -> Result<Applied, NodeError> {
         require(mode)?;
-        let rules = self.rules(mode);
-        let begin = monotonic_ns();
-        apply::apply(self.lab.node(), &rules)?;
-        let took_ns = monotonic_ns() - begin;
-        let (wanted, found) = (rules.expected_counts(), apply::count(self.lab.node(), mode)?);
+        let (netns, rules) = (self.lab.node().clone(), self.rules(mode));
+        let (wanted, found, took_ns) = tokio::task::spawn_blocking(move || {
+            let begin = monotonic_ns();
+            apply::apply(&netns, &rules)?;
+            let took_ns = monotonic_ns() - begin;
+            let found = apply::count(&netns, mode)?;
+            Ok::<_, ApplyError>((rules.expected_counts(), found, took_ns))
+        })
+        .await??;
         if wanted != found {
             return Err(NodeError::Incomplete {
                 mode,
