@@ -444,47 +444,33 @@ impl Wire {
     }
 }
 
-/// Makes room in the node's conntrack table, or notes that it could not.
+/// Size of the conntrack table, with a note if it is smaller than wanted.
+///
+/// It is only read: the limit belongs to the whole machine, even where an old kernel lets a
+/// namespace write it.
 fn conntrack_room(
     node: &Netns,
     wanted: u64,
     notes: &mut Vec<String>,
 ) -> Result<Option<u64>, LabError> {
-    let key = "net/netfilter/nf_conntrack_max";
-    let have = match sysctl::read_number(node, key) {
-        Ok(have) => have,
+    match sysctl::read_number(node, "net/netfilter/nf_conntrack_max") {
+        Ok(have) => {
+            if have < wanted {
+                notes.push(format!(
+                    "the conntrack table holds {have} entries and {wanted} are wanted: flows may be \
+                     lost for that reason alone; net.netfilter.nf_conntrack_max is the whole \
+                     machine's and never changed here"
+                ));
+            }
+            Ok(Some(have))
+        }
         // The module is not loaded yet: its default applies when rules load it.
         Err(SysctlError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
             notes.push(
                 "this kernel has no conntrack (yet): the size of its table is not known".to_owned(),
             );
-            return Ok(None);
-        }
-        Err(error) => return Err(error.into()),
-    };
-    if have >= wanted {
-        return Ok(Some(have));
-    }
-    // Only some kernels let a namespace have a limit of its own.
-    match sysctl::write(node, key, &wanted.to_string()) {
-        Ok(()) => {
-            let now = sysctl::read_number(node, key)?;
-            if now < wanted {
-                notes.push(table_note(now, wanted));
-            }
-            Ok(Some(now))
-        }
-        Err(SysctlError::Io { .. }) => {
-            notes.push(table_note(have, wanted));
-            Ok(Some(have))
+            Ok(None)
         }
         Err(error) => Err(error.into()),
     }
-}
-
-fn table_note(have: u64, wanted: u64) -> String {
-    format!(
-        "the conntrack table holds {have} entries, {wanted} are wanted, and this kernel has one limit \
-         for the whole machine (net.netfilter.nf_conntrack_max), which is never changed here"
-    )
 }

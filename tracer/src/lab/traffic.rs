@@ -651,20 +651,28 @@ fn events(
     events
 }
 
-/// Open files at worst: nothing is answered, so every flow lives as long as its patience.
+/// Open files at worst: every flow lives as long as its patience lets it. The server's end of a
+/// TCP flow is in this process as well; all UDP flows share their servers' sockets.
 fn files_needed(plan: &TrafficPlan, flows: &[Planned], established: usize) -> u64 {
-    // A UDP flow whose every answer comes at the last moment lives longest.
-    let life = nanoseconds(plan.patience).saturating_mul(u64::from(plan.later) + 1);
-    let mut most = 0;
-    let mut oldest = 0;
-    for (newest, flow) in flows.iter().enumerate() {
-        while flows[oldest].at_ns.saturating_add(life) < flow.at_ns {
-            oldest += 1;
-        }
-        most = most.max(newest - oldest + 1);
+    let patience = nanoseconds(plan.patience);
+    let mut changes: Vec<(u64, i64)> = Vec::with_capacity(2 * flows.len());
+    for flow in flows {
+        let (files, life) = match flow.protocol {
+            Protocol::Udp => (1, patience.saturating_mul(u64::from(plan.later) + 1)),
+            Protocol::Tcp | Protocol::Sctp => (2, patience),
+        };
+        changes.push((flow.at_ns, files));
+        changes.push((flow.at_ns.saturating_add(life), -files));
     }
-    // Each may have the server's end in this process as well.
-    2 * (most + established) as u64 + SOCKETS_AHEAD as u64 + FILES_BESIDE
+    // At one moment the closing ones come first.
+    changes.sort_unstable();
+    let mut open = 0;
+    let mut most = 0;
+    for (_, files) in changes {
+        open += files;
+        most = most.max(open);
+    }
+    most.unsigned_abs() + 2 * established as u64 + SOCKETS_AHEAD as u64 + FILES_BESIDE
 }
 
 /// Raises the limit of open files to the hard limit and checks that it suffices.
@@ -730,11 +738,12 @@ mod tests {
         plan.patience = Duration::from_millis(100);
         plan.later = 0;
         let flows = schedule::flows(&cluster, plan.family, &plan.streams, 0).expect("flows");
-        // Due every 10 ms, gone after 100 ms: 11 at a time.
-        assert_eq!(
-            files_needed(&plan, &flows, 4),
-            2 * (11 + 4) + SOCKETS_AHEAD as u64 + FILES_BESIDE
-        );
+        // Due every 10 ms, gone after 100 ms: 10 at a time, TCP ones with both ends.
+        let beside = 2 * 4 + SOCKETS_AHEAD as u64 + FILES_BESIDE;
+        let worst = files_needed(&plan, &flows, 4) - beside;
+        let tcp = |ten: &[Planned]| ten.iter().filter(|f| f.protocol == Protocol::Tcp).count();
+        let expected = flows.windows(10).map(|ten| 10 + tcp(ten) as u64).max();
+        assert_eq!(Some(worst), expected);
     }
 
     #[test]
