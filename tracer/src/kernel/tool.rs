@@ -66,7 +66,7 @@ fn package(tool: &str) -> &'static str {
 
 /// What most often helps when a tool fails with such words.
 fn remedy(tool: &str, stderr: &str) -> &'static str {
-    const REMEDIES: [(&str, &str); 9] = [
+    const REMEDIES: [(&str, &str); 10] = [
         ("Permission denied", "run as root (CAP_NET_ADMIN)"),
         ("not permitted", "run as root (CAP_NET_ADMIN)"),
         (
@@ -84,6 +84,12 @@ fn remedy(tool: &str, stderr: &str) -> &'static str {
         (
             "scheduler or persistence engine not found",
             "load the module ip_vs_rr (modprobe ip_vs_rr)",
+        ),
+        (
+            // ip_vs_add_dest asks for the address's type, which needs a routing table.
+            "address not unicast",
+            "bring lo up and give the namespace an address first: without any, IPVS takes no \
+             real servers",
         ),
         (
             "Hash is full",

@@ -560,8 +560,9 @@ fn declared_chain(line: &str) -> Option<&str> {
 
 /// Is it a rule of another's chain that jumps to kube-proxy's?
 fn is_jump(rule: &str) -> bool {
+    // A quote after the last ` -j ` means that it stands in a comment.
     !rule.starts_with("KUBE-")
         && rule
             .rsplit_once(" -j ")
-            .is_some_and(|(_, target)| target.starts_with("KUBE-"))
+            .is_some_and(|(_, target)| target.starts_with("KUBE-") && !target.contains('"'))
 }

@@ -329,11 +329,16 @@ fn removal_leaves_the_rules_of_others() {
         "*raw\n:PREROUTING ACCEPT [0:0]\nCOMMIT\n{}",
         include_str!("fixtures/iptables.save").replace(
             "COMMIT",
-            "-A INPUT -s 192.0.2.7/32 -j DROP\n-A INPUT -m comment --comment \"to -j KUBE-X\" -j LOG\nCOMMIT"
+            "-A INPUT -s 192.0.2.7/32 -j DROP\n-A INPUT -m comment --comment \"to -j KUBE-X\" -j LOG\n-A INPUT -m comment --comment \"or -j KUBE-Y\"\nCOMMIT"
         )
     );
     let text = iptables::removal(&current).expect("rules to remove");
-    assert!(!text.contains("192.0.2.7") && !text.contains("LOG") && !text.contains("*raw"));
+    assert!(
+        !text.contains("192.0.2.7")
+            && !text.contains("LOG")
+            && !text.contains("KUBE-Y")
+            && !text.contains("*raw")
+    );
     let removed = text.lines().filter(|line| line.starts_with("-X ")).count();
     let declared = current
         .lines()
