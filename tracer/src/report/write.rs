@@ -154,7 +154,10 @@ impl Staged {
             // A full disk may show only here.
             file.sync_all()
         };
-        write().map_err(|source| WriteError::File { file: target, source })
+        write().map_err(|source| WriteError::File {
+            file: target,
+            source,
+        })
     }
 
     fn publish(&mut self) -> Result<(), WriteError> {
@@ -187,7 +190,13 @@ mod tests {
     fn names(dir: &Path) -> Vec<String> {
         let mut names: Vec<String> = fs::read_dir(dir)
             .expect("a folder")
-            .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+            .map(|entry| {
+                entry
+                    .expect("an entry")
+                    .file_name()
+                    .to_string_lossy()
+                    .into_owned()
+            })
             .collect();
         names.sort();
         names
@@ -204,7 +213,12 @@ mod tests {
             .hlogs
             .iter()
             .chain([&written.run, &written.html])
-            .map(|path| path.file_name().expect("a name").to_string_lossy().into_owned())
+            .map(|path| {
+                path.file_name()
+                    .expect("a name")
+                    .to_string_lossy()
+                    .into_owned()
+            })
             .collect();
         expected.sort();
         assert_eq!(names(&into), expected, "and nothing else stays");
@@ -216,11 +230,16 @@ mod tests {
         write_all(&sample::run(), dir.path(), false).expect("written");
         let error = write_all(&sample::run(), dir.path(), false).expect_err("is there");
         assert_eq!(error.exit_code(), 2);
-        assert!(error.to_string().ends_with("run.json is there already: choose another folder, or overwrite it with --force"));
+        assert!(error.to_string().ends_with(
+            "run.json is there already: choose another folder, or overwrite it with --force"
+        ));
         let mut smaller = sample::run();
         smaller.measurements.cells.truncate(1);
         write_all(&smaller, dir.path(), true).expect("replaced");
-        assert_eq!(names(dir.path()), ["cell-iptables-legacy-100.hlog", "report.html", "run.json"]);
+        assert_eq!(
+            names(dir.path()),
+            ["cell-iptables-legacy-100.hlog", "report.html", "run.json"]
+        );
     }
 
     #[test]
@@ -239,9 +258,16 @@ mod tests {
         // A folder in the place of a file: the rename fails after others were written.
         fs::create_dir_all(dir.path().join("report.html/x")).expect("a folder");
         let error = write_all(&sample::run(), dir.path(), false).expect_err("in the way");
-        assert!(error.to_string().starts_with(&format!("cannot write {}", dir.path().join("report.html").display())));
+        assert!(error.to_string().starts_with(&format!(
+            "cannot write {}",
+            dir.path().join("report.html").display()
+        )));
         let left = names(dir.path());
-        assert!(left.iter().all(|name| !name.ends_with(".tmp") && name != RUN_FILE), "{left:?}");
+        assert!(
+            left.iter()
+                .all(|name| !name.ends_with(".tmp") && name != RUN_FILE),
+            "{left:?}"
+        );
     }
 
     #[test]

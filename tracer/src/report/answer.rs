@@ -1,0 +1,302 @@
+//! The answer in three sentences, from the figures and from nothing else.
+
+use super::blocks::services;
+use super::quantile::quantile;
+use super::{figures, units};
+use crate::record::run::{Cell, Clock, FaultKind, PacketState, Run};
+use crate::rules::Mode;
+
+/// At most three sentences: what first packets pay, what later packets pay, what faults cost.
+/// A sentence for which nothing was measured is left out.
+pub fn sentences(run: &Run) -> Vec<String> {
+    [
+        first_packets(run),
+        later_packets(run),
+        faults(run).or_else(|| apply(run)),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn unit(clock: Clock) -> &'static str {
+    match clock {
+        Clock::Virtual => " instructions",
+        Clock::Wall => "",
+    }
+}
+
+fn at_size(run: &Run) -> String {
+    figures::common_size(run).map_or_else(
+        || "At each mode's largest number of Services".to_owned(),
+        |size| format!("At {}", services(size)),
+    )
+}
+
+fn first_packets(run: &Run) -> Option<String> {
+    let clock = run.measurements.clock;
+    let path = figures::main_path(run)?;
+    let pick = |cell| figures::translated(cell, path, PacketState::New);
+    let costs: Vec<String> = figures::compared(run)
+        .into_iter()
+        .filter_map(|cell| {
+            let p50 = quantile(pick(cell)?, 0.5)?;
+            Some(format!("{} in {}", units::cost_u64(clock, p50), cell.mode))
+        })
+        .collect();
+    if costs.is_empty() {
+        return None;
+    }
+    let slopes: Vec<(Mode, figures::Slope)> = figures::modes(run)
+        .into_iter()
+        .filter_map(|mode| Some((mode, figures::slope(run, mode, pick)?)))
+        .collect();
+    let growing: Vec<String> = slopes
+        .iter()
+        .filter(|(_, slope)| !slope.is_flat())
+        .map(|(mode, slope)| format!("{} in {mode}", units::slope(clock, slope.per_service)))
+        .collect();
+    let flat: Vec<String> = slopes
+        .iter()
+        .filter(|(_, slope)| slope.is_flat())
+        .map(|(mode, _)| mode.name().to_owned())
+        .collect();
+    let growth = match (growing.as_slice(), flat.as_slice()) {
+        ([], []) => String::new(),
+        ([], _) => format!(
+            "; within what the histograms can tell apart it does not grow with the number of Services in {}",
+            units::list(&flat)
+        ),
+        (_, []) => format!(
+            "; each further Service changes it by {}",
+            units::list(&growing)
+        ),
+        (_, _) => format!(
+            "; each further Service changes it by {}, and by nothing that the histograms can tell apart in {}",
+            units::list(&growing),
+            units::list(&flat)
+        ),
+    };
+    Some(format!(
+        "{}, the stage that translates a flow’s first packet ({}) takes a median of {}{}{growth}.",
+        at_size(run),
+        figures::path_title(path),
+        units::list(&costs),
+        match clock {
+            Clock::Virtual => " (in instructions)",
+            Clock::Wall => "",
+        }
+    ))
+}
+
+fn later_packets(run: &Run) -> Option<String> {
+    let clock = run.measurements.clock;
+    let path = figures::main_path(run)?;
+    let p50 = |cell: &Cell| quantile(figures::node(cell, path, PacketState::Established)?, 0.5);
+    let costs: Vec<(Mode, u64)> = figures::compared(run)
+        .into_iter()
+        .filter_map(|cell| Some((cell.mode, p50(cell)?)))
+        .collect();
+    let cheapest = costs.iter().min_by_key(|(_, ns)| *ns)?;
+    let dearest = costs.iter().max_by_key(|(_, ns)| *ns)?;
+    let range = if costs.len() == 1 || cheapest.1 == dearest.1 {
+        format!(
+            "{}{} in {}",
+            units::cost_u64(clock, cheapest.1),
+            unit(clock),
+            units::list(
+                &costs
+                    .iter()
+                    .map(|(mode, _)| mode.name().to_owned())
+                    .collect::<Vec<_>>()
+            )
+        )
+    } else {
+        format!(
+            "between {} ({}) and {}{} ({})",
+            units::cost_u64(clock, cheapest.1),
+            cheapest.0,
+            units::cost_u64(clock, dearest.1),
+            unit(clock),
+            dearest.0
+        )
+    };
+    // How far the median moves between a mode's smallest and largest size, at most.
+    let moves = figures::modes(run)
+        .into_iter()
+        .filter_map(|mode| {
+            let cells = figures::cells(run, mode);
+            let (first, last) = (cells.first()?, cells.last()?);
+            if first.services == last.services {
+                return None;
+            }
+            let small = p50(first)? as f64;
+            Some(((p50(last)? as f64 - small) / small).abs())
+        })
+        .reduce(f64::max);
+    let moves = moves
+        .map(|share| {
+            // The middle of a bucket is within 0.8 % of its values.
+            if share < 0.016 {
+                ", the same within the histograms’ resolution at every number of Services measured".to_owned()
+            } else {
+                format!(", and moves by at most {} between a mode’s smallest and largest number of Services", units::percent(share))
+            }
+        })
+        .unwrap_or_default();
+    Some(format!(
+        "A later packet of a flow takes a median of {range} on the whole node{moves}."
+    ))
+}
+
+fn faults(run: &Run) -> Option<String> {
+    let of = |kind| {
+        run.measurements
+            .faults
+            .iter()
+            .filter(move |fault| fault.kind == kind)
+    };
+    let mut parts = Vec::new();
+    let lost: Vec<(u64, u64)> = of(FaultKind::Flush)
+        .map(|fault| {
+            (
+                figures::new_flows(fault).lost_count(),
+                figures::established_flows(fault).lost_count(),
+            )
+        })
+        .collect();
+    let range = |values: &dyn Fn(&(u64, u64)) -> u64| -> String {
+        let low = lost.iter().map(values).min().unwrap_or(0);
+        let high = lost.iter().map(values).max().unwrap_or(0);
+        if low == high {
+            units::count(low)
+        } else {
+            format!("{} to {}", units::count(low), units::count(high))
+        }
+    };
+    if !lost.is_empty() {
+        let sent: Vec<u64> = of(FaultKind::Flush)
+            .map(|fault| figures::new_flows(fault).sent)
+            .collect();
+        let of_sent = match (sent.iter().min(), sent.iter().max()) {
+            (Some(low), Some(high)) if low == high => format!(" of {}", units::count(*low)),
+            _ => String::new(),
+        };
+        let longest = longest_outage(of(FaultKind::Flush));
+        parts.push(format!(
+            "flushing the Service rules lost {}{of_sent} new and {} established flows{}{longest}",
+            range(&|lost| lost.0),
+            range(&|lost| lost.1),
+            if lost.len() > 1 {
+                ", depending on the mode"
+            } else {
+                ""
+            },
+        ));
+    }
+    let switches: Vec<String> = of(FaultKind::Switch)
+        .map(|fault| {
+            format!(
+                "switching {} → {} lost {} new and {} established{}",
+                fault.mode,
+                fault.to.map_or("", Mode::name),
+                units::count(figures::new_flows(fault).lost_count()),
+                units::count(figures::established_flows(fault).lost_count()),
+                longest_outage(std::iter::once(fault))
+            )
+        })
+        .collect();
+    // More than two would be no sentence any more; the section has them all.
+    if switches.len() <= 2 {
+        parts.extend(switches);
+    } else {
+        let new: u64 = of(FaultKind::Switch)
+            .map(|fault| figures::new_flows(fault).lost_count())
+            .max()
+            .unwrap_or(0);
+        parts.push(format!(
+            "the worst of {} mode switches lost {} new flows{}",
+            switches.len(),
+            units::count(new),
+            longest_outage(of(FaultKind::Switch))
+        ));
+    }
+    if parts.is_empty() {
+        return None;
+    }
+    let mut sentence = parts.join("; ");
+    if let Some(first) = sentence.get(..1) {
+        sentence = first.to_uppercase() + &sentence[1..];
+    }
+    Some(format!("{sentence}."))
+}
+
+fn longest_outage<'a>(faults: impl Iterator<Item = &'a crate::record::run::Fault>) -> String {
+    faults
+        .flat_map(|fault| {
+            fault.paths.iter().flat_map(move |path| {
+                path.outages.iter().map(move |outage| {
+                    (
+                        figures::outage_length(outage, fault.duration_ns).0,
+                        path.path.as_str(),
+                    )
+                })
+            })
+        })
+        .max_by_key(|(ns, _)| *ns)
+        .map(|(ns, path)| {
+            format!(
+                " (longest outage {}, {})",
+                units::time_u64(ns),
+                figures::path_title(path)
+            )
+        })
+        .unwrap_or_default()
+}
+
+/// In place of the third sentence when no fault was run.
+fn apply(run: &Run) -> Option<String> {
+    let clock = run.measurements.clock;
+    let costs: Vec<String> = figures::compared(run)
+        .into_iter()
+        .map(|cell| format!("{} in {}", units::cost_u64(clock, cell.apply_ns), cell.mode))
+        .collect();
+    (!costs.is_empty()).then(|| {
+        format!(
+            "{}, putting all rules into the kernel took {}{}.",
+            at_size(run),
+            units::list(&costs),
+            match clock {
+                Clock::Virtual => " (in instructions)",
+                Clock::Wall => "",
+            }
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::sample;
+
+    #[test]
+    fn the_whole_comparison() {
+        insta::assert_snapshot!(sentences(&sample::run()).join("\n"));
+    }
+
+    #[test]
+    fn one_mode_at_one_size_without_faults() {
+        let mut run = sample::host_run();
+        run.measurements.cells.truncate(1);
+        run.measurements.faults.clear();
+        insta::assert_snapshot!(sentences(&run).join("\n"));
+    }
+
+    #[test]
+    fn nothing_measured_says_nothing() {
+        let mut run = sample::run();
+        run.measurements.cells.clear();
+        run.measurements.faults.clear();
+        assert!(sentences(&run).is_empty());
+    }
+}
