@@ -3,7 +3,7 @@
 use super::blocks::services;
 use super::quantile::quantile;
 use super::{figures, units};
-use crate::record::run::{Cell, Clock, FaultKind, PacketState, Run};
+use crate::record::run::{Cell, Clock, Fault, FaultKind, PacketState, Run};
 use crate::rules::Mode;
 
 /// At most three sentences: what first packets pay, what later packets pay, what faults cost.
@@ -37,13 +37,18 @@ fn first_packets(run: &Run) -> Option<String> {
     let clock = run.measurements.clock;
     let path = figures::main_path(run)?;
     let pick = |cell| figures::translated(cell, path, PacketState::New);
-    let costs: Vec<String> = figures::compared(run)
-        .into_iter()
-        .filter_map(|cell| {
-            let p50 = quantile(pick(cell)?, 0.5)?;
-            Some(format!("{} in {}", units::cost_u64(clock, p50), cell.mode))
-        })
-        .collect();
+    let mut costs: Vec<String> = Vec::new();
+    for cell in figures::compared(run) {
+        if let Some(p50) = pick(cell).and_then(|histogram| quantile(histogram, 0.5)) {
+            // The unit once, with the first figure.
+            let unit = if costs.is_empty() { unit(clock) } else { "" };
+            costs.push(format!(
+                "{}{unit} in {}",
+                units::cost_u64(clock, p50),
+                cell.mode
+            ));
+        }
+    }
     if costs.is_empty() {
         return None;
     }
@@ -54,7 +59,10 @@ fn first_packets(run: &Run) -> Option<String> {
     let growing: Vec<String> = slopes
         .iter()
         .filter(|(_, slope)| !slope.is_flat())
-        .map(|(mode, slope)| format!("{} in {mode}", units::slope(clock, slope.per_service)))
+        .map(|(mode, slope)| {
+            let price = units::slope(clock, slope.per_service);
+            format!("{} in {mode}", price.strip_prefix('+').unwrap_or(&price))
+        })
         .collect();
     let flat: Vec<String> = slopes
         .iter()
@@ -64,28 +72,21 @@ fn first_packets(run: &Run) -> Option<String> {
     let growth = match (growing.as_slice(), flat.as_slice()) {
         ([], []) => String::new(),
         ([], _) => format!(
-            "; within what the histograms can tell apart it does not grow with the number of Services in {}",
+            "; the number of Services adds nothing that the histograms can tell apart in {}",
             units::list(&flat)
         ),
-        (_, []) => format!(
-            "; each further Service changes it by {}",
-            units::list(&growing)
-        ),
+        (_, []) => format!("; each further Service adds {}", units::list(&growing)),
         (_, _) => format!(
-            "; each further Service changes it by {}, and by nothing that the histograms can tell apart in {}",
+            "; each further Service adds {}, and nothing that the histograms can tell apart in {}",
             units::list(&growing),
             units::list(&flat)
         ),
     };
     Some(format!(
-        "{}, the stage that translates a flow’s first packet ({}) takes a median of {}{}{growth}.",
+        "{}, the stage that translates a flow’s first packet ({}) takes a median of {}{growth}.",
         at_size(run),
         figures::path_title(path),
         units::list(&costs),
-        match clock {
-            Clock::Virtual => " (in instructions)",
-            Clock::Wall => "",
-        }
     ))
 }
 
@@ -231,27 +232,32 @@ fn faults(run: &Run) -> Option<String> {
     Some(format!("{sentence}."))
 }
 
-fn longest_outage<'a>(faults: impl Iterator<Item = &'a crate::record::run::Fault>) -> String {
-    faults
-        .flat_map(|fault| {
-            fault.paths.iter().flat_map(move |path| {
-                path.outages.iter().map(move |outage| {
-                    (
-                        figures::outage_length(outage, fault.duration_ns).0,
-                        path.path.as_str(),
-                    )
-                })
-            })
-        })
-        .max_by_key(|(ns, _)| *ns)
-        .map(|(ns, path)| {
-            format!(
-                " (longest outage {}, {})",
-                units::time_u64(ns),
-                figures::path_title(path)
-            )
-        })
-        .unwrap_or_default()
+fn longest_outage<'a>(faults: impl Iterator<Item = &'a Fault>) -> String {
+    let mut longest = 0;
+    let mut paths: Vec<&str> = Vec::new();
+    for fault in faults {
+        for path in &fault.paths {
+            for outage in &path.outages {
+                let (length, _) = figures::outage_length(outage, fault.duration_ns);
+                if length > longest {
+                    longest = length;
+                    paths.clear();
+                }
+                if length == longest && !paths.contains(&path.path.as_str()) {
+                    paths.push(&path.path);
+                }
+            }
+        }
+    }
+    match paths.as_slice() {
+        [] => String::new(),
+        [path] => format!(
+            " (longest outage {}, {})",
+            units::time_u64(longest),
+            figures::path_title(path)
+        ),
+        _ => format!(" (longest outage {})", units::time_u64(longest)),
+    }
 }
 
 /// In place of the third sentence when no fault was run.

@@ -376,13 +376,27 @@ pub fn losses(ledger: &Ledger) -> String {
 
 /// A fault in one sentence.
 pub fn fault_words(fault: &Fault) -> String {
-    let new = figures::new_flows(fault);
-    let established = figures::established_flows(fault);
-    let title = figures::fault_title(fault);
+    format!(
+        "{} ({}): {}",
+        figures::fault_title(fault),
+        fault_setting(fault),
+        fault_outcome(fault)
+    )
+}
+
+/// `1,000 Services, rules back after 1.99 s`.
+pub fn fault_setting(fault: &Fault) -> String {
     let back = match (fault.kind, figures::rules_back_after(fault)) {
         (FaultKind::Flush, Some(ns)) => format!(", rules back after {}", units::time_u64(ns)),
         _ => String::new(),
     };
+    format!("{}{back}", services(fault.services))
+}
+
+/// What was lost, how, and for how long.
+pub fn fault_outcome(fault: &Fault) -> String {
+    let new = figures::new_flows(fault);
+    let established = figures::established_flows(fault);
     let lost = if new.lost_count() == 0 {
         format!("none of {} new flows lost", units::count(new.sent))
     } else {
@@ -393,21 +407,19 @@ pub fn fault_words(fault: &Fault) -> String {
             losses(&new)
         )
     };
-    let kept = if established.lost_count() == 0 {
-        format!("none of {} established", units::count(established.sent))
+    let kept = if established.sent == 0 {
+        String::new()
+    } else if established.lost_count() == 0 {
+        format!(", none of {} established", units::count(established.sent))
     } else {
         format!(
-            "{} of {} established ({})",
+            ", {} of {} established ({})",
             units::count(established.lost_count()),
             units::count(established.sent),
             losses(&established)
         )
     };
-    format!(
-        "{title} ({}{back}): {lost}, {kept}{}",
-        services(fault.services),
-        outage_words(fault)
-    )
+    format!("{lost}{kept}{}", outage_words(fault))
 }
 
 /// `; outage 31.0 ms on host→ClusterIP, none elsewhere`.

@@ -168,7 +168,7 @@ impl Page<'_> {
         };
         let _ = writeln!(
             self.out,
-            "<p class=\"quiet\">{}{} · {} · kernel {}</p>",
+            "<p class=\"quiet\">{}<span class=\"whole\">{}</span> · <span class=\"whole\">{}</span> · <span class=\"whole\">kernel {}</span></p>",
             escape(&measured),
             escape(&run.environment.started),
             escape(figures::clock_words(self.clock)),
@@ -235,7 +235,7 @@ impl Page<'_> {
         self.folded(&tables);
 
         self.subheading(&format!("Later packets of a flow, {title}: the whole node"));
-        self.paragraph("Conntrack remembers the translation, so later packets do not look at the rules again, whatever the mode.");
+        self.paragraph("Later packets are translated from what conntrack, or IPVS, remembers of the flow. As far as that spares them the rules, the lines are level.");
         let later = self.growth_plot(
             "growth-established",
             &title,
@@ -545,6 +545,8 @@ impl Page<'_> {
             let drawn = BarPlot {
                 id: format!("stages-{id}-{}", figures::state_name(state)),
                 title: format!("{}: stages of the {words}", figures::path_title(id)),
+                heading: capital(words),
+                legend: tables.is_empty(),
                 desc: format!("One bar a mode: {}.", units::list(&said)),
                 label: self.axis(words),
                 bars,
@@ -670,8 +672,8 @@ impl Page<'_> {
             "What does the whole node cost, and what without a Service?",
         );
         self.paragraph(&format!(
-            "{}. Hollow marks are the same origin sending straight to a pod’s address. Where a hollow mark lies to the right, rules make traffic dear that goes to no Service: it is compared with every Service’s rule and matches none.",
-            capital(&self.at_size())
+            "Compared at {}. Hollow marks are the same origin sending straight to a pod’s address. Where the hollow mark lies to the right of the filled one, a packet that goes to no Service pays more than one that does: where rules are looked at one by one, it passes them all and matches none.",
+            self.at_size()
         ));
         for (state, words) in [
             (PacketState::New, "First packet of a flow"),
@@ -805,10 +807,10 @@ impl Page<'_> {
     fn fault(&mut self, i: usize, fault: &Fault) {
         let title = figures::fault_title(fault);
         self.subheading(&capital(&title));
-        let words = blocks::fault_words(fault);
         self.paragraph(&format!(
-            "{}.",
-            capital(words.strip_prefix(&title).unwrap_or(&words).trim_start())
+            "{}: {}.",
+            blocks::fault_setting(fault),
+            blocks::fault_outcome(fault)
         ));
         let nothing =
             fault.kind == FaultKind::Control && figures::new_flows(fault).lost_count() == 0;

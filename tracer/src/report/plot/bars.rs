@@ -36,7 +36,7 @@ impl Kind {
     /// What the legend says.
     pub const fn title(self) -> &'static str {
         match self {
-            Self::Service => "dnat, ipvs, snat (in the mode's colour)",
+            Self::Service => "dnat, ipvs, snat (mode’s colour)",
             Self::Conntrack => "conntrack, confirm",
             Self::Filter => "raw, mangle, filter",
             Self::Rest => "routing and the rest",
@@ -88,6 +88,10 @@ pub struct BarPlot {
     pub title: String,
     /// What is seen, in words.
     pub desc: String,
+    /// What stands above the bars.
+    pub heading: String,
+    /// With a legend? One is enough for plots that stand together.
+    pub legend: bool,
     /// What the axis counts.
     pub label: String,
     /// From top to bottom.
@@ -111,11 +115,11 @@ impl BarPlot {
                 text: kind.title().to_owned(),
                 sign: Box::new(move |svg, x, y| {
                     if kind == Kind::Service {
-                        let part = SIGN / 4.0;
-                        for (mode, i) in Mode::ALL.into_iter().zip([0.0, 1.0, 2.0, 3.0]) {
+                        let part = SIGN / self.bars.len() as f64;
+                        for (i, bar) in self.bars.iter().enumerate() {
                             svg.rect(
-                                &format!("seg {} {}", kind.class(), mode_class(mode)),
-                                (x + part * i, y - 7.0),
+                                &format!("seg {} {}", kind.class(), mode_class(bar.mode)),
+                                (x + part * i as f64, y - 7.0),
                                 (part, 14.0),
                                 "",
                             );
@@ -131,7 +135,14 @@ impl BarPlot {
                 }),
             })
             .collect();
-        let mut y = legend(&mut svg, &entries) + 8.0;
+        let mut y = if self.legend {
+            legend(&mut svg, &entries) + 6.0
+        } else {
+            2.0
+        };
+        y += TEXT;
+        svg.text("label strong", (0.0, y), Anchor::Start, &self.heading);
+        y += 12.0;
 
         let narrow = width <= NARROW;
         // Narrow windows have the mode's name above its bar.
@@ -191,7 +202,7 @@ impl BarPlot {
         for bar in &self.bars {
             let top = if narrow { y + TEXT + 6.0 } else { y };
             if narrow {
-                svg.text("label", (left, y + TEXT), Anchor::Start, &bar.label);
+                svg.text("label halo", (left, y + TEXT), Anchor::Start, &bar.label);
             } else {
                 svg.text(
                     "label",
@@ -214,7 +225,7 @@ impl BarPlot {
                 let long = format!("{} {}", segment.name, segment.written);
                 let written = [&long, &segment.name]
                     .into_iter()
-                    .find(|text| text_width(text) + 8.0 < b - a);
+                    .find(|text| text_width(text) + 4.0 < b - a);
                 if let Some(text) = written {
                     svg.text(
                         &format!("in {} {}", segment.kind.class(), mode_class(bar.mode)),
@@ -233,5 +244,47 @@ impl BarPlot {
             y += row;
         }
         svg.finish(bottom + 44.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_have_their_kind() {
+        assert_eq!(Kind::of("dnat"), Kind::Service);
+        assert_eq!(Kind::of("confirm"), Kind::Conntrack);
+        assert_eq!(Kind::of("filter"), Kind::Filter);
+        assert_eq!(Kind::of("something new"), Kind::Rest);
+    }
+
+    #[test]
+    fn a_small_plot() {
+        let segment = |name: &str, value: f64| Segment {
+            name: name.to_owned(),
+            value,
+            kind: Kind::of(name),
+            written: value.to_string(),
+        };
+        let plot = BarPlot {
+            id: "bars".to_owned(),
+            title: "Stages".to_owned(),
+            desc: "One bar.".to_owned(),
+            heading: "First packet".to_owned(),
+            legend: true,
+            label: "instructions".to_owned(),
+            bars: vec![Bar {
+                mode: Mode::Nftables,
+                label: "nftables".to_owned(),
+                segments: vec![
+                    segment("dnat", 300.0),
+                    segment("conntrack", 600.0),
+                    segment("raw", 9.0),
+                ],
+                total: "909".to_owned(),
+            }],
+        };
+        insta::assert_snapshot!(plot.draw(NARROW, &|v| v.to_string()).replace("><", ">\n<"));
     }
 }

@@ -80,16 +80,11 @@ impl DotPlot {
         let mut y = legend(&mut svg, &entries) + 6.0;
         svg.close();
         let top = y;
-        let left = Mode::ALL
-            .into_iter()
-            .filter(|mode| {
-                self.groups
-                    .iter()
-                    .any(|group| group.pairs.iter().any(|pair| pair.mode == *mode))
-            })
-            .map(|mode| text_width(mode.name()))
-            .fold(0.0, f64::max)
-            + 14.0;
+        let names = self.groups.iter().flat_map(|group| {
+            let modes = group.pairs.iter().map(|pair| text_width(pair.mode.name()));
+            modes.chain([text_width(&group.title)])
+        });
+        let left = names.fold(0.0, f64::max) + 14.0;
         let right = width
             - self
                 .ticks
@@ -126,7 +121,7 @@ impl DotPlot {
 
         for group in &self.groups {
             y += TEXT + 8.0;
-            svg.text("label strong", (0.0, y), Anchor::Start, &group.title);
+            svg.text("label strong", (left - 10.0, y), Anchor::End, &group.title);
             y += 6.0;
             for pair in &group.pairs {
                 let middle = y + ROW / 2.0;

@@ -161,3 +161,40 @@ impl LinePlot {
         svg.finish(bottom + 48.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_plot() {
+        let series = |mode: Mode, points: &[(f64, f64)]| Series {
+            mode,
+            name: mode.name().to_owned(),
+            points: points.to_vec(),
+            band: points.iter().map(|(x, y)| (*x, y / 2.0, y * 2.0)).collect(),
+            hints: points.iter().map(|(x, y)| format!("{x}: {y}")).collect(),
+        };
+        let tick = |v: f64| (v, v.to_string());
+        let plot = LinePlot {
+            id: "a plot".to_owned(),
+            title: "Cost <against> Services".to_owned(),
+            desc: "One line grows.".to_owned(),
+            x: Axis {
+                label: "Services".to_owned(),
+                log: false,
+                ticks: vec![tick(0.0), tick(100.0)],
+            },
+            y: Axis {
+                label: "cost".to_owned(),
+                log: true,
+                ticks: vec![tick(1.0), tick(10.0), tick(100.0)],
+            },
+            series: vec![
+                series(Mode::IptablesLegacy, &[(10.0, 5.0), (100.0, 50.0)]),
+                series(Mode::Ipvs, &[(10.0, 5.0)]),
+            ],
+        };
+        insta::assert_snapshot!(plot.draw(super::super::NARROW).replace("><", ">\n<"));
+    }
+}

@@ -20,7 +20,7 @@ pub const NARROW: f64 = 350.0;
 
 /// Height of text and about how wide one of its characters is.
 pub(super) const TEXT: f64 = 13.0;
-const CHARACTER: f64 = 6.9;
+const CHARACTER: f64 = 6.7;
 
 /// Text as it may stand in HTML and SVG, in content and in attributes.
 pub fn escape(text: &str) -> String {
@@ -205,12 +205,30 @@ pub(super) struct Entry<'a> {
 /// Width of a legend's sign.
 pub(super) const SIGN: f64 = 30.0;
 
-/// Draws a legend from the top, wrapping; returns its height.
+/// Draws a legend from the top; returns its height. What does not fit one row stands in columns,
+/// as even as possible.
 pub(super) fn legend(svg: &mut Svg, entries: &[Entry<'_>]) -> f64 {
-    let (mut x, mut y) = (0.0, 12.0);
-    for entry in entries {
-        let wide = SIGN + 6.0 + text_width(&entry.text) + 20.0;
-        if x > 0.0 && x + wide - 20.0 > svg.width {
+    let widths: Vec<f64> = entries
+        .iter()
+        .map(|entry| SIGN + 6.0 + text_width(&entry.text) + 18.0)
+        .collect();
+    let one_row = widths.iter().sum::<f64>() - 18.0 <= svg.width;
+    let column = widths.iter().copied().fold(1.0, f64::max);
+    let mut rows = 1;
+    if !one_row {
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a small positive number of columns"
+        )]
+        let fit = (((svg.width + 18.0) / column).floor() as usize).max(1);
+        rows = entries.len().div_ceil(fit);
+    }
+    let columns = entries.len().div_ceil(rows).max(1);
+    let mut x = 0.0;
+    let mut y = 12.0;
+    for (i, (entry, width)) in entries.iter().zip(&widths).enumerate() {
+        if i > 0 && i % columns == 0 {
             x = 0.0;
             y += 20.0;
         }
@@ -221,7 +239,7 @@ pub(super) fn legend(svg: &mut Svg, entries: &[Entry<'_>]) -> f64 {
             Anchor::Start,
             &entry.text,
         );
-        x += wide;
+        x += if one_row { *width } else { column };
     }
     y + 12.0
 }

@@ -70,7 +70,15 @@ pub fn draw(id: &str, fault: &Fault, width: f64) -> String {
     let row = TEXT + 14.0 + height + 6.0;
     let bottom = top + row * fault.paths.len() as f64;
 
-    // Rule changes lie behind the rows they explain, through all of them.
+    // What was sent lies at the back, rule changes over it through all rows, losses in front.
+    for (i, path) in fault.paths.iter().enumerate() {
+        let base = top + row * i as f64 + TEXT + 14.0 + height;
+        let scale = Scale::new(false, (0.0, highest as f64), (base, base - height));
+        svg.path(
+            "sent",
+            &area(&path.series, fault, &x, &scale, |bin| bin.sent),
+        );
+    }
     for change in &fault.changes {
         let (a, b) = (
             x.at(change.start_ns as f64 / 1e9),
@@ -91,15 +99,16 @@ pub fn draw(id: &str, fault: &Fault, width: f64) -> String {
     for path in &fault.paths {
         let base = y + TEXT + 14.0 + height;
         svg.text(
-            "label strong halo",
+            "label strong",
             (left + 2.0, y + TEXT + 2.0),
             Anchor::Start,
             &figures::path_title(&path.path),
         );
         let scale = Scale::new(false, (0.0, highest as f64), (base, base - height));
-        let steps = |pick: fn(&Bin) -> u64| area(&path.series, fault, &x, &scale, pick);
-        svg.path("sent", &steps(|bin| bin.sent));
-        svg.path(&format!("lost {mode}"), &steps(|bin| bin.lost));
+        svg.path(
+            &format!("lost {mode}"),
+            &area(&path.series, fault, &x, &scale, |bin| bin.lost),
+        );
         svg.line("axis", (left, base), (right, base));
         svg.text("tick", (left - 6.0, base + 4.0), Anchor::End, "0");
         svg.text(
@@ -123,7 +132,7 @@ pub fn draw(id: &str, fault: &Fault, width: f64) -> String {
             let middle = f64::midpoint(a, b);
             let half = text_width(&text) / 2.0;
             let at = middle.max(name_ends + half).min(right - half);
-            svg.text("tick halo", (at, y + TEXT + 1.0), Anchor::Middle, &text);
+            svg.text("tick", (at, y + TEXT + 1.0), Anchor::Middle, &text);
         }
         y += row;
     }
@@ -221,4 +230,48 @@ fn area(series: &[Bin], fault: &Fault, x: &Scale, y: &Scale, pick: fn(&Bin) -> u
     }
     d.push('Z');
     d
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::run::FaultKind;
+    use crate::report::sample;
+
+    #[test]
+    fn a_switch() {
+        let run = sample::run();
+        let fault = run
+            .measurements
+            .faults
+            .iter()
+            .find(|fault| fault.kind == FaultKind::Switch)
+            .expect("in the sample");
+        insta::assert_snapshot!(draw("switch", fault, NARROW).replace("><", ">\n<"));
+    }
+
+    #[test]
+    fn changes_close_together_share_a_mark() {
+        let run = sample::run();
+        let fault = run
+            .measurements
+            .faults
+            .iter()
+            .find(|fault| fault.kind == FaultKind::Switch)
+            .expect("in the sample");
+        let written = |width: f64| -> Vec<String> {
+            let x = Scale::new(false, (0.0, 6.0), (0.0, width));
+            marks(fault, &x).into_iter().map(|(_, text)| text).collect()
+        };
+        assert_eq!(written(300.0), ["1–2", "3–4"]);
+        assert_eq!(written(3000.0), ["1", "2", "3", "4"]);
+        assert_eq!(written(20.0), ["1–4"]);
+    }
+
+    #[test]
+    fn an_outage_that_is_not_over_is_said_to_be() {
+        let mut fault = sample::run().measurements.faults[1].clone();
+        fault.paths[0].outages[0].end_ns = None;
+        assert!(draw("open", &fault, NARROW).contains("4.00 s, not over"));
+    }
 }
