@@ -94,59 +94,53 @@ fn later_packets(run: &Run) -> Option<String> {
     let clock = run.measurements.clock;
     let path = figures::main_path(run)?;
     let p50 = |cell: &Cell| quantile(figures::node(cell, path, PacketState::Established)?, 0.5);
-    let costs: Vec<(Mode, u64)> = figures::compared(run)
-        .into_iter()
-        .filter_map(|cell| Some((cell.mode, p50(cell)?)))
+    // Modes whose figures read the same stand together.
+    let mut groups: Vec<(String, Vec<String>)> = Vec::new();
+    for cell in figures::compared(run) {
+        let Some(ns) = p50(cell) else { continue };
+        let written = units::cost_u64(clock, ns);
+        let name = cell.mode.name().to_owned();
+        match groups.iter_mut().find(|(known, _)| *known == written) {
+            Some((_, modes)) => modes.push(name),
+            None => groups.push((written, vec![name])),
+        }
+    }
+    if groups.is_empty() {
+        return None;
+    }
+    let costs: Vec<String> = groups
+        .iter()
+        .enumerate()
+        .map(|(i, (written, modes))| {
+            let unit = if i == 0 { unit(clock) } else { "" };
+            format!("{written}{unit} in {}", units::list(modes))
+        })
         .collect();
-    let cheapest = costs.iter().min_by_key(|(_, ns)| *ns)?;
-    let dearest = costs.iter().max_by_key(|(_, ns)| *ns)?;
-    let range = if costs.len() == 1 || cheapest.1 == dearest.1 {
-        format!(
-            "{}{} in {}",
-            units::cost_u64(clock, cheapest.1),
-            unit(clock),
-            units::list(
-                &costs
-                    .iter()
-                    .map(|(mode, _)| mode.name().to_owned())
-                    .collect::<Vec<_>>()
-            )
-        )
-    } else {
-        format!(
-            "between {} ({}) and {}{} ({})",
-            units::cost_u64(clock, cheapest.1),
-            cheapest.0,
-            units::cost_u64(clock, dearest.1),
-            unit(clock),
-            dearest.0
-        )
-    };
-    // How far the median moves between a mode's smallest and largest size, at most.
+    let costs = costs.join("; ");
+    // How far apart a mode's medians at different numbers of Services lie, at most.
     let moves = figures::modes(run)
         .into_iter()
         .filter_map(|mode| {
-            let cells = figures::cells(run, mode);
-            let (first, last) = (cells.first()?, cells.last()?);
-            if first.services == last.services {
-                return None;
-            }
-            let small = p50(first)? as f64;
-            Some(((p50(last)? as f64 - small) / small).abs())
+            let medians: Vec<u64> = figures::cells(run, mode)
+                .into_iter()
+                .filter_map(p50)
+                .collect();
+            let (low, high) = (*medians.iter().min()?, *medians.iter().max()?);
+            (medians.len() > 1).then(|| (high - low) as f64 / low.max(1) as f64)
         })
         .reduce(f64::max);
     let moves = moves
         .map(|share| {
             // The middle of a bucket is within 0.8 % of its values.
             if share < 0.016 {
-                ", the same within the histograms’ resolution at every number of Services measured".to_owned()
+                "; it is the same within the histograms’ resolution at every number of Services measured".to_owned()
             } else {
-                format!(", and moves by at most {} between a mode’s smallest and largest number of Services", units::percent(share))
+                format!("; between the numbers of Services measured it differs by at most {}", units::percent(share))
             }
         })
         .unwrap_or_default();
     Some(format!(
-        "A later packet of a flow takes a median of {range} on the whole node{moves}."
+        "On the whole node a later packet of a flow takes a median of {costs}{moves}."
     ))
 }
 

@@ -183,11 +183,12 @@ impl BarPlot {
             .map(|v| (x.at(*v), tick(*v)))
             .collect();
         for ((at, text), shown) in labels.iter().zip(fitting(&labels)) {
-            svg.line(
-                if *at > left { "grid" } else { "axis" },
-                (*at, y - 4.0),
-                (*at, bottom),
-            );
+            // In narrow windows the modes' names stand where the line at 0 would.
+            if *at > left {
+                svg.line("grid", (*at, y - 4.0), (*at, bottom));
+            } else if !narrow {
+                svg.line("axis", (*at, y - 4.0), (*at, bottom));
+            }
             if shown {
                 let anchor = if *at > left + 8.0 || !narrow {
                     Anchor::Middle
@@ -202,7 +203,7 @@ impl BarPlot {
         for bar in &self.bars {
             let top = if narrow { y + TEXT + 6.0 } else { y };
             if narrow {
-                svg.text("label halo", (left, y + TEXT), Anchor::Start, &bar.label);
+                svg.text("label", (left, y + TEXT), Anchor::Start, &bar.label);
             } else {
                 svg.text(
                     "label",
@@ -225,7 +226,7 @@ impl BarPlot {
                 let long = format!("{} {}", segment.name, segment.written);
                 let written = [&long, &segment.name]
                     .into_iter()
-                    .find(|text| text_width(text) + 4.0 < b - a);
+                    .find(|text| text_width(text) + 6.0 < b - a);
                 if let Some(text) = written {
                     svg.text(
                         &format!("in {} {}", segment.kind.class(), mode_class(bar.mode)),

@@ -1,6 +1,8 @@
 //! Pairs of dots: the whole node's cost of a Service path against the same origin straight to a pod.
 
-use super::{Anchor, Entry, SIGN, Scale, Svg, TEXT, fitting, legend, mode_class, text_width};
+use super::{
+    Anchor, Entry, SIGN, Scale, Svg, TEXT, bold_width, fitting, legend, mode_class, text_width,
+};
 use crate::rules::Mode;
 
 /// One mode's pair.
@@ -82,7 +84,7 @@ impl DotPlot {
         let top = y;
         let names = self.groups.iter().flat_map(|group| {
             let modes = group.pairs.iter().map(|pair| text_width(pair.mode.name()));
-            modes.chain([text_width(&group.title)])
+            modes.chain([bold_width(&group.title)])
         });
         let left = names.fold(0.0, f64::max) + 14.0;
         let right = width

@@ -45,6 +45,11 @@ pub(super) fn text_width(text: &str) -> f64 {
     text.chars().count() as f64 * CHARACTER
 }
 
+/// About how wide a text in bold is.
+pub(super) fn bold_width(text: &str) -> f64 {
+    text_width(text) * 1.2
+}
+
 /// A coordinate: a tenth of a pixel is enough, and short.
 fn px(value: f64) -> String {
     units::trimmed(value, 1)

@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use super::{
-    Anchor, Entry, NARROW, SIGN, Scale, Svg, TEXT, fitting, legend, linear_ticks, mode_class, px,
-    text_width,
+    Anchor, Entry, NARROW, SIGN, Scale, Svg, TEXT, bold_width, fitting, legend, linear_ticks,
+    mode_class, px, text_width,
 };
 use crate::record::run::{Bin, Fault};
 use crate::report::{figures, units};
@@ -128,7 +128,7 @@ pub fn draw(id: &str, fault: &Fault, width: f64) -> String {
                 if ended { "" } else { ", not over" }
             );
             // Beside the path's name if there is room, else to the right of the span.
-            let name_ends = left + 2.0 + text_width(&figures::path_title(&path.path)) + 8.0;
+            let name_ends = left + 2.0 + bold_width(&figures::path_title(&path.path)) + 8.0;
             let middle = f64::midpoint(a, b);
             let half = text_width(&text) / 2.0;
             let at = middle.max(name_ends + half).min(right - half);
