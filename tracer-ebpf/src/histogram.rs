@@ -29,10 +29,43 @@ pub const fn cell_of(value: u64) -> usize {
     if value >> (MAX_BIT + 1) != 0 {
         return CELLS - 1;
     }
-    let msb = 63 - value.leading_zeros();
+    let msb = highest_bit(value);
     let shift = msb - SUB_BITS;
     // (value >> shift) is in SUB_CELLS..2*SUB_CELLS
     (shift as usize) * SUB_CELLS + (value >> shift) as usize
+}
+
+/// The position of the highest set bit of a value below 2^64 that is not 0.
+///
+/// BPF has no such instruction and LLVM's replacement counts all bits; five comparisons do.
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "the kernel programs must not call it")]
+const fn highest_bit(mut value: u64) -> u32 {
+    let mut bit = 0;
+    if value >> 32 != 0 {
+        value >>= 32;
+        bit += 32;
+    }
+    if value >> 16 != 0 {
+        value >>= 16;
+        bit += 16;
+    }
+    if value >> 8 != 0 {
+        value >>= 8;
+        bit += 8;
+    }
+    if value >> 4 != 0 {
+        value >>= 4;
+        bit += 4;
+    }
+    if value >> 2 != 0 {
+        value >>= 2;
+        bit += 2;
+    }
+    if value >> 1 != 0 {
+        bit += 1;
+    }
+    bit
 }
 
 /// The lowest and highest value of a cell.
@@ -72,6 +105,15 @@ mod tests {
         }
         assert_eq!(next, 1 << (MAX_BIT + 1));
         assert_eq!(cell_of(u64::MAX), CELLS - 1);
+    }
+
+    #[test]
+    fn highest_bit_is_the_logarithm() {
+        for bit in 0..64 {
+            assert_eq!(highest_bit(1 << bit), bit);
+            assert_eq!(highest_bit((1 << bit) | 1), bit);
+            assert_eq!(highest_bit(u64::MAX >> (63 - bit)), bit);
+        }
     }
 
     #[test]

@@ -1,3 +1,31 @@
 //! Everything that touches the kernel besides the probes.
 
+pub mod apply;
+pub mod btf;
+pub mod clock;
+pub mod link;
 pub mod netns;
+pub mod nfacct;
+pub mod sysctl;
+pub mod tool;
+
+/// The running kernel's release, as `uname -r` prints it.
+pub fn release() -> String {
+    nix::sys::utsname::uname().map_or_else(
+        |_| "unknown".to_owned(),
+        |name| name.release().to_string_lossy().into_owned(),
+    )
+}
+
+/// Has the running kernel IPVS? If it is a module it is loaded, as kube-proxy does at its start.
+pub fn has_ipvs() -> bool {
+    let there = || std::path::Path::new("/proc/net/ip_vs").exists();
+    if there() {
+        return true;
+    }
+    // A kernel without modules, or without this one, has no IPVS: the look after it decides.
+    let _ = std::process::Command::new("modprobe")
+        .args(["--quiet", "ip_vs"])
+        .status();
+    there()
+}

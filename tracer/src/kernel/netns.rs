@@ -73,6 +73,13 @@ impl Netns {
         &self.name
     }
 
+    /// A path that names the namespace as long as this process holds it: `/proc/<pid>/fd/<n>`.
+    ///
+    /// `ip link ... netns PATH` takes it, from whichever namespace `ip` itself runs in.
+    pub fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
+    }
+
     /// The namespace's inode number: `net->ns.inum` in the kernel.
     pub fn inode(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.ino())

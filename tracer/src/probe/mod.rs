@@ -1,1 +1,15 @@
-//! probe
+//! The probes: which there are, how they are loaded and attached, what they counted.
+//!
+//! This room knows maps and programs, and nothing of Kubernetes: to it a Service is an address,
+//! a port and a protocol.
+
+pub mod catalogue;
+pub mod hooks;
+mod netfilter;
+mod offsets;
+
+/// The compiled programs, as committed beside their manifest.
+pub const OBJECT: &[u8] = aya::include_bytes_aligned!("../../../tracer-ebpf/prebuilt/probes.bpf.o");
+
+/// The manifest of [`OBJECT`]: the hash of its sources and who compiled it.
+pub const MANIFEST: &str = include_str!("../../../tracer-ebpf/prebuilt/manifest.json");

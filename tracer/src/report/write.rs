@@ -74,16 +74,23 @@ fn remedy(error: &io::Error) -> &'static str {
     }
 }
 
+/// Refuses a folder that holds a run already, before hours are spent on another.
+pub fn check_target(dir: &Path, force: bool) -> Result<(), WriteError> {
+    let run_file = dir.join(RUN_FILE);
+    if !force && run_file.symlink_metadata().is_ok() {
+        return Err(WriteError::Exists(run_file));
+    }
+    Ok(())
+}
+
 /// Writes run.json, the `.hlog` files and report.html into `dir`, which is made if it is missing.
 ///
 /// Everything goes to temporary names first and is renamed when all of it is on disk, run.json
 /// last, so a folder with a run.json is complete. With `force` a run that is there is replaced.
 pub fn write_all(run: &Run, dir: &Path, force: bool) -> Result<Written, WriteError> {
     read::validate(run)?;
+    check_target(dir, force)?;
     let run_file = dir.join(RUN_FILE);
-    if !force && run_file.symlink_metadata().is_ok() {
-        return Err(WriteError::Exists(run_file));
-    }
     // Everything is made before anything is written: what cannot be encoded costs no disk.
     let logs = hlog::logs(run).map_err(|error| WriteError::Encode(error.to_string()))?;
     let names: BTreeSet<String> = logs.iter().map(|(name, _)| name.clone()).collect();

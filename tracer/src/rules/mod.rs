@@ -1,9 +1,25 @@
 //! Pure: a cluster compiled to the rules that kube-proxy would install.
+//!
+//! [`render`] gives what kube-proxy 1.36 installs for ClusterIP and NodePort Services with default
+//! policies. Services keep the cluster's order, where kube-proxy's is that of a Go map and changes
+//! at every sync.
 
 use std::fmt;
+use std::fmt::Write as _;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::cluster::Cluster;
+
+pub mod iptables;
+pub mod ipvs;
+pub mod names;
+pub mod nftables;
+mod ports;
+
+use ports::Ports;
 
 /// How a node's Services are implemented.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -83,3 +99,389 @@ impl RuleCounts {
         self.rules + self.elements + self.virtual_servers + self.real_servers
     }
 }
+
+/// An IP family. kube-proxy runs one proxier for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// IPv4.
+    Ipv4,
+    /// IPv6.
+    Ipv6,
+}
+
+impl Family {
+    /// Both, in the order in which they are applied.
+    pub const ALL: [Self; 2] = [Self::Ipv4, Self::Ipv6];
+
+    /// Is the address of this family?
+    pub const fn holds(self, address: IpAddr) -> bool {
+        matches!(
+            (self, address),
+            (Self::Ipv4, IpAddr::V4(_)) | (Self::Ipv6, IpAddr::V6(_))
+        )
+    }
+
+    /// nft's name of the family: `ip`, `ip6`.
+    pub const fn nft(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "ip",
+            Self::Ipv6 => "ip6",
+        }
+    }
+
+    const fn nft_address(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "ipv4_addr",
+            Self::Ipv6 => "ipv6_addr",
+        }
+    }
+
+    /// The usual length of `ip:port`.
+    const fn socket_capacity(self) -> usize {
+        match self {
+            Self::Ipv4 => 24,
+            Self::Ipv6 => 48,
+        }
+    }
+}
+
+/// Which kernel interface `iptables` talks to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// `x_tables`.
+    Legacy,
+    /// `nf_tables` with its `x_tables` compatibility.
+    Nft,
+}
+
+impl Backend {
+    /// The name of the tool: `iptables-legacy`, `ip6tables-nft`.
+    pub const fn tool(self, family: Family) -> &'static str {
+        match (self, family) {
+            (Self::Legacy, Family::Ipv4) => "iptables-legacy",
+            (Self::Legacy, Family::Ipv6) => "ip6tables-legacy",
+            (Self::Nft, Family::Ipv4) => "iptables-nft",
+            (Self::Nft, Family::Ipv6) => "ip6tables-nft",
+        }
+    }
+}
+
+impl Mode {
+    /// The iptables back end of the mode's iptables rules.
+    ///
+    /// In IPVS mode it is `iptables-nft`, which is what `iptables` is on today's distributions and
+    /// what kube-proxy's image chooses there.
+    pub const fn backend(self) -> Option<Backend> {
+        match self {
+            Self::IptablesLegacy => Some(Backend::Legacy),
+            Self::IptablesNft | Self::Ipvs => Some(Backend::Nft),
+            Self::Nftables => None,
+        }
+    }
+}
+
+/// An IP network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Cidr {
+    /// The first address.
+    pub address: IpAddr,
+    /// Length of the prefix in bits.
+    pub prefix: u8,
+}
+
+impl fmt::Display for Cidr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix)
+    }
+}
+
+/// Text that is no IP network.
+#[derive(Debug, thiserror::Error)]
+#[error("'{0}' is no network: write ADDRESS/PREFIX, such as 10.244.0.0/16")]
+pub struct NotCidr(String);
+
+impl FromStr for Cidr {
+    type Err = NotCidr;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        let parse = || {
+            let (address, prefix) = s.split_once('/')?;
+            let address: IpAddr = address.parse().ok()?;
+            let prefix: u8 = prefix.parse().ok()?;
+            let bits = if address.is_ipv4() { 32 } else { 128 };
+            (prefix <= bits).then_some(Self { address, prefix })
+        };
+        parse().ok_or_else(|| NotCidr(s.to_owned()))
+    }
+}
+
+/// What kube-proxy knows of the node it runs on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeView {
+    /// The node's name: endpoints on it are local.
+    pub name: String,
+    /// The node's own addresses but for loopback ones. IPVS mode makes a virtual server for each
+    /// of them and NodePort; nftables mode takes NodePort traffic to the first of each family (the
+    /// node's primary addresses), iptables mode to any local address.
+    pub addresses: Vec<IpAddr>,
+    /// `--cluster-cidr`: where pods live. Traffic to a ClusterIP from elsewhere is masqueraded.
+    pub cluster_cidrs: Vec<Cidr>,
+    /// The cluster's `ServiceCIDR`s, of which nftables mode drops what no Service has.
+    pub service_cidrs: Vec<Cidr>,
+    /// The bit of the mark that asks for masquerading: `--iptables-masquerade-bit`.
+    pub masquerade_bit: u8,
+    /// Can the kernel count with nfacct? If so, iptables mode counts two things with it.
+    pub nfacct: bool,
+}
+
+impl NodeView {
+    /// kube-proxy's default masquerade bit.
+    pub const MASQUERADE_BIT: u8 = 14;
+
+    /// The first `--cluster-cidr` of the family.
+    fn cluster_cidr(&self, family: Family) -> Option<Cidr> {
+        self.cluster_cidrs
+            .iter()
+            .copied()
+            .find(|cidr| family.holds(cidr.address))
+    }
+
+    fn addresses_of(&self, family: Family) -> impl Iterator<Item = IpAddr> {
+        self.addresses
+            .iter()
+            .copied()
+            .filter(move |address| family.holds(*address))
+    }
+
+    /// Go's `%#08x` of the mark.
+    fn mark(&self) -> String {
+        format!("{:#010x}", 1_u32 << (u32::from(self.masquerade_bit) % 32))
+    }
+}
+
+/// A kernel parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sysctl {
+    /// Path under `/proc/sys`.
+    pub path: &'static str,
+    /// Value.
+    pub value: &'static str,
+    /// What a kernel without it lacks; `None` if the mode works without.
+    pub needed_for: Option<&'static str>,
+}
+
+/// One step of installing rules.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Set a kernel parameter.
+    Sysctl(Sysctl),
+    /// Make an nfacct object.
+    Accounting(&'static str),
+    /// `iptables-restore --noflush`.
+    Iptables {
+        /// IP family.
+        family: Family,
+        /// Back end.
+        backend: Backend,
+        /// Standard input.
+        text: String,
+    },
+    /// `ipvsadm -R`.
+    Servers {
+        /// Standard input.
+        text: String,
+    },
+    /// Make [`ipvs::LINK`] and bind these addresses to it.
+    Addresses {
+        /// The virtual servers' addresses.
+        addresses: Vec<IpAddr>,
+    },
+    /// `ipset restore`.
+    Sets {
+        /// Standard input.
+        text: String,
+    },
+    /// `nft -f -`.
+    Nft {
+        /// IP family.
+        family: Family,
+        /// Standard input.
+        text: String,
+    },
+}
+
+/// Everything kube-proxy installs, in its order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuleSet {
+    /// The mode.
+    pub mode: Mode,
+    /// The steps; each text can be loaded as written into a kernel without rules.
+    pub steps: Vec<Step>,
+}
+
+impl RuleSet {
+    /// What the kernel holds once every step is done.
+    pub fn expected_counts(&self) -> RuleCounts {
+        fn lines(text: &str, prefix: &str) -> u64 {
+            text.lines().filter(|line| line.starts_with(prefix)).count() as u64
+        }
+        let mut counts = RuleCounts::default();
+        for step in &self.steps {
+            match step {
+                Step::Sysctl(_) | Step::Accounting(_) | Step::Addresses { .. } => {}
+                Step::Iptables { text, .. } => counts.rules += lines(text, "-"),
+                Step::Servers { text } => {
+                    counts.virtual_servers += lines(text, "-A ");
+                    counts.real_servers += lines(text, "-a ");
+                }
+                Step::Sets { text } => counts.elements += lines(text, "add "),
+                Step::Nft { text, .. } => {
+                    counts.rules += lines(text, "add rule ");
+                    counts.elements += lines(text, "\t");
+                }
+            }
+        }
+        counts
+    }
+
+    /// Every step as the commands an operator could run, for people to read.
+    pub fn script(&self) -> String {
+        let mut script = String::new();
+        let mut heredoc = |command: &str, text: &str| {
+            // Writing into a String cannot fail, here and below.
+            let _ = write!(script, "{command} <<'END'\n{text}END\n");
+        };
+        for step in &self.steps {
+            match step {
+                Step::Sysctl(Sysctl { path, value, .. }) => {
+                    heredoc(&format!("cat > /proc/sys/{path}"), &format!("{value}\n"));
+                }
+                Step::Accounting(name) => heredoc("sh", &format!("nfacct add {name}\n")),
+                Step::Iptables {
+                    family,
+                    backend,
+                    text,
+                } => heredoc(
+                    &format!("{}-restore --noflush", backend.tool(*family)),
+                    text,
+                ),
+                Step::Servers { text } => heredoc("ipvsadm -R", text),
+                Step::Addresses { addresses } => {
+                    let mut text = format!("link add {} type dummy\n", ipvs::LINK);
+                    for address in addresses {
+                        let _ = writeln!(text, "address add {address} dev {}", ipvs::LINK);
+                    }
+                    heredoc("ip -batch -", &text);
+                }
+                Step::Sets { text } => heredoc("ipset restore", text),
+                Step::Nft { text, .. } => heredoc("nft -f -", text),
+            }
+        }
+        script
+    }
+}
+
+const FORWARDING: [Sysctl; 2] = [
+    Sysctl {
+        path: "net/ipv4/ip_forward",
+        value: "1",
+        needed_for: Some("forwarding to pods"),
+    },
+    Sysctl {
+        path: "net/ipv6/conf/all/forwarding",
+        value: "1",
+        needed_for: None,
+    },
+];
+
+/// iptables mode serves NodePorts on loopback addresses too.
+const ROUTE_LOCALNET: Sysctl = Sysctl {
+    path: "net/ipv4/conf/all/route_localnet",
+    value: "1",
+    needed_for: None,
+};
+
+/// `NewProxier` of `pkg/proxy/ipvs/proxier.go`. `conn_reuse_mode` is left alone from kernel 5.9 on,
+/// and `arp_ignore` and `arp_announce` are only set with `--ipvs-strict-arp`.
+const IPVS_SYSCTLS: [Sysctl; 3] = [
+    Sysctl {
+        path: "net/ipv4/vs/conntrack",
+        value: "1",
+        needed_for: Some("IPVS with conntrack (module ip_vs, CONFIG_IP_VS_NFCT)"),
+    },
+    Sysctl {
+        path: "net/ipv4/vs/expire_nodest_conn",
+        value: "1",
+        needed_for: None,
+    },
+    Sysctl {
+        path: "net/ipv4/vs/expire_quiescent_template",
+        value: "1",
+        needed_for: None,
+    },
+];
+
+/// Compiles a cluster to what kube-proxy installs on `node` in `mode`, for both IP families.
+///
+/// Forwarding is switched on in every mode: kube-proxy does so itself only in IPVS mode, a node's
+/// other software in the others.
+pub fn render(cluster: &Cluster, node: &NodeView, mode: Mode) -> RuleSet {
+    let mut steps: Vec<Step> = FORWARDING.map(Step::Sysctl).into();
+    let families = Family::ALL.map(|family| (family, Ports::new(cluster, &node.name, family)));
+    match mode {
+        Mode::IptablesLegacy | Mode::IptablesNft => {
+            let backend = if mode == Mode::IptablesLegacy {
+                Backend::Legacy
+            } else {
+                Backend::Nft
+            };
+            steps.push(Step::Sysctl(ROUTE_LOCALNET));
+            if node.nfacct {
+                steps.push(Step::Accounting(iptables::INVALID_DROPPED));
+                steps.push(Step::Accounting(iptables::LOCALHOST_NODE_PORTS));
+            }
+            for (family, ports) in &families {
+                steps.push(Step::Iptables {
+                    family: *family,
+                    backend,
+                    text: iptables::render(ports, node, *family),
+                });
+            }
+        }
+        Mode::Ipvs => {
+            steps.extend(IPVS_SYSCTLS.map(Step::Sysctl));
+            let mut servers = String::new();
+            let mut addresses = Vec::new();
+            let mut sets = String::new();
+            for (family, ports) in &families {
+                servers.push_str(&ipvs::render_servers(ports, node, *family));
+                addresses.extend(ipvs::virtual_addresses(ports, *family));
+                sets.push_str(&ipvs::render_sets(ports, node, *family));
+            }
+            steps.push(Step::Servers { text: servers });
+            steps.push(Step::Addresses { addresses });
+            steps.push(Step::Sets { text: sets });
+            for (family, ports) in &families {
+                steps.push(Step::Iptables {
+                    family: *family,
+                    backend: Backend::Nft,
+                    text: ipvs::render_iptables(ports, node, *family),
+                });
+            }
+        }
+        Mode::Nftables => {
+            for (family, ports) in &families {
+                steps.push(Step::Nft {
+                    family: *family,
+                    text: nftables::render(ports, node, *family),
+                });
+            }
+        }
+    }
+    RuleSet { mode, steps }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+//! Exit codes, and how an error becomes one line.
+
+use tracer::kernel::btf::BtfError;
+use tracer::kernel::netns::NetnsError;
+use tracer::probe::hooks::ProbeError;
+use tracer::report::WriteError;
+use tracer::report::read::ReadError;
+use tracer::scenario::matrix::{MatrixError, UnknownPlace};
+use tracer::scenario::node::NodeError;
+
+/// Something failed.
+pub(crate) const FAILURE: u8 = 1;
+/// The command line asks for something that cannot be.
+pub(crate) const USAGE: u8 = 2;
+/// Not root, or a capability is missing.
+pub(crate) const NOT_PERMITTED: u8 = 3;
+/// The kernel lacks what is needed.
+pub(crate) const KERNEL_LACKS: u8 = 4;
+/// A run that cannot be trusted or read.
+pub(crate) const INVALID_RUN: u8 = 5;
+/// Not an exit code: standard output was closed by its reader.
+pub(crate) const BROKEN_PIPE: u8 = u8::MAX;
+
+/// The exit code for an error, from the first cause that has one.
+pub(crate) fn code_of(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        if let Some(code) = code_of_cause(cause) {
+            return code;
+        }
+    }
+    FAILURE
+}
+
+fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    if let Some(io) = cause.downcast_ref::<std::io::Error>() {
+        return match io.kind() {
+            std::io::ErrorKind::PermissionDenied => Some(NOT_PERMITTED),
+            std::io::ErrorKind::BrokenPipe => Some(BROKEN_PIPE),
+            _ => None,
+        };
+    }
+    if cause.is::<NotPermitted>() {
+        return Some(NOT_PERMITTED);
+    }
+    if let Some(error) = cause.downcast_ref::<WriteError>() {
+        return Some(error.exit_code());
+    }
+    if cause.is::<MatrixError>() || cause.is::<UnknownPlace>() {
+        return Some(USAGE);
+    }
+    if cause.is::<ReadError>() || matches!(cause.downcast_ref(), Some(NodeError::LostRecords(_))) {
+        return Some(INVALID_RUN);
+    }
+    if cause.is::<BtfError>() || matches!(cause.downcast_ref(), Some(NodeError::Lacks { .. })) {
+        return Some(KERNEL_LACKS);
+    }
+    if let Some(NetnsError::Create(_)) = cause.downcast_ref() {
+        return Some(NOT_PERMITTED);
+    }
+    if let Some(ProbeError::Netfilter(_)) = cause.downcast_ref() {
+        return Some(KERNEL_LACKS);
+    }
+    None
+}
+
+/// The error and its causes, on one line, none said twice.
+pub(crate) fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string().replace('\n', "; ");
+        if line.contains(&text) {
+            continue;
+        }
+        if !line.is_empty() {
+            line.push_str(": ");
+        }
+        line.push_str(&text);
+    }
+    line
+}
+
+/// A right that this process lacks.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct NotPermitted(String);
+
+/// Namespaces, rules and probes need root with all its capabilities: said before anything is done.
+pub(crate) fn require_root(what: &str) -> Result<(), NotPermitted> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(NotPermitted(format!(
+            "{what} needs root (network namespaces, rules and eBPF): run it with sudo"
+        )));
+    }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let missing = missing_capabilities(&status);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(NotPermitted(format!(
+        "{what} lacks {}: run it as root without dropping capabilities",
+        missing.join(", ")
+    )))
+}
+
+/// Capabilities that are needed and not effective (bit numbers: include/uapi/linux/capability.h).
+fn missing_capabilities(status: &str) -> Vec<&'static str> {
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+    let Some(effective) = effective else {
+        return Vec::new();
+    };
+    [
+        (12, "CAP_NET_ADMIN"),
+        (21, "CAP_SYS_ADMIN"),
+        (38, "CAP_PERFMON"),
+        (39, "CAP_BPF"),
+    ]
+    .into_iter()
+    .filter(|(bit, _)| effective >> bit & 1 == 0)
+    .map(|(_, name)| name)
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_capabilities_are_named() {
+        assert!(missing_capabilities("CapEff:\t000001ffffffffff\n").is_empty());
+        assert_eq!(
+            missing_capabilities("CapEff:\t0000007fffffffff\n"),
+            ["CAP_BPF"]
+        );
+        assert_eq!(missing_capabilities("CapEff:\t0000000000000000\n").len(), 4);
+    }
+
+    #[test]
+    fn causes_are_said_once_and_on_one_line() {
+        let error = anyhow::anyhow!("disk\nfull").context("cannot write x: disk; full");
+        assert_eq!(one_line(&error), "cannot write x: disk; full");
+    }
+}

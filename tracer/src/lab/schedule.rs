@@ -1,0 +1,240 @@
+//! What is sent when, and to whom: pure, and the same for the same seed.
+
+use std::net::SocketAddr;
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tracer_ebpf::path::{Path, Target};
+
+use super::plan::{self, Family};
+use super::traffic::Stream;
+use crate::cluster::{Cluster, Protocol, ServicePort};
+
+/// A flow that will be sent. Its source is not known yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Planned {
+    pub(super) path: Path,
+    pub(super) protocol: Protocol,
+    /// Index of the Service, and of its port.
+    pub(super) service: usize,
+    pub(super) port: usize,
+    pub(super) destination: SocketAddr,
+    /// From the start of the traffic.
+    pub(super) at_ns: u64,
+}
+
+/// Chooses destinations uniformly.
+pub(super) struct Chooser<'a> {
+    cluster: &'a Cluster,
+    family: Family,
+    rng: ChaCha8Rng,
+    path: Path,
+    /// (Service, port) that this path can be sent to.
+    candidates: Vec<(usize, usize)>,
+}
+
+impl<'a> Chooser<'a> {
+    /// `number` tells choosers of one seed apart: adding a stream changes no other stream.
+    pub(super) fn new(
+        cluster: &'a Cluster,
+        family: Family,
+        path: Path,
+        only: Option<Protocol>,
+        seed: u64,
+        number: u64,
+    ) -> Self {
+        let mut candidates = Vec::new();
+        for (service, s) in cluster.services.iter().enumerate() {
+            for (port, p) in s.ports.iter().enumerate() {
+                let reachable = match path.target {
+                    Target::ClusterIp => s.cluster_ips.iter().any(|ip| Family::of(*ip) == family),
+                    Target::NodePort => p.node_port.is_some(),
+                    Target::Pod => endpoints(p, family).next().is_some(),
+                };
+                if reachable
+                    && p.protocol != Protocol::Sctp
+                    && only.is_none_or(|only| only == p.protocol)
+                {
+                    candidates.push((service, port));
+                }
+            }
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(number);
+        Self {
+            cluster,
+            family,
+            rng,
+            path,
+            candidates,
+        }
+    }
+
+    /// A flow at `at_ns`; `None` if no Service can be reached by this path.
+    pub(super) fn choose(&mut self, at_ns: u64) -> Option<Planned> {
+        if self.candidates.is_empty() {
+            return None;
+        }
+        let (service, port) = self.candidates[self.rng.random_range(0..self.candidates.len())];
+        let s = &self.cluster.services[service];
+        let p = &s.ports[port];
+        let destination = match self.path.target {
+            Target::ClusterIp => {
+                let family = self.family;
+                let ip = s.cluster_ips.iter().find(|ip| Family::of(**ip) == family)?;
+                SocketAddr::new(*ip, p.port)
+            }
+            Target::NodePort => SocketAddr::new(plan::node_address(self.family), p.node_port?),
+            Target::Pod => {
+                let count = endpoints(p, self.family).count();
+                endpoints(p, self.family).nth(self.rng.random_range(0..count))?
+            }
+        };
+        Some(Planned {
+            path: self.path,
+            protocol: p.protocol,
+            service,
+            port,
+            destination,
+            at_ns,
+        })
+    }
+}
+
+/// The endpoints of one family.
+pub(super) fn endpoints(
+    port: &ServicePort,
+    family: Family,
+) -> impl Iterator<Item = SocketAddr> + '_ {
+    port.endpoints
+        .iter()
+        .filter(move |e| Family::of(e.address) == family)
+        .map(|e| SocketAddr::new(e.address, e.port))
+}
+
+/// When flow number `n` of a stream is due, from the start of the traffic.
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "both factors are positive and checked; 2^53 ns is 104 days"
+)]
+pub(super) fn due_ns(stream: &Stream, n: u32) -> u64 {
+    stream.start_ns + (f64::from(n) * 1e9 / stream.per_second) as u64
+}
+
+/// All flows of the streams, in the order of sending; the path that cannot be sent, if one cannot.
+pub(super) fn flows(
+    cluster: &Cluster,
+    family: Family,
+    streams: &[Stream],
+    seed: u64,
+) -> Result<Vec<Planned>, Path> {
+    let mut all = Vec::new();
+    for (number, stream) in (0..).zip(streams) {
+        let mut chooser = Chooser::new(cluster, family, stream.path, None, seed, number);
+        for n in 0..stream.flows {
+            all.push(chooser.choose(due_ns(stream, n)).ok_or(stream.path)?);
+        }
+    }
+    // Stable: flows due at one moment keep the order of their streams.
+    all.sort_by_key(|flow| flow.at_ns);
+    Ok(all)
+}
+
+/// Who may answer a flow to `destination`.
+pub(super) fn answerers(port: &ServicePort, path: Path, destination: SocketAddr) -> Vec<SocketAddr> {
+    match path.target {
+        Target::Pod => vec![destination],
+        Target::ClusterIp | Target::NodePort => {
+            endpoints(port, Family::of(destination.ip())).collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn stream(path: Path, flows: u32) -> Stream {
+        Stream {
+            path,
+            per_second: 1000.0,
+            flows,
+            start_ns: 5,
+        }
+    }
+
+    #[test]
+    fn the_seed_decides_everything() {
+        let cluster = plan::cluster(50, 3, true).expect("a cluster");
+        let streams = [stream(Path::SERVICE[0], 100), stream(Path::FLOOR[2], 100)];
+        let one = flows(&cluster, Family::V4, &streams, 1).expect("flows");
+        assert_eq!(
+            one,
+            flows(&cluster, Family::V4, &streams, 1).expect("flows")
+        );
+        assert_ne!(
+            one,
+            flows(&cluster, Family::V4, &streams, 2).expect("flows")
+        );
+        assert_eq!(one.len(), 200);
+        assert!(one.is_sorted_by_key(|flow| flow.at_ns));
+        assert_eq!((one[0].at_ns, one[2].at_ns), (5, 1_000_005));
+        // A further stream leaves the first as it was.
+        let alone = flows(&cluster, Family::V4, &streams[..1], 1).expect("flows");
+        let first: Vec<&Planned> = one
+            .iter()
+            .filter(|flow| flow.path == Path::SERVICE[0])
+            .collect();
+        assert_eq!(first, alone.iter().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn services_are_chosen_uniformly() {
+        let cluster = plan::cluster(20, 3, false).expect("a cluster");
+        let all = flows(
+            &cluster,
+            Family::V4,
+            &[stream(Path::FLOOR[0], 20_000)],
+            7,
+        )
+        .expect("flows");
+        let mut counts = vec![0_u32; 20];
+        for flow in &all {
+            counts[flow.service] += 1;
+        }
+        // 1000 expected each, a standard deviation of 31.
+        assert!(counts.iter().all(|n| (850..1150).contains(n)), "{counts:?}");
+        let reached: BTreeSet<SocketAddr> = all.iter().map(|flow| flow.destination).collect();
+        assert_eq!(reached.len(), 60);
+    }
+
+    #[test]
+    fn a_service_without_node_port_is_never_chosen_for_one() {
+        let mut cluster = plan::cluster(4, 1, false).expect("a cluster");
+        cluster.services[0].ports[0].node_port = None;
+        cluster.services[3].ports[0].node_port = None;
+        let all = flows(
+            &cluster,
+            Family::V4,
+            &[stream(Path::SERVICE[2], 500)],
+            7,
+        )
+        .expect("flows");
+        let services: BTreeSet<usize> = all.iter().map(|flow| flow.service).collect();
+        assert_eq!(services, BTreeSet::from([1, 2]));
+        for service in &mut cluster.services {
+            service.ports[0].node_port = None;
+        }
+        assert_eq!(
+            flows(&cluster, Family::V4, &[stream(Path::SERVICE[2], 1)], 7),
+            Err(Path::SERVICE[2])
+        );
+        assert_eq!(
+            flows(&cluster, Family::V6, &[stream(Path::SERVICE[0], 1)], 7),
+            Err(Path::SERVICE[0])
+        );
+    }
+}

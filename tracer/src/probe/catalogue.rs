@@ -1,0 +1,259 @@
+//! Every boundary and the stage that begins there.
+//!
+//! A boundary lies between the priorities of two kernel components of one hook
+//! (`enum nf_ip_hook_priorities`, include/uapi/linux/netfilter_ipv4.h: defrag -400, raw -300,
+//! conntrack -200, mangle -150, nat dst -100, filter 0, security 50, nat src 100, helper 300,
+//! confirm `INT_MAX`). kube-proxy's nftables chains sit at -110, -100, 0 and 100. IPVS
+//! (`ip_vs_ops`, net/netfilter/ipvs/ip_vs_core.c) sits at INPUT 98 and 99, OUTPUT -99 and -98,
+//! FORWARD 99 and 100: directly beside nat, so there is no room for a boundary between the two.
+
+use tracer_ebpf::record::{BOUNDARIES, STAGE_NODE, STAGE_RECEIVE, STAGES, hook, role};
+
+/// One probe between two kernel components.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Boundary {
+    /// Number of the hook.
+    pub hook: u32,
+    /// Where in the hook it wants to be; the next higher free one is taken if it is occupied.
+    pub priority: i32,
+    /// How far up it may move: the priority of the component that must come after it.
+    pub limit: i32,
+    /// The stage that begins here.
+    pub stage: &'static str,
+    /// What the stage contains, for people.
+    pub contains: &'static str,
+}
+
+const fn b(
+    hook: u32,
+    priority: i32,
+    limit: i32,
+    stage: &'static str,
+    contains: &'static str,
+) -> Boundary {
+    Boundary {
+        hook,
+        priority,
+        limit,
+        stage,
+        contains,
+    }
+}
+
+// NF_IP_PRI_FIRST and NF_IP_PRI_LAST themselves are refused (nf_bpf_link.c). Kernel 6.18 has
+// something at INT_MAX - 1 too, so the last boundary keeps a little distance: nothing but the
+// confirmation of conntrack entries runs that late.
+const FIRST: i32 = i32::MIN + 1;
+const LAST: i32 = i32::MAX - 20;
+
+/// Every boundary, in the order of a packet through each hook; the position is its id.
+pub const ALL: [Boundary; BOUNDARIES] = [
+    b(
+        hook::PREROUTING,
+        FIRST,
+        -400,
+        "raw",
+        "defragmentation and the raw table",
+    ),
+    b(
+        hook::PREROUTING,
+        -201,
+        -200,
+        "conntrack",
+        "connection tracking: look-up or new entry",
+    ),
+    b(hook::PREROUTING, -199, -150, "mangle", "the mangle table"),
+    b(
+        hook::PREROUTING,
+        -121,
+        -110,
+        "pre-dnat",
+        "filter chains before dnat (kube-proxy's firewall check in nftables mode)",
+    ),
+    b(
+        hook::PREROUTING,
+        -105,
+        -100,
+        "dnat",
+        "the nat table: Service to endpoint, first packet of a flow only",
+    ),
+    b(
+        hook::PREROUTING,
+        -91,
+        LAST,
+        "routing",
+        "the rest of PREROUTING, and the routing decision",
+    ),
+    b(hook::INPUT, FIRST, -150, "mangle", "the mangle table"),
+    b(
+        hook::INPUT,
+        -51,
+        0,
+        "filter",
+        "the filter and security tables",
+    ),
+    b(
+        hook::INPUT,
+        91,
+        98,
+        "ipvs",
+        "IPVS (to the xmit of a packet it takes), and nat at INPUT for the packets it leaves",
+    ),
+    b(
+        hook::INPUT,
+        111,
+        300,
+        "confirm",
+        "conntrack helpers, and confirmation of the entry",
+    ),
+    b(hook::INPUT, LAST, LAST, "deliver", "the way to the socket"),
+    b(hook::FORWARD, FIRST, -150, "mangle", "the mangle table"),
+    b(
+        hook::FORWARD,
+        -51,
+        0,
+        "filter",
+        "the filter and security tables",
+    ),
+    b(
+        hook::FORWARD,
+        91,
+        99,
+        "ipvs",
+        "IPVS: the source of a reply is put back",
+    ),
+    b(
+        hook::FORWARD,
+        111,
+        LAST,
+        "output",
+        "the way from FORWARD to POSTROUTING",
+    ),
+    b(
+        hook::OUTPUT,
+        FIRST,
+        -400,
+        "raw",
+        "defragmentation and the raw table",
+    ),
+    b(
+        hook::OUTPUT,
+        -201,
+        -200,
+        "conntrack",
+        "connection tracking: look-up or new entry",
+    ),
+    b(hook::OUTPUT, -199, -150, "mangle", "the mangle table"),
+    b(
+        hook::OUTPUT,
+        -121,
+        -110,
+        "pre-dnat",
+        "filter chains before dnat (kube-proxy's firewall check in nftables mode)",
+    ),
+    b(
+        hook::OUTPUT,
+        -105,
+        -100,
+        "dnat",
+        "the nat table; in IPVS mode also IPVS, which sits directly behind it",
+    ),
+    b(
+        hook::OUTPUT,
+        -91,
+        0,
+        "filter",
+        "the filter and security tables, and the way to POSTROUTING",
+    ),
+    b(hook::POSTROUTING, FIRST, -150, "mangle", "the mangle table"),
+    b(
+        hook::POSTROUTING,
+        91,
+        100,
+        "snat",
+        "the nat table: masquerade, first packet of a flow only",
+    ),
+    b(hook::POSTROUTING, 111, 300, "helper", "conntrack helpers"),
+    b(
+        hook::POSTROUTING,
+        LAST,
+        LAST,
+        "egress",
+        "confirmation of the entry, neighbour, queue and driver",
+    ),
+];
+
+/// A stage as reports name it: hook and component.
+pub fn stage_name(stage: u8) -> (&'static str, &'static str) {
+    match stage {
+        STAGE_RECEIVE => ("-", "receive"),
+        STAGE_NODE => ("-", "node"),
+        _ => ALL
+            .get(usize::from(stage))
+            .map_or(("-", "unknown"), |boundary| {
+                (hook_name(boundary.hook), boundary.stage)
+            }),
+    }
+}
+
+/// Every stage's id, in a packet's order.
+pub fn stages() -> impl Iterator<Item = u8> {
+    std::iter::once(STAGE_RECEIVE).chain((0..STAGES as u8).filter(|id| *id != STAGE_RECEIVE))
+}
+
+/// The hook's name, as the kernel and iptables call it.
+pub fn hook_name(number: u32) -> &'static str {
+    match number {
+        hook::PREROUTING => "PREROUTING",
+        hook::INPUT => "INPUT",
+        hook::FORWARD => "FORWARD",
+        hook::OUTPUT => "OUTPUT",
+        hook::POSTROUTING => "POSTROUTING",
+        _ => "-",
+    }
+}
+
+/// What the boundary with this id does besides ending and beginning stages.
+pub fn role_of(id: usize) -> u32 {
+    let here = &ALL[id];
+    let first = id == 0 || ALL[id - 1].hook != here.hook;
+    let last = id + 1 == ALL.len() || ALL[id + 1].hook != here.hook;
+    let mut role = 0;
+    if first {
+        role |= role::ENTRY;
+    }
+    if last && here.hook == hook::INPUT {
+        role |= role::DELIVER;
+    }
+    if last && here.hook == hook::POSTROUTING {
+        role |= role::DEPART;
+    }
+    role
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn priorities_ascend_and_leave_room() {
+        for pair in ALL.windows(2) {
+            if pair[0].hook == pair[1].hook {
+                assert!(pair[0].limit <= pair[1].priority, "{pair:?}");
+            }
+        }
+        for boundary in ALL {
+            assert!(boundary.priority <= boundary.limit);
+        }
+    }
+
+    #[test]
+    fn every_hook_has_one_entry() {
+        for hook in 0..5 {
+            let entries = (0..ALL.len())
+                .filter(|id| ALL[*id].hook == hook && role_of(*id) & role::ENTRY != 0)
+                .count();
+            assert_eq!(entries, 1);
+        }
+    }
+}

@@ -1,0 +1,469 @@
+//! The `hooks` tier: netfilter boundaries around every component, and three tracepoints.
+//!
+//! # Minimum kernel version
+//!
+//! 6.4 (`BPF_PROG_TYPE_NETFILTER`), with BTF.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+
+use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, PerCpuArray, RingBuf};
+use aya::programs::BtfTracePoint;
+use aya::{Ebpf, EbpfLoader, Pod};
+use tracer_ebpf::histogram::{CELLS, bounds_of};
+use tracer_ebpf::path::{Path, Target};
+use tracer_ebpf::record::{
+    Cells, IPV4, IPV6, Key4, Key6, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE, Record, Stats,
+    Table, histogram_index,
+};
+
+use super::catalogue::{self, ALL};
+use super::netfilter::{self, Link, NetfilterError, Place};
+use super::{OBJECT, offsets};
+use crate::kernel::btf::{Btf, BtfError};
+use crate::kernel::netns::{Netns, NetnsError};
+
+/// Why the probes could not be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// No BTF, or a field is missing from it.
+    #[error(transparent)]
+    Btf(#[from] BtfError),
+    /// A netfilter program.
+    #[error(transparent)]
+    Netfilter(#[from] NetfilterError),
+    /// Everything that aya loads.
+    #[error("cannot load the probes: {0}")]
+    Load(#[from] aya::EbpfError),
+    /// A tracepoint.
+    #[error("cannot attach to tracepoint {name}: {source}")]
+    Tracepoint {
+        /// The tracepoint's name.
+        name: &'static str,
+        /// What aya says.
+        source: aya::programs::ProgramError,
+    },
+    /// A map.
+    #[error("cannot use the probes' map {name}: {source}")]
+    Map {
+        /// The map's name.
+        name: &'static str,
+        /// What aya says.
+        source: aya::maps::MapError,
+    },
+    /// The node's namespace.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The namespace's number could not be read.
+    #[error("cannot read the namespace's number: {0}")]
+    Inode(#[source] std::io::Error),
+    /// No free priority for a boundary.
+    #[error("no free priority for the boundary before {stage} at {hook}")]
+    Crowded {
+        /// The hook.
+        hook: &'static str,
+        /// The stage that should have begun there.
+        stage: &'static str,
+    },
+}
+
+/// What to watch: addresses, ports and protocols, never names.
+#[derive(Clone, Debug, Default)]
+pub struct Watch {
+    /// Where flows go to: address, IP protocol number, and what stands there.
+    pub targets: Vec<(SocketAddr, u8, Target)>,
+    /// The node's own addresses.
+    pub node_addresses: Vec<IpAddr>,
+    /// The addresses of this node's pods, at most one prefix a family.
+    pub pod_cidrs: Vec<(IpAddr, u8)>,
+}
+
+/// Where a boundary was put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// The boundary's id.
+    pub boundary: usize,
+    /// [`IPV4`] or [`IPV6`].
+    pub family: u8,
+    /// The priority it got.
+    pub priority: i32,
+}
+
+/// One histogram that is not empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Times {
+    /// How the flow entered.
+    pub path: Path,
+    /// See [`tracer_ebpf::record::state`].
+    pub state: u8,
+    /// The stage's id.
+    pub stage: u8,
+    /// Exact sum, ns.
+    pub sum: u64,
+    /// `[lowest, highest, count]` of each cell that is not empty.
+    pub cells: Vec<[u64; 3]>,
+}
+
+/// The attached probes; dropping them detaches everything.
+#[derive(Debug)]
+pub struct HooksTier {
+    ebpf: Ebpf,
+    links: Vec<Link>,
+    placed: Vec<Placed>,
+}
+
+/// Tracepoints attached beside the boundaries.
+pub const TRACEPOINTS: [&str; 3] = ["netif_receive_skb", "net_dev_xmit", "kfree_skb"];
+
+/// A plain value of one of the probes' maps.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Plain<T: Copy>(T);
+
+// SAFETY: every T used below is repr(C), made of integers and arrays of integers, without padding
+// that is read, and shared with the kernel programs by the same definition.
+unsafe impl<T: Copy + 'static> Pod for Plain<T> {}
+
+impl HooksTier {
+    /// Loads the programs and attaches them to a node's network namespace.
+    ///
+    /// # Errors
+    ///
+    /// The kernel lacks BTF or netfilter links, or the process lacks `CAP_BPF`, `CAP_PERFMON` or
+    /// `CAP_NET_ADMIN`.
+    pub fn attach(node: &Netns, watch: &Watch) -> Result<Self, ProbeError> {
+        let btf = Btf::vmlinux()?;
+        let mut constants: HashMap<&'static str, Vec<u8>> = offsets::offsets(&btf)?
+            .into_iter()
+            .map(|(name, value)| (name, value.to_ne_bytes().to_vec()))
+            .collect();
+        drop(btf);
+        // Namespace numbers are 32 bits in the kernel (struct ns_common).
+        let netns = node.inode().map_err(ProbeError::Inode)? as u32;
+        constants.insert("NETNS", netns.to_ne_bytes().to_vec());
+        constants.extend(pod_constants(&watch.pod_cidrs));
+
+        let mut loader = EbpfLoader::new();
+        for (name, bytes) in &constants {
+            loader.override_global(name, bytes.as_slice(), true);
+        }
+        let room = u32::try_from(watch.targets.len().max(1)).unwrap_or(u32::MAX);
+        loader.map_max_entries("TARGETS4", room);
+        loader.map_max_entries("TARGETS6", room);
+        let mut ebpf = loader.load(OBJECT)?;
+        fill(&mut ebpf, watch)?;
+
+        let btf = aya::Btf::from_sys_fs().map_err(aya::EbpfError::BtfError)?;
+        for name in TRACEPOINTS {
+            attach_tracepoint(&mut ebpf, name, &btf)
+                .map_err(|source| ProbeError::Tracepoint { name, source })?;
+        }
+        drop(btf);
+
+        let maps = map_fds(&ebpf);
+        let mut links = Vec::with_capacity(2 * ALL.len());
+        let mut placed = Vec::with_capacity(2 * ALL.len());
+        let _inside = node.enter()?;
+        for family in [IPV4, IPV6] {
+            for id in 0..ALL.len() {
+                let (link, priority) = attach_boundary(id, family, &constants, &maps)?;
+                links.push(link);
+                placed.push(Placed {
+                    boundary: id,
+                    family,
+                    priority,
+                });
+            }
+        }
+        Ok(Self {
+            ebpf,
+            links,
+            placed,
+        })
+    }
+
+    /// Number of netfilter links.
+    pub fn links(&self) -> usize {
+        self.links.len()
+    }
+
+    /// Where each boundary is.
+    pub fn placed(&self) -> &[Placed] {
+        &self.placed
+    }
+
+    /// What the probes counted, over all CPUs.
+    pub fn stats(&self) -> Result<Stats, ProbeError> {
+        let table: PerCpuArray<_, Plain<Table>> = self.map("TABLE")?;
+        let values = table.get(&0, 0).map_err(map_error("TABLE"))?;
+        Ok(values.iter().fold(Stats::default(), |sum, cpu| {
+            let Stats {
+                journeys,
+                transmitted,
+                delivered,
+                dropped,
+                dropped_at_socket,
+                ring_lost,
+                collisions,
+                unpaired,
+                other,
+            } = cpu.0.stats;
+            Stats {
+                journeys: sum.journeys + journeys,
+                transmitted: sum.transmitted + transmitted,
+                delivered: sum.delivered + delivered,
+                dropped: sum.dropped + dropped,
+                dropped_at_socket: sum.dropped_at_socket + dropped_at_socket,
+                ring_lost: sum.ring_lost + ring_lost,
+                collisions: sum.collisions + collisions,
+                unpaired: sum.unpaired + unpaired,
+                other: sum.other + other,
+            }
+        }))
+    }
+
+    /// Every histogram that is not empty, CPUs merged, in a stable order.
+    pub fn times(&self) -> Result<Vec<Times>, ProbeError> {
+        let map: PerCpuArray<_, Plain<Cells>> = self.map("TIMES")?;
+        let mut all = Vec::new();
+        for path in Path::ALL {
+            for state in 0..tracer_ebpf::record::state::COUNT as u8 {
+                for stage in catalogue::stages() {
+                    let index = histogram_index(path.index(), state.into(), stage.into());
+                    let cpus = map.get(&(index as u32), 0).map_err(map_error("TIMES"))?;
+                    let mut sum = 0;
+                    let mut cells = vec![0_u64; CELLS];
+                    for cpu in cpus.iter() {
+                        sum += cpu.0.sum;
+                        for (to, from) in cells.iter_mut().zip(cpu.0.cells) {
+                            *to += from;
+                        }
+                    }
+                    let cells: Vec<[u64; 3]> = cells
+                        .iter()
+                        .enumerate()
+                        .filter(|(_, count)| **count > 0)
+                        .map(|(cell, count)| {
+                            let (low, high) = bounds_of(cell);
+                            [low, high, *count]
+                        })
+                        .collect();
+                    if !cells.is_empty() {
+                        all.push(Times {
+                            path,
+                            state,
+                            stage,
+                            sum,
+                            cells,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Takes everything out of the ring buffer.
+    pub fn drain(&mut self) -> Result<Vec<Record>, ProbeError> {
+        let map = self
+            .ebpf
+            .map_mut("RECORDS")
+            .ok_or_else(|| missing("RECORDS"))?;
+        let mut ring = RingBuf::try_from(map).map_err(map_error("RECORDS"))?;
+        let mut records = Vec::new();
+        while let Some(bytes) = ring.next() {
+            if bytes.len() >= size_of::<Record>() {
+                // SAFETY: Record is repr(C), made of integers and arrays of them, and the bytes
+                // were written as one by the kernel program.
+                records.push(unsafe { bytes.as_ptr().cast::<Record>().read_unaligned() });
+            }
+        }
+        Ok(records)
+    }
+
+    fn map<'a, T>(&'a self, name: &'static str) -> Result<T, ProbeError>
+    where
+        T: TryFrom<&'a Map, Error = aya::maps::MapError>,
+    {
+        let map = self.ebpf.map(name).ok_or_else(|| missing(name))?;
+        T::try_from(map).map_err(map_error(name))
+    }
+}
+
+fn missing(name: &'static str) -> ProbeError {
+    ProbeError::Map {
+        name,
+        source: aya::maps::MapError::InvalidName {
+            name: name.to_owned(),
+        },
+    }
+}
+
+fn map_error(name: &'static str) -> impl Fn(aya::maps::MapError) -> ProbeError {
+    move |source| ProbeError::Map { name, source }
+}
+
+fn pod_constants(cidrs: &[(IpAddr, u8)]) -> Vec<(&'static str, Vec<u8>)> {
+    let mut constants = vec![
+        // No prefix: an address masked with all ones is never the broadcast address.
+        ("POD_NET4", u32::MAX.to_be_bytes().to_vec()),
+        ("POD_MASK4", u32::MAX.to_be_bytes().to_vec()),
+        ("POD_NET6", u64::MAX.to_be_bytes().to_vec()),
+        ("POD_MASK6", u64::MAX.to_be_bytes().to_vec()),
+    ];
+    for (address, prefix) in cidrs {
+        match address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(*prefix)).unwrap_or(0);
+                constants[0].1 = (u32::from(*address) & mask).to_be_bytes().to_vec();
+                constants[1].1 = mask.to_be_bytes().to_vec();
+            }
+            IpAddr::V6(address) => {
+                // The program compares the first half: pod prefixes are at most 64 bits long.
+                let high = (u128::from(*address) >> 64) as u64;
+                let mask = u64::MAX
+                    .checked_shl(64 - u32::from(*prefix).min(64))
+                    .unwrap_or(0);
+                constants[2].1 = (high & mask).to_be_bytes().to_vec();
+                constants[3].1 = mask.to_be_bytes().to_vec();
+            }
+        }
+    }
+    constants
+}
+
+fn fill(ebpf: &mut Ebpf, watch: &Watch) -> Result<(), ProbeError> {
+    let mut ports = vec![0_u8; PORT_BITS];
+    for (address, _, target) in &watch.targets {
+        let port = usize::from(address.port());
+        ports[port / 4] |= PORT_IS_DESTINATION << (port % 4 * 2);
+        if *target == Target::Pod {
+            ports[port / 4] |= PORT_IS_SOURCE << (port % 4 * 2);
+        }
+    }
+    let ports: [u8; PORT_BITS] = ports.try_into().unwrap_or([0; PORT_BITS]);
+    let mut map: Array<_, Plain<[u8; PORT_BITS]>> = map_mut(ebpf, "PORTS")?;
+    map.set(0, Plain(ports), 0).map_err(map_error("PORTS"))?;
+
+    let mut targets4: BpfHashMap<_, Plain<Key4>, u32> = map_mut(ebpf, "TARGETS4")?;
+    for (address, protocol, target) in &watch.targets {
+        if let IpAddr::V4(ip) = address.ip() {
+            let key = Key4 {
+                address: ip.octets(),
+                port: address.port().to_be_bytes(),
+                protocol: *protocol,
+                pad: 0,
+            };
+            targets4
+                .insert(Plain(key), *target as u32, 0)
+                .map_err(map_error("TARGETS4"))?;
+        }
+    }
+    let mut targets6: BpfHashMap<_, Plain<Key6>, u32> = map_mut(ebpf, "TARGETS6")?;
+    for (address, protocol, target) in &watch.targets {
+        if let IpAddr::V6(ip) = address.ip() {
+            let key = Key6 {
+                address: ip.octets(),
+                port: address.port().to_be_bytes(),
+                protocol: *protocol,
+                pad: 0,
+            };
+            targets6
+                .insert(Plain(key), *target as u32, 0)
+                .map_err(map_error("TARGETS6"))?;
+        }
+    }
+    for address in &watch.node_addresses {
+        match address {
+            IpAddr::V4(ip) => {
+                let mut nodes: BpfHashMap<_, [u8; 4], u32> = map_mut(ebpf, "NODES4")?;
+                nodes
+                    .insert(ip.octets(), 1, 0)
+                    .map_err(map_error("NODES4"))?;
+            }
+            IpAddr::V6(ip) => {
+                let mut nodes: BpfHashMap<_, [u8; 16], u32> = map_mut(ebpf, "NODES6")?;
+                nodes
+                    .insert(ip.octets(), 1, 0)
+                    .map_err(map_error("NODES6"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn map_mut<'a, T>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<T, ProbeError>
+where
+    T: TryFrom<&'a mut Map, Error = aya::maps::MapError>,
+{
+    let map = ebpf.map_mut(name).ok_or_else(|| missing(name))?;
+    T::try_from(map).map_err(map_error(name))
+}
+
+fn attach_tracepoint(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    btf: &aya::Btf,
+) -> Result<(), aya::programs::ProgramError> {
+    let program: &mut BtfTracePoint = ebpf
+        .program_mut(name)
+        .ok_or(aya::programs::ProgramError::NotLoaded)?
+        .try_into()?;
+    program.load(name, btf)?;
+    program.attach()?;
+    Ok(())
+}
+
+/// How many priorities above its wish a boundary tries.
+const TRIES: i32 = 8;
+
+/// Loads and attaches one boundary, moving up from its wish while the place is taken.
+fn attach_boundary(
+    id: usize,
+    family: u8,
+    constants: &HashMap<&'static str, Vec<u8>>,
+    maps: &HashMap<String, RawFd>,
+) -> Result<(Link, i32), ProbeError> {
+    let boundary = &ALL[id];
+    let mut constants = constants.clone();
+    let mut set = |name, value: u32| constants.insert(name, value.to_ne_bytes().to_vec());
+    set("BOUNDARY", id as u32);
+    set("PREVIOUS", id.wrapping_sub(1) as u32);
+    set("ROLE", catalogue::role_of(id));
+    set("HOOK", boundary.hook);
+    set("FAMILY", family.into());
+    let program = netfilter::load(OBJECT, "boundary", &constants, maps)?;
+    let end = boundary.limit.min(boundary.priority.saturating_add(TRIES));
+    for priority in boundary.priority..=end {
+        let place = Place {
+            family,
+            hook: boundary.hook,
+            priority,
+        };
+        match netfilter::attach(&program, place) {
+            Ok(link) => return Ok((link, priority)),
+            Err(error) if error.is_occupied() => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(ProbeError::Crowded {
+        hook: catalogue::hook_name(boundary.hook),
+        stage: boundary.stage,
+    })
+}
+
+fn map_fds(ebpf: &Ebpf) -> HashMap<String, RawFd> {
+    ebpf.maps()
+        .filter_map(|(name, map)| Some((name.to_owned(), data_of(map)?.fd().as_fd().as_raw_fd())))
+        .collect()
+}
+
+fn data_of(map: &Map) -> Option<&MapData> {
+    match map {
+        Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => {
+            Some(data)
+        }
+        _ => None,
+    }
+}

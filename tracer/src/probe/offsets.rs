@@ -1,0 +1,24 @@
+//! The constants that the programs get at load time.
+
+use crate::kernel::btf::{Btf, BtfError};
+
+/// Offsets of the kernel's fields that the programs read, by the name of the program's constant.
+pub(super) fn offsets(btf: &Btf) -> Result<Vec<(&'static str, u32)>, BtfError> {
+    Ok(vec![
+        ("SKB_NFCT", btf.offset_of("sk_buff", "_nfct")?),
+        ("SKB_HEAD", btf.offset_of("sk_buff", "head")?),
+        (
+            "SKB_NETWORK_HEADER",
+            btf.offset_of("sk_buff", "network_header")?,
+        ),
+        ("SKB_DEV", btf.offset_of("sk_buff", "dev")?),
+        ("DEV_NET", btf.offset_of("net_device", "nd_net.net")?),
+        ("NET_INUM", btf.offset_of("net", "ns.inum")?),
+        // The original direction's tuple; the reply's follows it.
+        (
+            "CT_TUPLE",
+            btf.offset_of("nf_conn", "tuplehash")?
+                + btf.offset_of("nf_conntrack_tuple_hash", "tuple")?,
+        ),
+    ])
+}

@@ -1,0 +1,118 @@
+//! What the kernel said of each flow: first packets that left, packets that were dropped.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use tracer_ebpf::record::{IPV4, Record, kind};
+
+use super::headers::dissect;
+use crate::kernel::btf::{Btf, BtfError};
+use crate::probe::catalogue;
+
+/// A flow as its sender knows it: protocol number and source.
+pub type FlowKey = (u8, SocketAddr);
+
+/// How a packet's way over the node ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drop {
+    /// The kernel's drop reason, without its prefix: `NETFILTER_DROP`.
+    pub reason: String,
+    /// `HOOK stage`.
+    pub stage: String,
+}
+
+/// Everything the ring buffer told, by flow.
+#[derive(Debug)]
+pub struct Evidence {
+    reasons: BTreeMap<u32, String>,
+    left: HashMap<FlowKey, SocketAddr>,
+    drops: HashMap<FlowKey, Drop>,
+    /// First packets seen.
+    pub first_packets: u64,
+    /// Drops seen.
+    pub dropped_packets: u64,
+    /// Records whose captured header could not be read.
+    pub unreadable: u64,
+}
+
+impl Evidence {
+    /// Nothing yet; drop reasons get their names from the running kernel's BTF.
+    pub fn new() -> Result<Self, BtfError> {
+        Ok(Self {
+            reasons: Btf::vmlinux()?.enum_names("skb_drop_reason")?,
+            left: HashMap::new(),
+            drops: HashMap::new(),
+            first_packets: 0,
+            dropped_packets: 0,
+            unreadable: 0,
+        })
+    }
+
+    /// Takes in what the ring buffer held.
+    pub fn absorb(&mut self, records: &[Record]) {
+        for record in records {
+            let key = (
+                record.protocol,
+                SocketAddr::new(
+                    address(record.family, record.source),
+                    u16::from_be_bytes(record.sport),
+                ),
+            );
+            match record.kind {
+                kind::FIRST => {
+                    self.first_packets += 1;
+                    if record.transmitted == 0 {
+                        continue;
+                    }
+                    let headers = dissect(&record.header);
+                    match headers.and_then(|h| Some(SocketAddr::new(h.dst, h.dport?))) {
+                        Some(destination) => {
+                            self.left.insert(key, destination);
+                        }
+                        None => self.unreadable += 1,
+                    }
+                }
+                kind::DROP => {
+                    self.dropped_packets += 1;
+                    self.drops.insert(key, self.drop_of(record));
+                }
+                _ => self.unreadable += 1,
+            }
+        }
+    }
+
+    /// Where the flow's first packet was headed when it left the node, if it did.
+    pub fn left_for(&self, flow: &FlowKey) -> Option<SocketAddr> {
+        self.left.get(flow).copied()
+    }
+
+    /// The last of the flow's packets that the kernel dropped.
+    pub fn drop_for(&self, flow: &FlowKey) -> Option<&Drop> {
+        self.drops.get(flow)
+    }
+
+    fn drop_of(&self, record: &Record) -> Drop {
+        let reason = self.reasons.get(&record.reason).map_or_else(
+            || format!("reason {:#x}", record.reason),
+            |name| {
+                name.trim_start_matches("SKB_DROP_REASON_")
+                    .trim_start_matches("SKB_")
+                    .to_owned()
+            },
+        );
+        let (hook, stage) = catalogue::stage_name(record.stage);
+        Drop {
+            reason,
+            stage: format!("{hook} {stage}"),
+        }
+    }
+}
+
+/// The address in a record's sixteen bytes.
+fn address(family: u8, bytes: [u8; 16]) -> IpAddr {
+    if family == IPV4 {
+        IpAddr::V4(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]))
+    } else {
+        IpAddr::V6(Ipv6Addr::from(bytes))
+    }
+}

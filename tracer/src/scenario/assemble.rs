@@ -1,0 +1,43 @@
+//! Parts to a run, in the matrix's order whatever the order in which they were measured.
+
+use std::path::Path;
+
+use super::job::{Part, PartError, PartFile};
+use super::matrix::Matrix;
+use crate::record::run::{Clock, Measurements};
+
+/// Why parts make no run.
+#[derive(Debug, thiserror::Error)]
+pub enum AssembleError {
+    /// A part is missing or damaged.
+    #[error(transparent)]
+    Part(#[from] PartError),
+    /// The parts were measured on different clocks.
+    #[error("part {0} was measured on another clock than the parts before it: they make no run")]
+    Clocks(String),
+}
+
+/// Joins the parts `DIR/<job id>.json` of a matrix.
+pub fn assemble(matrix: &Matrix, parts: &Path) -> Result<Measurements, AssembleError> {
+    let mut clock = None;
+    let mut cells = Vec::new();
+    let mut faults = Vec::new();
+    for job in matrix.jobs() {
+        let id = job.id();
+        let file = PartFile::read(&parts.join(format!("{id}.json")))?;
+        if *clock.get_or_insert(file.clock) != file.clock {
+            return Err(AssembleError::Clocks(id));
+        }
+        match file.part {
+            Part::Cell(cell) => cells.push(*cell),
+            Part::Fault(fault) => faults.push(*fault),
+        }
+    }
+    Ok(Measurements {
+        clock: clock.unwrap_or(Clock::Wall),
+        tier: "hooks".to_owned(),
+        seed: matrix.seed,
+        cells,
+        faults,
+    })
+}

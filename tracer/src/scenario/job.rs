@@ -1,0 +1,96 @@
+//! Runs one job and keeps its result as a part of a run.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::matrix::{Job, JobKind, Matrix};
+use super::node::NodeError;
+use super::{cell, fault};
+use crate::record::run::{Cell, Clock, Fault};
+
+/// What a job measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "lowercase")]
+pub enum Part {
+    /// A cell.
+    Cell(Box<Cell>),
+    /// A control, flush or switch run.
+    Fault(Box<Fault>),
+}
+
+/// A part file: what was measured and on which clock.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PartFile {
+    /// The clock of every time in it.
+    pub clock: Clock,
+    /// What was measured.
+    pub part: Part,
+}
+
+/// Tells how far a job is: a share from 0 to 1 and what is happening.
+pub type Progress<'a> = dyn Fn(f64, &str) + 'a;
+
+/// Runs one job in namespaces of this machine.
+///
+/// # Errors
+///
+/// Whatever stopped it; nothing is left behind either way.
+pub async fn run(job: Job, matrix: &Matrix, progress: &Progress<'_>) -> Result<Part, NodeError> {
+    Ok(match job.kind {
+        JobKind::Cell => Part::Cell(Box::new(cell::run(job, matrix, progress).await?)),
+        JobKind::Control | JobKind::Flush | JobKind::Switch(_) => {
+            Part::Fault(Box::new(fault::run(job, matrix, progress).await?))
+        }
+    })
+}
+
+/// Why a part file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PartError {
+    /// Reading or writing failed.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// `read` or `write`.
+        action: &'static str,
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It is no part file.
+    #[error("{path} is no part of a run: {source}")]
+    Damaged {
+        /// The file.
+        path: String,
+        /// Where it stops making sense.
+        source: serde_json::Error,
+    },
+}
+
+impl PartFile {
+    /// Writes the part as JSON.
+    pub fn write(&self, path: &Path) -> Result<(), PartError> {
+        let fail = |source: std::io::Error| PartError::Io {
+            action: "write",
+            path: path.display().to_string(),
+            source,
+        };
+        let json = serde_json::to_vec(self).map_err(|e| fail(e.into()))?;
+        std::fs::write(path, json).map_err(fail)
+    }
+
+    /// Reads a part.
+    pub fn read(path: &Path) -> Result<Self, PartError> {
+        let json = std::fs::read(path).map_err(|source| PartError::Io {
+            action: "read",
+            path: path.display().to_string(),
+            source,
+        })?;
+        serde_json::from_slice(&json).map_err(|source| PartError::Damaged {
+            path: path.display().to_string(),
+            source,
+        })
+    }
+}

@@ -1,0 +1,396 @@
+//! A node under measurement: laboratory, servers, rules, probes, and what they saw.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde::Serialize;
+use tracer_ebpf::path::{Path, Target};
+
+use crate::cluster::Cluster;
+use crate::kernel::apply::{self, ApplyError};
+use crate::kernel::btf::{Btf, BtfError};
+use crate::kernel::clock::monotonic_ns;
+use crate::kernel::nfacct;
+use crate::lab::Outcome;
+use crate::lab::plan::{self, Family};
+use crate::lab::sink::{SinkError, Sinks};
+use crate::lab::topology::{Lab, LabError, LabOptions};
+use crate::lab::traffic::{self, FlowRecord, TrafficError};
+use crate::probe::hooks::{HooksTier, ProbeError, TRACEPOINTS, Times, Watch};
+use crate::record::evidence::Evidence;
+use crate::record::flows::{Seen, Sent};
+use crate::record::run::ProbeHealth;
+use crate::rules::iptables;
+use crate::rules::{Cidr, Mode, NodeView, RuleCounts, RuleSet, render};
+
+/// Why a job could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The cluster does not fit the laboratory.
+    #[error(transparent)]
+    Plan(#[from] plan::PlanError),
+    /// The laboratory.
+    #[error(transparent)]
+    Lab(#[from] LabError),
+    /// The servers.
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    /// The rules.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// nfacct.
+    #[error(transparent)]
+    Accounting(#[from] nfacct::NfacctError),
+    /// The probes.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// The kernel's BTF.
+    #[error(transparent)]
+    Btf(#[from] BtfError),
+    /// The traffic.
+    #[error(transparent)]
+    Traffic(#[from] TrafficError),
+    /// A background task ended badly.
+    #[error("changing the rules failed: {0}")]
+    Task(#[from] tokio::task::JoinError),
+    /// Fewer rules in the kernel than were applied.
+    #[error("{mode}: the kernel holds {found:?} after applying {wanted:?}")]
+    Incomplete {
+        /// The mode.
+        mode: Mode,
+        /// What was applied.
+        wanted: RuleCounts,
+        /// What is there.
+        found: RuleCounts,
+    },
+    /// Records were lost and with them the answer.
+    #[error("{0} records were lost: the run cannot be trusted")]
+    LostRecords(u64),
+    /// The kernel cannot do the mode.
+    #[error("kernel {kernel} has no {what}: use `--place vm`, or another mode")]
+    Lacks {
+        /// Release.
+        kernel: String,
+        /// What is missing.
+        what: &'static str,
+    },
+}
+
+/// A node with rules and servers, ready to be measured.
+#[derive(Debug)]
+pub struct TestNode {
+    /// The laboratory.
+    pub lab: Lab,
+    /// The cluster whose Services it serves.
+    pub cluster: Cluster,
+    view: NodeView,
+    _sinks: Sinks,
+}
+
+/// Rules that were put in.
+#[derive(Clone, Copy, Debug)]
+pub struct Applied {
+    /// What the kernel holds now.
+    pub counts: RuleCounts,
+    /// How long the tools took, ns.
+    pub took_ns: u64,
+}
+
+impl TestNode {
+    /// Builds the laboratory and starts a server behind every endpoint.
+    pub fn build(services: u32, endpoints: u32) -> Result<Self, NodeError> {
+        let cluster = plan::cluster(services, endpoints, false)?;
+        let lab = Lab::build(LabOptions::default())?;
+        let sinks = Sinks::start(&lab, &cluster)?;
+        let nfacct = nfacct::supported(lab.node(), &[iptables::INVALID_DROPPED, iptables::LOCALHOST_NODE_PORTS])?;
+        let view = NodeView {
+            name: plan::NODE.to_owned(),
+            addresses: vec![plan::node_address(Family::V4), plan::LINK_ADDRESS.base],
+            cluster_cidrs: vec![Cidr {
+                address: plan::CLUSTER_CIDR.base,
+                prefix: plan::CLUSTER_CIDR.prefix,
+            }],
+            service_cidrs: vec![Cidr {
+                address: plan::SERVICE_CIDR.base,
+                prefix: plan::SERVICE_CIDR.prefix,
+            }],
+            masquerade_bit: NodeView::MASQUERADE_BIT,
+            nfacct,
+        };
+        Ok(Self {
+            lab,
+            cluster,
+            view,
+            _sinks: sinks,
+        })
+    }
+
+    /// The rules of a mode.
+    pub fn rules(&self, mode: Mode) -> RuleSet {
+        render(&self.cluster, &self.view, mode)
+    }
+
+    /// Puts a mode's rules in and checks that all went in.
+    pub fn apply(&self, mode: Mode) -> Result<Applied, NodeError> {
+        require(mode)?;
+        let rules = self.rules(mode);
+        let begin = monotonic_ns();
+        apply::apply(self.lab.node(), &rules)?;
+        let took_ns = monotonic_ns() - begin;
+        let (wanted, found) = (rules.expected_counts(), apply::count(self.lab.node(), mode)?);
+        if wanted != found {
+            return Err(NodeError::Incomplete {
+                mode,
+                wanted,
+                found,
+            });
+        }
+        Ok(Applied {
+            counts: found,
+            took_ns,
+        })
+    }
+
+    /// Sends a few flows by every path, so that routes are cached and code is warm.
+    pub async fn warm_up(&self, seed: u64) -> Result<(), NodeError> {
+        let paths: Vec<Path> = Path::SERVICE.into_iter().chain(Path::FLOOR).collect();
+        traffic::warm_up(
+            &self.lab,
+            &self.cluster,
+            Family::V4,
+            &paths,
+            WARM_UP_FLOWS,
+            // Not the flows that will be measured.
+            !seed,
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Attaches the probes to the node.
+    pub fn watch(&self) -> Result<Watched, NodeError> {
+        let watch = self.watch_list();
+        Ok(Watched {
+            probes: HooksTier::attach(self.lab.node(), &watch)?,
+            evidence: Evidence::new()?,
+        })
+    }
+
+    /// Every address and port that stands for a Service or an endpoint.
+    fn watch_list(&self) -> Watch {
+        let mut targets = Vec::new();
+        for port in self.cluster.services.iter().flat_map(|service| {
+            service.ports.iter().map(move |port| (service, port))
+        }) {
+            let (service, port) = port;
+            let protocol = port.protocol.number();
+            for ip in &service.cluster_ips {
+                targets.push((SocketAddr::new(*ip, port.port), protocol, Target::ClusterIp));
+            }
+            if let Some(node_port) = port.node_port {
+                for address in &self.view.addresses {
+                    targets.push((
+                        SocketAddr::new(*address, node_port),
+                        protocol,
+                        Target::NodePort,
+                    ));
+                }
+            }
+            for endpoint in &port.endpoints {
+                targets.push((
+                    SocketAddr::new(endpoint.address, endpoint.port),
+                    protocol,
+                    Target::Pod,
+                ));
+            }
+        }
+        Watch {
+            targets,
+            node_addresses: self.view.addresses.clone(),
+            pod_cidrs: vec![
+                (plan::NODE_POD_CIDR.base, plan::NODE_POD_CIDR.prefix),
+            ],
+        }
+    }
+}
+
+/// The probes of a node and what they have told so far.
+#[derive(Debug)]
+pub struct Watched {
+    probes: HooksTier,
+    /// What the kernel said of each flow.
+    pub evidence: Evidence,
+}
+
+/// Flows by each path before anything is measured.
+const WARM_UP_FLOWS: u32 = 20;
+
+/// From deciding on a start of the traffic to the start, ns.
+pub const LEAD_NS: u64 = 10_000_000;
+
+/// How often the ring buffer is emptied while traffic runs.
+pub const DRAIN_EVERY: Duration = Duration::from_millis(50);
+
+impl Watched {
+    /// Empties the ring buffer.
+    pub fn drain(&mut self) -> Result<(), NodeError> {
+        let records = self.probes.drain()?;
+        self.evidence.absorb(&records);
+        Ok(())
+    }
+
+    /// Waits until packets under way have arrived: no new journey for a few looks in a row.
+    pub async fn settle(&mut self) -> Result<(), NodeError> {
+        let mut quiet = 0;
+        let mut last = self.probes.stats()?.journeys;
+        // Bounded: conntrack or TCP timers could in principle keep a node busy for ever.
+        for _ in 0..200 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let now = self.probes.stats()?.journeys;
+            quiet = if now == last { quiet + 1 } else { 0 };
+            last = now;
+            if quiet == 5 {
+                break;
+            }
+        }
+        self.drain()
+    }
+
+    /// Every histogram.
+    pub fn times(&self) -> Result<Vec<Times>, NodeError> {
+        Ok(self.probes.times()?)
+    }
+
+    /// Did the probes see everything?
+    ///
+    /// # Errors
+    ///
+    /// Records that the ring buffer could not take: counted, but then flows cannot be judged.
+    pub fn health(&self) -> Result<ProbeHealth, NodeError> {
+        let stats = self.probes.stats()?;
+        if stats.ring_lost > 0 {
+            return Err(NodeError::LostRecords(stats.ring_lost));
+        }
+        Ok(ProbeHealth {
+            links: u32::try_from(self.probes.links()).unwrap_or(u32::MAX),
+            tracepoints: TRACEPOINTS.len() as u32,
+            journeys: stats.journeys,
+            transmitted: stats.transmitted,
+            delivered_locally: stats.delivered,
+            dropped: stats.dropped,
+            unfinished: stats
+                .journeys
+                .saturating_sub(stats.transmitted + stats.delivered + stats.dropped),
+            ring_lost: stats.ring_lost,
+            slot_collisions: stats.collisions,
+            unpaired: stats.unpaired,
+            other_packets: stats.other,
+        })
+    }
+}
+
+/// A flow of the laboratory in the recorder's words; times from `origin_ns`.
+pub fn sent(flow: &FlowRecord, origin_ns: u64) -> Sent {
+    Sent {
+        path: flow.path,
+        protocol: flow.protocol.number(),
+        source: flow.source,
+        destination: flow.destination,
+        intended_ns: flow.intended_ns.saturating_sub(origin_ns),
+        seen: seen(&flow.outcome),
+    }
+}
+
+/// What a client saw.
+pub fn seen(outcome: &Outcome) -> Seen {
+    match outcome {
+        Outcome::Delivered { .. } => Seen::Delivered,
+        Outcome::Misdelivered { .. } => Seen::Misdelivered,
+        Outcome::Refused => Seen::Refused,
+        Outcome::Reset => Seen::Reset,
+        Outcome::Timeout { .. } => Seen::Silence,
+        Outcome::Unsent { .. } => Seen::Unsent(outcome.to_string()),
+    }
+}
+
+/// One line of `svcpath doctor`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// What was looked for.
+    pub what: &'static str,
+    /// Is it there?
+    pub available: bool,
+    /// Does nothing work without it?
+    pub needed: bool,
+    /// What it is for, or how to get it.
+    pub detail: String,
+}
+
+/// What this kernel can do, found out by trying in a namespace of our own.
+pub fn examine() -> Vec<Check> {
+    let btf = Btf::vmlinux();
+    let probes = crate::kernel::netns::Netns::create("doctor")
+        .map_err(|e| e.to_string())
+        .and_then(|node| {
+            HooksTier::attach(&node, &Watch::default())
+                .map(|tier| tier.links())
+                .map_err(|e| e.to_string())
+        });
+    let mut checks = vec![
+        Check {
+            what: "BTF",
+            available: btf.is_ok(),
+            needed: true,
+            detail: btf.map_or_else(|e| e.to_string(), |_| "field offsets".to_owned()),
+        },
+        Check {
+            what: "hooks tier",
+            available: probes.is_ok(),
+            needed: true,
+            detail: match probes {
+                Ok(links) => format!(
+                    "{links} netfilter links and {} tracepoints attach",
+                    TRACEPOINTS.len()
+                ),
+                Err(error) => error,
+            },
+        },
+    ];
+    for (mode, program) in [
+        (Mode::IptablesLegacy, "iptables-legacy"),
+        (Mode::IptablesNft, "iptables-nft"),
+        (Mode::Ipvs, "ipvsadm"),
+        (Mode::Nftables, "nft"),
+    ] {
+        let lacks = require(mode).err();
+        let tool = in_path(program);
+        checks.push(Check {
+            what: mode.name(),
+            available: lacks.is_none() && tool,
+            needed: false,
+            detail: match (lacks, tool) {
+                (Some(error), _) => error.to_string(),
+                (None, false) => format!("{program} is not installed"),
+                (None, true) => format!("with {program}"),
+            },
+        });
+    }
+    checks
+}
+
+fn in_path(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+    }) || std::path::Path::new("/usr/sbin").join(program).is_file()
+}
+
+/// Can the running kernel do the mode? IPVS needs `ip_vs`, `ip_set` and dummy links.
+fn require(mode: Mode) -> Result<(), NodeError> {
+    if mode != Mode::Ipvs || crate::kernel::has_ipvs() {
+        return Ok(());
+    }
+    Err(NodeError::Lacks {
+        kernel: crate::kernel::release(),
+        what: "IPVS",
+    })
+}

@@ -1,0 +1,104 @@
+//! The hooks tier on this machine's kernel, in a namespace of its own. Needs root.
+
+use std::io::Read as _;
+use std::net::{TcpListener, TcpStream, UdpSocket};
+
+use tracer::kernel::netns::Netns;
+use tracer::probe::hooks::{HooksTier, Watch};
+use tracer_ebpf::path::{Origin, Path, Target};
+use tracer_ebpf::record::{STAGE_NODE, state};
+
+fn node_with_loopback() -> Netns {
+    let node = Netns::create("node").expect("root");
+    let ok = node
+        .command("ip")
+        .args(["link", "set", "lo", "up"])
+        .status()
+        .expect("ip runs");
+    assert!(ok.success());
+    node
+}
+
+/// Enables connection tracking, as any nat table does.
+fn track(node: &Netns) {
+    let ok = node
+        .command("nft")
+        .arg("add table inet t; add chain inet t c { type filter hook output priority 0; }; add rule inet t c ct state new counter; add chain inet t p { type filter hook prerouting priority 0; }; add rule inet t p ct state new counter")
+        .status()
+        .expect("nft runs");
+    assert!(ok.success());
+}
+
+#[test]
+fn every_flow_to_a_watched_port_is_counted_once_at_every_stage() {
+    let node = node_with_loopback();
+    track(&node);
+    let (server, udp) = node
+        .run(|| {
+            (
+                TcpListener::bind("127.0.0.1:0").expect("binds"),
+                UdpSocket::bind("127.0.0.1:0").expect("binds"),
+            )
+        })
+        .expect("enters");
+    let tcp_address = server.local_addr().expect("bound");
+    let udp_address = udp.local_addr().expect("bound");
+    let watch = Watch {
+        targets: vec![
+            (tcp_address, 6, Target::Pod),
+            (udp_address, 17, Target::Pod),
+        ],
+        node_addresses: vec!["127.0.0.1".parse().expect("address")],
+        pod_cidrs: vec![],
+    };
+    let mut probes = HooksTier::attach(&node, &watch).expect("attaches");
+    const FLOWS: u64 = 50;
+    for _ in 0..FLOWS {
+        let mut client = node
+            .run(|| TcpStream::connect(tcp_address).expect("connects"))
+            .expect("enters");
+        let (accepted, _) = server.accept().expect("accepts");
+        drop(accepted);
+        let mut rest = Vec::new();
+        client.read_to_end(&mut rest).expect("reads");
+        node.run(|| {
+            let client = UdpSocket::bind("127.0.0.1:0").expect("binds");
+            client.send_to(b"hello", udp_address).expect("sends");
+        })
+        .expect("enters");
+        let mut buffer = [0; 16];
+        udp.recv(&mut buffer).expect("receives");
+    }
+    let stats = probes.stats().expect("reads");
+    assert_eq!(stats.unpaired, 0, "{stats:?}");
+    assert_eq!(stats.ring_lost, 0, "{stats:?}");
+    assert_eq!(stats.collisions, 0, "{stats:?}");
+    assert_eq!(
+        stats.journeys,
+        stats.transmitted + stats.delivered + stats.dropped,
+        "{stats:?}"
+    );
+
+    let times = probes.times().expect("reads");
+    // On the loopback every first packet makes two journeys: out by lo, and in again.
+    let path = Path {
+        origin: Origin::Host,
+        target: Target::Pod,
+    };
+    let count = |stage, wanted| -> u64 {
+        times
+            .iter()
+            .filter(|t| t.path == path && t.stage == stage && t.state == wanted)
+            .flat_map(|t| &t.cells)
+            .map(|cell| cell[2])
+            .sum()
+    };
+    assert_eq!(count(STAGE_NODE, state::NEW), 2 * FLOWS + 0, "{times:#?}");
+    let first: Vec<_> = probes
+        .drain()
+        .expect("drains")
+        .into_iter()
+        .filter(|r| r.transmitted == 1)
+        .collect();
+    assert_eq!(first.len() as u64, 2 * FLOWS);
+}
