@@ -194,7 +194,16 @@ fn it_is_built_and_vanishes() {
         .run(|| std::fs::read_to_string("/proc/thread-self/net/dev"))
         .expect("the node")
         .expect("its links");
-    let expected = ["ext0", "lo", "node2", "pod-0", "pod-1", "pod-2", "pod-3", "pod-client"];
+    let expected = [
+        "ext0",
+        "lo",
+        "node2",
+        "pod-0",
+        "pod-1",
+        "pod-2",
+        "pod-3",
+        "pod-client",
+    ];
     assert_eq!(
         names(&node_links),
         expected.map(ToOwned::to_owned).into_iter().collect()
@@ -495,7 +504,10 @@ fn long_lived_flows_tell_when_they_were_lost_and_came_back() {
         assert_eq!(lost.outcome, Outcome::Timeout { connected: true });
         let at = lost.at_ns - result.origin_ns;
         assert!((200_000_000..500_000_000).contains(&at), "{long:?}");
-        assert!(lost.again_ns.is_some_and(|again| again > lost.at_ns), "{long:?}");
+        assert!(
+            lost.again_ns.is_some_and(|again| again > lost.at_ns),
+            "{long:?}"
+        );
         assert!(long.answered < long.requests);
     }
 }
@@ -525,7 +537,10 @@ fn more_than_the_laboratory_can_send_is_refused_before_anything_is_sent() {
         ..TrafficPlan::default()
     };
     let error = on_one_thread(traffic::prepare(&lab, &cluster, &plan)).err();
-    assert!(matches!(error, Some(TrafficError::Files { .. })), "{error:?}");
+    assert!(
+        matches!(error, Some(TrafficError::Files { .. })),
+        "{error:?}"
+    );
 }
 
 #[test]

@@ -53,14 +53,11 @@ pub fn read_number(netns: &Netns, key: &str) -> Result<u64, SysctlError> {
     let value = netns
         .run(|| std::fs::read_to_string(format!("/proc/sys/{key}")))?
         .map_err(|source| io_error(netns, key, source))?;
-    value
-        .trim()
-        .parse()
-        .map_err(|_| SysctlError::NotANumber {
-            netns: netns.name().to_owned(),
-            key: key.to_owned(),
-            value: value.trim().to_owned(),
-        })
+    value.trim().parse().map_err(|_| SysctlError::NotANumber {
+        netns: netns.name().to_owned(),
+        key: key.to_owned(),
+        value: value.trim().to_owned(),
+    })
 }
 
 fn io_error(netns: &Netns, key: &str, source: io::Error) -> SysctlError {

@@ -186,9 +186,9 @@ pub(super) async fn finish_tcp(
     let connected = Cell::new(None);
     let talk = async {
         let stream = TcpStream::from_std(fd.into()).map_err(|error| Outcome::unsent(&error))?;
-        send_tcp(&stream, &connected).await.map_err(|error| {
-            Outcome::of_error(&error, connected.get().is_some())
-        })?;
+        send_tcp(&stream, &connected)
+            .await
+            .map_err(|error| Outcome::of_error(&error, connected.get().is_some()))?;
         read_tcp(&stream)
             .await
             .map_err(|error| Outcome::of_error(&error, true))?

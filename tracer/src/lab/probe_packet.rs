@@ -199,10 +199,7 @@ mod tests {
     fn what_cannot_be_sent_is_refused() {
         let v4: SocketAddr = "10.0.0.1:1".parse().expect("an address");
         let v6: SocketAddr = "[::1]:1".parse().expect("an address");
-        assert_eq!(
-            craft(Protocol::Udp, v4, v6, b""),
-            Err(CraftError::Families)
-        );
+        assert_eq!(craft(Protocol::Udp, v4, v6, b""), Err(CraftError::Families));
         assert_eq!(
             craft(Protocol::Sctp, v4, v4, b""),
             Err(CraftError::Protocol(Protocol::Sctp))

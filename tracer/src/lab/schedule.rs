@@ -142,7 +142,11 @@ pub(super) fn flows(
 }
 
 /// Who may answer a flow to `destination`.
-pub(super) fn answerers(port: &ServicePort, path: Path, destination: SocketAddr) -> Vec<SocketAddr> {
+pub(super) fn answerers(
+    port: &ServicePort,
+    path: Path,
+    destination: SocketAddr,
+) -> Vec<SocketAddr> {
     match path.target {
         Target::Pod => vec![destination],
         Target::ClusterIp | Target::NodePort => {
@@ -194,13 +198,7 @@ mod tests {
     #[test]
     fn services_are_chosen_uniformly() {
         let cluster = plan::cluster(20, 3, false).expect("a cluster");
-        let all = flows(
-            &cluster,
-            Family::V4,
-            &[stream(Path::FLOOR[0], 20_000)],
-            7,
-        )
-        .expect("flows");
+        let all = flows(&cluster, Family::V4, &[stream(Path::FLOOR[0], 20_000)], 7).expect("flows");
         let mut counts = vec![0_u32; 20];
         for flow in &all {
             counts[flow.service] += 1;
@@ -216,13 +214,7 @@ mod tests {
         let mut cluster = plan::cluster(4, 1, false).expect("a cluster");
         cluster.services[0].ports[0].node_port = None;
         cluster.services[3].ports[0].node_port = None;
-        let all = flows(
-            &cluster,
-            Family::V4,
-            &[stream(Path::SERVICE[2], 500)],
-            7,
-        )
-        .expect("flows");
+        let all = flows(&cluster, Family::V4, &[stream(Path::SERVICE[2], 500)], 7).expect("flows");
         let services: BTreeSet<usize> = all.iter().map(|flow| flow.service).collect();
         assert_eq!(services, BTreeSet::from([1, 2]));
         for service in &mut cluster.services {

@@ -149,11 +149,7 @@ mod tests {
             (Origin::Pod, Family::V4, "10.244.64.2:33000"),
             (Origin::Pod, Family::V6, "[fd00:10:244:40::2]:33000"),
             (Origin::External, Family::V4, "192.0.2.130:33000"),
-            (
-                Origin::External,
-                Family::V6,
-                "[2001:db8:0:1:8000::2]:33000",
-            ),
+            (Origin::External, Family::V6, "[2001:db8:0:1:8000::2]:33000"),
         ] {
             assert_eq!(source(origin, family, PORTS).to_string(), address);
         }

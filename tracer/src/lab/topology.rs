@@ -4,9 +4,9 @@ use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::clean;
 use super::plan::{self, Cidr, Family};
 use super::source::Sources;
-use super::clean;
 use crate::kernel::link::{Batch, LinkError, Mac};
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::sysctl::{self, SysctlError};
@@ -303,10 +303,7 @@ impl Lab {
         external.any_ip(plan::EXTERNAL_MORE);
         // Not the default route: what a broken node sends out untranslated must end here.
         for cidr in [plan::CLUSTER_CIDR, plan::SERVICE_CIDR] {
-            external.line(format!(
-                "route add {cidr} via {}",
-                plan::NODE_ADDRESS.base
-            ));
+            external.line(format!("route add {cidr} via {}", plan::NODE_ADDRESS.base));
         }
         if self.dual_stack {
             external.line(format!(
@@ -316,10 +313,7 @@ impl Lab {
             wire.peer_neighbour(&mut external, plan::NODE_ADDRESS6.base);
             external.any_ip(plan::EXTERNAL_MORE6);
             for cidr in [plan::CLUSTER_CIDR6, plan::SERVICE_CIDR6] {
-                external.line(format!(
-                    "route add {cidr} via {}",
-                    plan::NODE_ADDRESS6.base
-                ));
+                external.line(format!("route add {cidr} via {}", plan::NODE_ADDRESS6.base));
             }
         }
         external.apply()?;
@@ -331,10 +325,7 @@ impl Lab {
         wire.peer_up(&mut node2, plan::NODE2_ADDRESS);
         wire.peer_neighbour(&mut node2, plan::LINK_ADDRESS.base);
         node2.any_ip(plan::NODE2_POD_CIDR);
-        node2.line(format!(
-            "route add default via {}",
-            plan::LINK_ADDRESS.base
-        ));
+        node2.line(format!("route add default via {}", plan::LINK_ADDRESS.base));
         if self.dual_stack {
             node2.line(format!("addr add {} dev eth0 nodad", plan::NODE2_ADDRESS6));
             wire.peer_neighbour(&mut node2, plan::LINK_ADDRESS6.base);
@@ -409,12 +400,8 @@ impl Wire {
     }
 
     fn add(&self, node: &mut Batch<'_>, peer: &Netns) {
-        node.veth(
-            (&self.name, self.node_mac),
-            peer,
-            ("eth0", self.peer_mac),
-        )
-        .line(format!("link set {} up", self.name));
+        node.veth((&self.name, self.node_mac), peer, ("eth0", self.peer_mac))
+            .line(format!("link set {} up", self.name));
     }
 
     fn node_address(&self, node: &mut Batch<'_>, address: Cidr) {

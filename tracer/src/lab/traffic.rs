@@ -258,12 +258,13 @@ pub async fn prepare<'a>(
     plan: &'a TrafficPlan,
 ) -> Result<Prepared<'a>, TrafficError> {
     check(plan)?;
-    let flows = schedule::flows(cluster, plan.family, &plan.streams, plan.seed).map_err(|path| {
-        TrafficError::NoTarget {
-            path,
-            family: plan.family,
-        }
-    })?;
+    let flows =
+        schedule::flows(cluster, plan.family, &plan.streams, plan.seed).map_err(|path| {
+            TrafficError::NoTarget {
+                path,
+                family: plan.family,
+            }
+        })?;
     let long = plan_established(cluster, plan)?;
     let files = files_needed(plan, &flows, long.len());
     raise_file_limit(files)?;
@@ -382,9 +383,7 @@ impl Prepared<'_> {
         let established = self
             .established
             .iter()
-            .map(|(long, planned)| {
-                long.finish(self.plan.patience, judge_of(self.cluster, planned))
-            })
+            .map(|(long, planned)| long.finish(self.plan.patience, judge_of(self.cluster, planned)))
             .collect();
         let collector = Rc::into_inner(collector)
             .ok_or_else(|| TrafficError::Task("a task outlived the traffic".to_owned()))?;
@@ -420,12 +419,10 @@ impl Prepared<'_> {
             finished_ns: 0,
             outcome: Outcome::Timeout { connected: false },
         };
-        let sent = fd
-            .map_err(|error| Outcome::unsent(&error))
-            .and_then(|fd| {
-                flow::send_first(&fd, planned.protocol, planned.destination)?;
-                Ok(fd)
-            });
+        let sent = fd.map_err(|error| Outcome::unsent(&error)).and_then(|fd| {
+            flow::send_first(&fd, planned.protocol, planned.destination)?;
+            Ok(fd)
+        });
         let fd = match sent {
             Ok(fd) => fd,
             Err(outcome) => {
@@ -470,10 +467,7 @@ impl Collector {
     fn add(&self, number: usize, record: FlowRecord, times: &Times) {
         let mut latency = self.latency.borrow_mut();
         let mut add = |answer, ns| {
-            latency
-                .entry((record.path, answer))
-                .or_default()
-                .record(ns);
+            latency.entry((record.path, answer)).or_default().record(ns);
         };
         if let Some(at) = times.connected {
             add(Answer::Connect, at.saturating_sub(record.intended_ns));
@@ -573,10 +567,7 @@ fn check(plan: &TrafficPlan) -> Result<(), TrafficError> {
 }
 
 /// Long-lived flows: even ones TCP, odd ones UDP (all alike if the cluster has only one kind).
-fn plan_established(
-    cluster: &Cluster,
-    plan: &TrafficPlan,
-) -> Result<Vec<Planned>, TrafficError> {
+fn plan_established(cluster: &Cluster, plan: &TrafficPlan) -> Result<Vec<Planned>, TrafficError> {
     let Some(established) = plan.established else {
         return Ok(Vec::new());
     };
@@ -729,10 +720,7 @@ mod tests {
             .into_iter()
             .map(|(at, _)| at / 1_000_000)
             .collect();
-        assert_eq!(
-            asks,
-            [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]
-        );
+        assert_eq!(asks, [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]);
     }
 
     #[test]

@@ -95,7 +95,9 @@ fn behind_extensions(
         let Some(length) = length else {
             return (next, &[]);
         };
-        let offset = rest.get(2..4).map(|b| u16::from_be_bytes([b[0], b[1]]) >> 3);
+        let offset = rest
+            .get(2..4)
+            .map(|b| u16::from_be_bytes([b[0], b[1]]) >> 3);
         let later = next == IpNextHeaderProtocols::Ipv6Frag && offset != Some(0);
         next = IpNextHeaderProtocol(rest.first().copied().unwrap_or(next.0));
         rest = rest.get(length..).unwrap_or_default();
@@ -152,7 +154,9 @@ mod tests {
     fn a_packet_is_read_as_far_as_it_goes() {
         let whole = dissect(&SYN).expect("a whole packet");
         assert_eq!(
-            whole.addresses().map(|(s, d)| (s.to_string(), d.to_string())),
+            whole
+                .addresses()
+                .map(|(s, d)| (s.to_string(), d.to_string())),
             Some(("10.244.64.1:33000".to_owned(), "10.96.0.10:80".to_owned()))
         );
         assert_eq!((whole.protocol, whole.tcp_flags), (6, Some(2)));

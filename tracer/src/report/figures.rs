@@ -151,14 +151,14 @@ pub fn path<'a>(cell: &'a Cell, id: &str) -> Option<&'a PathResult> {
     cell.paths.iter().find(|path| path.path == id)
 }
 
-/// The stage in which a mode turns a Service's address into an endpoint's, on a path. IPVS takes
-/// packets at INPUT, and at OUTPUT those of the node itself; the other modes translate in the dnat
-/// stage of the first hook. Traffic to no Service meets the dnat stage in every mode.
+/// The stage in which a mode turns a Service's address into an endpoint's, on a path: the dnat
+/// stage of the first hook, and in ipvs mode its own stage at INPUT. For packets of the node
+/// itself IPVS sits directly behind nat at OUTPUT, so the dnat stage there holds both. Traffic to
+/// no Service meets the dnat stage in every mode.
 pub fn translation(mode: Mode, path_id: &str) -> (&'static str, &'static str) {
     let from_host = path_id.starts_with("host-");
     match (mode, from_host) {
         (Mode::Ipvs, false) if !is_floor(path_id) => ("INPUT", "ipvs"),
-        (Mode::Ipvs, true) if !is_floor(path_id) => ("OUTPUT", "ipvs"),
         (_, true) => ("OUTPUT", "dnat"),
         (_, false) => ("PREROUTING", "dnat"),
     }
@@ -222,7 +222,7 @@ pub fn slope<'a>(
     let services = f64::from(to - from);
     Some(Slope {
         per_service: (quantile(large, 0.5)? as f64 - quantile(small, 0.5)? as f64) / services,
-        resolution: (width(small)? + width(large)?) / 2.0 / services,
+        resolution: f64::midpoint(width(small)?, width(large)?) / services,
         from,
         to,
     })
@@ -355,7 +355,7 @@ mod tests {
         );
         assert_eq!(
             translation(Mode::Ipvs, "host-to-clusterip"),
-            ("OUTPUT", "ipvs")
+            ("OUTPUT", "dnat")
         );
         assert_eq!(
             translation(Mode::Ipvs, "pod-to-pod"),

@@ -216,7 +216,7 @@ impl Page<'_> {
         self.subheading(&format!(
             "First packet of a flow, {title}: the translating stage"
         ));
-        self.paragraph("The stage that turns the Service’s address into an endpoint’s: dnat, or ipvs in ipvs mode. A straight line that rises pays for every further Service; a level one does not. Lines are medians, shades reach from p1 to p99.");
+        self.paragraph("The stage that turns the Service’s address into an endpoint’s: dnat, in ipvs mode its own stage. A straight line that rises pays for every further Service; a level one does not. Lines are medians, shades reach from p1 to p99.");
         let first = self.growth_plot(
             "growth-new",
             &title,
@@ -579,7 +579,7 @@ impl Page<'_> {
                 None => segments.push(Segment {
                     name: stage.stage.clone(),
                     value,
-                    kind: Kind::of(&stage.stage),
+                    kind: Kind::of(&stage.stage, cell.mode),
                     written: String::new(),
                 }),
             }
@@ -1036,20 +1036,37 @@ impl Page<'_> {
             "hooks" => "hooks: BPF programs linked at netfilter hooks, just before and just after the priority at which a kernel component is registered, and tracepoints where packets enter and leave. No rule is inserted and no function is traced.".to_owned(),
             other => other.to_owned(),
         };
+        let seen = |stage: &str| {
+            let mut all = measured
+                .cells
+                .iter()
+                .flat_map(|cell| &cell.paths)
+                .flat_map(|path| &path.stages);
+            all.any(|s| s.stage == stage || s.hook == stage)
+        };
+        let stages: Vec<(&str, String)> = STAGES
+            .into_iter()
+            .filter(|(stage, _)| seen(stage))
+            .map(|(stage, contains)| (stage, contains.to_owned()))
+            .collect();
         self.definitions(&[
             ("clock", clock.to_owned()),
             ("probe tier", tier),
             ("seed", measured.seed.to_string()),
-            ("stage", "the time between two boundaries that a packet passes one after the other, named after the hook and the component between them: PREROUTING dnat is what runs at PREROUTING from just before to just after the priority of destination NAT. “-” is what comes before the first hook.".to_owned()),
+            ("stage", "the time between two boundaries that a packet passes one after the other, named after the hook and the component between them: PREROUTING dnat is what runs at PREROUTING from just before to just after the priority of destination NAT. ".to_owned()),
             ("whole node", "the sum of a packet’s stages on this node. The probes’ own time is left out.".to_owned()),
             ("new, established", "what conntrack says of the packet: no reply seen yet, or a later packet in the flow’s original direction.".to_owned()),
             ("median, p99", "of histograms whose buckets are at most 1.6 % wide; the middle of the bucket is shown, so a figure is off by at most 0.8 %. Means are exact.".to_owned()),
             ("per Service", "the difference of two medians, at a mode’s largest and smallest number of Services, divided by the difference in Services.".to_owned()),
             ("not seen", match measured.tier.as_str() {
                 "hooks" => "what happens inside a stage (which rule matched, how long one rule took), work outside netfilter hooks other than as the time between two of them, the time of the network card and of the other end, and packets of other network namespaces. A packet that is queued or handed to another component inside a stage is timed until it is next seen.".to_owned(),
-                _ => "what this tier cannot see is said by `svcpath doctor`.".to_owned(),
+                _ => "what this tier cannot see is said by svcpath doctor.".to_owned(),
             }),
         ]);
+        if !stages.is_empty() {
+            self.subheading("What each stage holds");
+            self.definitions(&stages);
+        }
     }
 
     fn health(&mut self) {
@@ -1160,6 +1177,53 @@ impl Page<'_> {
         self.definitions(&rows);
     }
 }
+
+/// What lies between the boundaries of each stage of the hooks tier.
+const STAGES: [(&str, &str); 16] = [
+    (
+        "receive",
+        "from the device’s receive path to the first hook",
+    ),
+    ("raw", "defragmentation and the raw table"),
+    ("conntrack", "connection tracking: look-up, or a new entry"),
+    ("mangle", "the mangle table"),
+    (
+        "pre-dnat",
+        "filter chains before dnat: kube-proxy’s firewall check in nftables mode",
+    ),
+    (
+        "dnat",
+        "the nat table, for first packets of flows; at OUTPUT in ipvs mode IPVS as well, which sits directly behind it",
+    ),
+    (
+        "routing",
+        "the rest of PREROUTING, and the routing decision",
+    ),
+    (
+        "filter",
+        "the filter and security tables; at OUTPUT also the way to POSTROUTING",
+    ),
+    (
+        "ipvs",
+        "in ipvs mode IPVS, to the sending of a packet that it takes; at INPUT also nat for packets it leaves; nearly empty in other modes",
+    ),
+    ("output", "the way from FORWARD to POSTROUTING"),
+    (
+        "snat",
+        "the nat table: masquerade, for first packets of flows",
+    ),
+    ("helper", "conntrack helpers"),
+    (
+        "confirm",
+        "conntrack helpers, and confirmation of the entry",
+    ),
+    ("deliver", "the way to the socket"),
+    (
+        "egress",
+        "confirmation of the entry, neighbour, queue and driver",
+    ),
+    ("-", "as a hook: before the first hook"),
+];
 
 /// The text with its first letter large.
 fn capital(text: &str) -> String {

@@ -213,18 +213,34 @@ fn stages(
     stages.push((first, "mangle", dice.about(110)));
     stages.push((
         first,
-        "dnat",
-        dice.about(if mode == Mode::Ipvs && new { 900 } else { dnat }),
+        "pre-dnat",
+        dice.about(if mode == Mode::Nftables && new {
+            260
+        } else {
+            40
+        }),
     ));
-    stages.push((first, "routing", dice.about(640)));
-    if ipvs {
-        let hook = if first == "OUTPUT" { "OUTPUT" } else { "INPUT" };
-        if hook == "INPUT" {
+    let taken = dice.about(if new { 2700 } else { 830 });
+    stages.push(match (mode, first) {
+        // At OUTPUT nat and IPVS are one stage.
+        (Mode::Ipvs, "OUTPUT") if ipvs => (first, "dnat", 900 + taken),
+        (Mode::Ipvs, _) if new => (first, "dnat", dice.about(900)),
+        _ => (first, "dnat", dice.about(dnat)),
+    });
+    if first == "PREROUTING" {
+        stages.push((first, "routing", dice.about(640)));
+        if ipvs {
+            stages.push(("INPUT", "mangle", dice.about(100)));
             stages.push(("INPUT", "filter", dice.about(420)));
+            stages.push(("INPUT", "ipvs", taken));
+        } else {
+            stages.push(("FORWARD", "mangle", dice.about(100)));
+            stages.push(("FORWARD", "filter", dice.about(if new { 480 } else { 310 })));
+            stages.push(("FORWARD", "ipvs", dice.about(35)));
+            stages.push(("FORWARD", "output", dice.about(120)));
         }
-        stages.push((hook, "ipvs", dice.about(if new { 2700 } else { 830 })));
-    } else if first == "PREROUTING" {
-        stages.push(("FORWARD", "filter", dice.about(if new { 480 } else { 310 })));
+    } else {
+        stages.push((first, "filter", dice.about(690)));
     }
     stages.push(("POSTROUTING", "mangle", dice.about(100)));
     stages.push((
@@ -232,10 +248,11 @@ fn stages(
         "snat",
         dice.about(if new { 690 } else { 120 }),
     ));
+    stages.push(("POSTROUTING", "helper", dice.about(45)));
     stages.push((
         "POSTROUTING",
-        "confirm",
-        dice.about(if new { 840 } else { 160 }),
+        "egress",
+        dice.about(if new { 1640 } else { 960 }),
     ));
     stages
 }
@@ -403,7 +420,7 @@ fn flush(mode: Mode) -> Fault {
         .map(|bin| (bin, if bin == 20 { 7 } else { RATE }))
         .collect();
     let verdicts = [
-        (Verdict::Leaked, None, Some("POSTROUTING confirm")),
+        (Verdict::Leaked, None, Some("POSTROUTING egress")),
         (
             Verdict::Dropped,
             Some("NETFILTER_DROP"),
@@ -482,7 +499,7 @@ fn switch(from: Mode, to: Mode) -> Fault {
     ];
     let verdicts = [
         (Verdict::Unanswered, None, None),
-        (Verdict::Leaked, None, Some("POSTROUTING confirm")),
+        (Verdict::Leaked, None, Some("POSTROUTING egress")),
     ];
     fault.paths[1] = fault_path(Path::SERVICE[1], &[(19, 7), (20, 5)], &verdicts, 0);
     fault

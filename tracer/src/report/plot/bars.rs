@@ -9,9 +9,9 @@ use crate::rules::Mode;
 /// What a stage is there for. Stages of one kind share a shade, so that few shades do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// Translating a Service's address: dnat, ipvs, snat.
+    /// Translating a Service's address: the checks before dnat, dnat, ipvs, snat.
     Service,
-    /// Connection tracking: conntrack, confirm.
+    /// Connection tracking: conntrack, helper, confirm.
     Conntrack,
     /// Tables that only look: raw, mangle, filter.
     Filter,
@@ -23,12 +23,14 @@ impl Kind {
     /// In the order of the bars.
     pub const ALL: [Self; 4] = [Self::Service, Self::Conntrack, Self::Filter, Self::Rest];
 
-    /// The kind of a stage by its name.
-    pub fn of(stage: &str) -> Self {
+    /// The kind of a stage by its name and mode.
+    pub fn of(stage: &str, mode: Mode) -> Self {
         match stage {
-            "dnat" | "ipvs" | "snat" => Self::Service,
-            "conntrack" | "confirm" | "defrag" | "helper" => Self::Conntrack,
-            "raw" | "mangle" | "filter" | "security" => Self::Filter,
+            // Other modes have that boundary too, but no IPVS behind it.
+            "ipvs" if mode != Mode::Ipvs => Self::Rest,
+            "pre-dnat" | "dnat" | "ipvs" | "snat" => Self::Service,
+            "conntrack" | "confirm" | "helper" => Self::Conntrack,
+            "raw" | "mangle" | "filter" => Self::Filter,
             _ => Self::Rest,
         }
     }
@@ -36,10 +38,10 @@ impl Kind {
     /// What the legend says.
     pub const fn title(self) -> &'static str {
         match self {
-            Self::Service => "dnat, ipvs, snat (mode’s colour)",
-            Self::Conntrack => "conntrack, confirm",
+            Self::Service => "dnat, ipvs, snat (in colour)",
+            Self::Conntrack => "conntrack, helper, confirm",
             Self::Filter => "raw, mangle, filter",
-            Self::Rest => "routing and the rest",
+            Self::Rest => "routing, egress, the rest",
         }
     }
 
@@ -254,10 +256,12 @@ mod tests {
 
     #[test]
     fn stages_have_their_kind() {
-        assert_eq!(Kind::of("dnat"), Kind::Service);
-        assert_eq!(Kind::of("confirm"), Kind::Conntrack);
-        assert_eq!(Kind::of("filter"), Kind::Filter);
-        assert_eq!(Kind::of("something new"), Kind::Rest);
+        assert_eq!(Kind::of("dnat", Mode::Ipvs), Kind::Service);
+        assert_eq!(Kind::of("ipvs", Mode::Ipvs), Kind::Service);
+        assert_eq!(Kind::of("ipvs", Mode::Nftables), Kind::Rest);
+        assert_eq!(Kind::of("confirm", Mode::Ipvs), Kind::Conntrack);
+        assert_eq!(Kind::of("filter", Mode::Ipvs), Kind::Filter);
+        assert_eq!(Kind::of("something new", Mode::Ipvs), Kind::Rest);
     }
 
     #[test]
@@ -265,7 +269,7 @@ mod tests {
         let segment = |name: &str, value: f64| Segment {
             name: name.to_owned(),
             value,
-            kind: Kind::of(name),
+            kind: Kind::of(name, Mode::Nftables),
             written: value.to_string(),
         };
         let plot = BarPlot {

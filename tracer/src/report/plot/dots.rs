@@ -57,7 +57,7 @@ impl DotPlot {
             Entry {
                 text: "to the Service, p50".to_owned(),
                 sign: Box::new(|svg: &mut Svg, x, y| {
-                    svg.marker(Mode::IptablesLegacy, (x + SIGN / 2.0, y), false, "")
+                    svg.marker(Mode::IptablesLegacy, (x + SIGN / 2.0, y), false, "");
                 }),
             },
             Entry {
@@ -74,7 +74,7 @@ impl DotPlot {
             Entry {
                 text: "straight to a pod, p50".to_owned(),
                 sign: Box::new(|svg: &mut Svg, x, y| {
-                    svg.marker(Mode::IptablesLegacy, (x + SIGN / 2.0, y), true, "")
+                    svg.marker(Mode::IptablesLegacy, (x + SIGN / 2.0, y), true, "");
                 }),
             },
         ];

@@ -201,10 +201,13 @@ pub(super) const fn mode_class(mode: Mode) -> &'static str {
     }
 }
 
+/// Draws a legend's sign from its left end, at its middle height.
+pub(super) type Sign<'a> = Box<dyn Fn(&mut Svg, f64, f64) + 'a>;
+
 /// One entry of a legend: how wide its sign is, what it says.
 pub(super) struct Entry<'a> {
     pub(super) text: String,
-    pub(super) sign: Box<dyn Fn(&mut Svg, f64, f64) + 'a>,
+    pub(super) sign: Sign<'a>,
 }
 
 /// Width of a legend's sign.

@@ -30,7 +30,7 @@ pub fn draw(id: &str, fault: &Fault, width: f64) -> String {
         Entry {
             text: "lost".to_owned(),
             sign: Box::new(move |svg: &mut Svg, x, y| {
-                svg.rect(&format!("lost {mode}"), (x, y - 6.0), (SIGN, 12.0), "")
+                svg.rect(&format!("lost {mode}"), (x, y - 6.0), (SIGN, 12.0), "");
             }),
         },
     ];
@@ -44,7 +44,7 @@ pub fn draw(id: &str, fault: &Fault, width: f64) -> String {
         entries.push(Entry {
             text: "rule change".to_owned(),
             sign: Box::new(|svg: &mut Svg, x, y| {
-                svg.rect("change", (x + SIGN / 2.0 - 2.0, y - 8.0), (4.0, 16.0), "")
+                svg.rect("change", (x + SIGN / 2.0 - 2.0, y - 8.0), (4.0, 16.0), "");
             }),
         });
     }
