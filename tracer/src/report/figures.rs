@@ -137,7 +137,7 @@ pub fn paths(run: &Run) -> Vec<&str> {
     ids
 }
 
-/// The path that headline figures are about: pod to ClusterIP, else the first Service path.
+/// The path that headline figures are about: pod to `ClusterIP`, else the first Service path.
 pub fn main_path(run: &Run) -> Option<&str> {
     let ids = paths(run);
     ids.iter()

@@ -223,7 +223,7 @@ fn stages(
     let taken = dice.about(if new { 2700 } else { 830 });
     stages.push(match (mode, first) {
         // At OUTPUT nat and IPVS are one stage.
-        (Mode::Ipvs, "OUTPUT") if ipvs => (first, "dnat", 900 + taken),
+        (Mode::Ipvs, "OUTPUT") if ipvs => (first, "dnat", taken + if new { 900 } else { 170 }),
         (Mode::Ipvs, _) if new => (first, "dnat", dice.about(900)),
         _ => (first, "dnat", dice.about(dnat)),
     });
