@@ -182,10 +182,11 @@ fn faults(run: &Run) -> Option<String> {
             "flushing the Service rules lost {}{of_sent} new and {} established flows{}{longest}",
             range(&|lost| lost.0),
             range(&|lost| lost.1),
-            if lost.len() > 1 {
-                ", depending on the mode"
-            } else {
-                ""
+            match lost.as_slice() {
+                [] | [_] => "",
+                [first, rest @ ..] if rest.iter().all(|other| other == first) =>
+                    ", whatever the mode",
+                _ => ", depending on the mode",
             },
         ));
     }

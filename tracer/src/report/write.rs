@@ -278,6 +278,41 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_that_fills_up_keeps_nothing() {
+        use nix::mount::{MsFlags, mount};
+        // A thread of its own: its mounts are seen by nobody else and end with it.
+        let outcome = std::thread::spawn(|| {
+            let dir = tempfile::tempdir().expect("a folder");
+            let none: Option<&str> = None;
+            let mounted = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
+                .and_then(|()| mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none))
+                .and_then(|()| {
+                    mount(
+                        Some("tmpfs"),
+                        dir.path(),
+                        Some("tmpfs"),
+                        MsFlags::empty(),
+                        Some("size=128k"),
+                    )
+                });
+            if mounted.is_err() {
+                eprintln!("not permitted to mount: not tested");
+                return;
+            }
+            let error = write_all(&sample::run(), dir.path(), false).expect_err("far too small");
+            let message = error.to_string();
+            assert!(message.contains("No space left on device"), "{message}");
+            assert!(
+                message.ends_with("free some space or choose a folder on another disk"),
+                "{message}"
+            );
+            assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
+            nix::mount::umount(dir.path()).expect("unmounted");
+        });
+        outcome.join().expect("the thread's assertions hold");
+    }
+
+    #[test]
     fn a_full_disk_is_one_line_with_a_remedy() {
         let error = WriteError::File {
             file: "out/run.json".into(),
