@@ -414,6 +414,14 @@ fn long_lived_flows_survive_a_flush_of_nat_rules() {
     let cluster = plan::cluster(10, 3, false).expect("a cluster");
     let _sinks = Sinks::start(&lab, &cluster).expect("servers");
     nft(lab.node(), &service_rules(&cluster, Family::V4));
+    // Every real node has some rule that asks for conntrack's state. Without one, the flush below
+    // takes the last user of conntrack away, the kernel stops tracking in this namespace, and
+    // established flows lose their translation with everything else.
+    nft(
+        lab.node(),
+        "table ip other { chain forward { type filter hook forward priority 0 ;
+            ct state established accept ; } ; }",
+    );
     let plan = TrafficPlan {
         streams: streams(&Path::SERVICE, 500),
         established: Some(Established {

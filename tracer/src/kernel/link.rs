@@ -35,8 +35,11 @@ pub struct Mac(pub [u8; 6]);
 
 impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+        for (position, byte) in self.0.iter().enumerate() {
+            let colon = if position == 0 { "" } else { ":" };
+            write!(f, "{colon}{byte:02x}")?;
+        }
+        Ok(())
     }
 }
 
@@ -78,7 +81,7 @@ impl<'a> Batch<'a> {
         ))
     }
 
-    /// Adds an `AnyIP` route: the namespace answers on every address of `cidr`.
+    /// Adds an AnyIP route: the namespace answers on every address of `cidr`.
     pub fn any_ip(&mut self, cidr: impl fmt::Display) -> &mut Self {
         self.line(format!("route add local {cidr} dev lo"))
     }

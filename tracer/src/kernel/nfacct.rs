@@ -112,7 +112,8 @@ fn new_object(name: &str) -> io::Result<Vec<u8>> {
     }
     let attribute = 4 + name.len() + 1;
     let total = HEADER + attribute.next_multiple_of(4);
-    let flags = (libc::NLM_F_REQUEST | libc::NLM_F_CREATE | libc::NLM_F_ACK) as u16;
+    let flags = libc::NLM_F_REQUEST | libc::NLM_F_CREATE | libc::NLM_F_ACK;
+    let flags = u16::try_from(flags).map_err(io::Error::other)?;
     let mut message = Vec::with_capacity(total);
     let length = |n: usize| u32::try_from(n).map_err(io::Error::other);
     message.extend(length(total)?.to_ne_bytes());

@@ -111,13 +111,13 @@ fn remedy(tool: &str, stderr: &str) -> &'static str {
         )
 }
 
-/// The input line that a message such as `iptables-restore: line 12 failed` or nft's
-/// `/dev/stdin:12:1-30: Error` means.
+/// The input line that a message means: `iptables-restore: line 12 failed`, nft's
+/// `/dev/stdin:12:1-30: Error`, `ip -batch`'s `Command failed -:12`.
 fn input_line<'a>(stderr: &str, input: &'a str) -> Option<&'a str> {
     let after = stderr
         .split_once("line ")
-        .or_else(|| stderr.split_once("in line: "))
         .or_else(|| stderr.split_once("/dev/stdin:"))
+        .or_else(|| stderr.split_once("Command failed -:"))
         .map(|(_, after)| after)?;
     let digits = after
         .find(|c: char| !c.is_ascii_digit())
@@ -222,6 +222,10 @@ mod tests {
         );
         assert_eq!(
             input_line("ipset v7.17: Error in line 1: Syntax", input),
+            Some("*nat")
+        );
+        assert_eq!(
+            input_line("Error: Unknown device type.\nCommand failed -:1", input),
             Some("*nat")
         );
         assert_eq!(input_line("line 99 failed", input), None);

@@ -60,10 +60,12 @@ impl Cidr {
         }
     }
 
-    const fn v6(segments: [u16; 8], prefix: u8) -> Self {
-        let [a, b, c, d, e, f, g, h] = segments;
+    /// `high` is the upper half of the address, `low` the lower.
+    const fn v6(high: [u16; 4], low: [u16; 4], prefix: u8) -> Self {
         Self {
-            base: IpAddr::V6(Ipv6Addr::new(a, b, c, d, e, f, g, h)),
+            base: IpAddr::V6(Ipv6Addr::new(
+                high[0], high[1], high[2], high[3], low[0], low[1], low[2], low[3],
+            )),
             prefix,
         }
     }
@@ -126,9 +128,9 @@ pub const NODE2_POD_CIDR: Cidr = Cidr::v4(10, 244, 128, 0, 17);
 pub const NODE2_SERVERS: Cidr = Cidr::v4(10, 244, 128, 0, 18);
 /// The client pod's range: it answers on, and sends from, every address of it.
 pub const CLIENT_POD: Cidr = Cidr::v4(10, 244, 64, 0, 20);
-/// Every `ClusterIP`.
+/// Every ClusterIP.
 pub const SERVICE_CIDR: Cidr = Cidr::v4(10, 96, 0, 0, 12);
-/// The node's address, the one that `NodePort`s are reached by.
+/// The node's address, the one that NodePorts are reached by.
 pub const NODE_ADDRESS: Cidr = Cidr::v4(192, 0, 2, 1, 24);
 /// The external client's first address.
 pub const EXTERNAL_ADDRESS: Cidr = Cidr::v4(192, 0, 2, 2, 24);
@@ -142,45 +144,45 @@ pub const NODE2_ADDRESS: Cidr = Cidr::v4(203, 0, 113, 2, 24);
 pub const POD_GATEWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 
 /// IPv6: every pod of the cluster.
-pub const CLUSTER_CIDR6: Cidr = Cidr::v6([0xfd00, 0x10, 0x244, 0, 0, 0, 0, 0], 56);
+pub const CLUSTER_CIDR6: Cidr = Cidr::v6([0xfd00, 0x10, 0x244, 0], [0, 0, 0, 0], 56);
 /// IPv6: every pod of the node.
-pub const NODE_POD_CIDR6: Cidr = Cidr::v6([0xfd00, 0x10, 0x244, 0, 0, 0, 0, 0], 57);
+pub const NODE_POD_CIDR6: Cidr = Cidr::v6([0xfd00, 0x10, 0x244, 0], [0, 0, 0, 0], 57);
 /// IPv6: every pod of node2.
-pub const NODE2_POD_CIDR6: Cidr = Cidr::v6([0xfd00, 0x10, 0x244, 0x80, 0, 0, 0, 0], 57);
+pub const NODE2_POD_CIDR6: Cidr = Cidr::v6([0xfd00, 0x10, 0x244, 0x80], [0, 0, 0, 0], 57);
 /// IPv6: node2's endpoints.
-pub const NODE2_SERVERS6: Cidr = Cidr::v6([0xfd00, 0x10, 0x244, 0x80, 0, 0, 0, 0], 58);
+pub const NODE2_SERVERS6: Cidr = Cidr::v6([0xfd00, 0x10, 0x244, 0x80], [0, 0, 0, 0], 58);
 /// IPv6: the client pod's range.
-pub const CLIENT_POD6: Cidr = Cidr::v6([0xfd00, 0x10, 0x244, 0x40, 0, 0, 0, 0], 60);
-/// IPv6: every `ClusterIP`.
-pub const SERVICE_CIDR6: Cidr = Cidr::v6([0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0], 108);
+pub const CLIENT_POD6: Cidr = Cidr::v6([0xfd00, 0x10, 0x244, 0x40], [0, 0, 0, 0], 60);
+/// IPv6: every ClusterIP.
+pub const SERVICE_CIDR6: Cidr = Cidr::v6([0xfd00, 0x10, 0x96, 0], [0, 0, 0, 0], 108);
 /// IPv6: the node's address.
-pub const NODE_ADDRESS6: Cidr = Cidr::v6([0x2001, 0xdb8, 0, 1, 0, 0, 0, 1], 64);
+pub const NODE_ADDRESS6: Cidr = Cidr::v6([0x2001, 0xdb8, 0, 1], [0, 0, 0, 1], 64);
 /// IPv6: the external client's first address.
-pub const EXTERNAL_ADDRESS6: Cidr = Cidr::v6([0x2001, 0xdb8, 0, 1, 0, 0, 0, 2], 64);
+pub const EXTERNAL_ADDRESS6: Cidr = Cidr::v6([0x2001, 0xdb8, 0, 1], [0, 0, 0, 2], 64);
 /// IPv6: further addresses of the external client.
-pub const EXTERNAL_MORE6: Cidr = Cidr::v6([0x2001, 0xdb8, 0, 1, 0x8000, 0, 0, 0], 65);
+pub const EXTERNAL_MORE6: Cidr = Cidr::v6([0x2001, 0xdb8, 0, 1], [0x8000, 0, 0, 0], 65);
 /// IPv6: the node's address on the link to node2.
-pub const LINK_ADDRESS6: Cidr = Cidr::v6([0x2001, 0xdb8, 0, 2, 0, 0, 0, 1], 64);
+pub const LINK_ADDRESS6: Cidr = Cidr::v6([0x2001, 0xdb8, 0, 2], [0, 0, 0, 1], 64);
 /// IPv6: node2's address on that link.
-pub const NODE2_ADDRESS6: Cidr = Cidr::v6([0x2001, 0xdb8, 0, 2, 0, 0, 0, 2], 64);
+pub const NODE2_ADDRESS6: Cidr = Cidr::v6([0x2001, 0xdb8, 0, 2], [0, 0, 0, 2], 64);
 /// IPv6: the next hop of a pod.
 pub const POD_GATEWAY6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 
-/// The port of every `ClusterIP`.
+/// The port of every ClusterIP.
 pub const SERVICE_PORT: u16 = 80;
 /// The lowest port that a pod listens on.
 pub const FIRST_TARGET_PORT: u16 = 8080;
 /// A pod listens on at most this many ports.
 pub const TARGET_PORTS: u16 = 16;
-/// The lowest `NodePort`.
+/// The lowest NodePort.
 pub const FIRST_NODE_PORT: u16 = 30_000;
-/// The highest `NodePort`.
+/// The highest NodePort.
 pub const LAST_NODE_PORT: u16 = 32_767;
-/// `ClusterIP`s start this far above the lowest address of the Service CIDR.
+/// ClusterIPs start this far above the lowest address of the Service CIDR.
 pub const FIRST_CLUSTER_IP: u32 = 10;
 /// A cluster has at most this many Services.
 pub const MAX_SERVICES: u32 = 30_000;
-/// Source ports of the traffic: above every `NodePort`, inside Linux's ephemeral range.
+/// Source ports of the traffic: above every NodePort, inside Linux's ephemeral range.
 pub const SOURCE_PORTS: std::ops::RangeInclusive<u16> = 33_000..=60_999;
 
 /// Offset 0 of a range is no host address and 1 is the pod's own; endpoints start behind them.
@@ -211,7 +213,7 @@ pub fn server_pod(pod: u32, family: Family) -> Cidr {
     }
 }
 
-/// The node's address that `NodePort`s are reached by.
+/// The node's address that NodePorts are reached by.
 pub const fn node_address(family: Family) -> IpAddr {
     match family {
         Family::V4 => NODE_ADDRESS.base,
@@ -219,7 +221,7 @@ pub const fn node_address(family: Family) -> IpAddr {
     }
 }
 
-/// The `ClusterIP` of Service number `index`.
+/// The ClusterIP of Service number `index`.
 pub fn cluster_ip(index: u32, family: Family) -> IpAddr {
     match family {
         Family::V4 => SERVICE_CIDR,
@@ -228,7 +230,7 @@ pub fn cluster_ip(index: u32, family: Family) -> IpAddr {
     .nth(FIRST_CLUSTER_IP + index)
 }
 
-/// The `NodePort` of Service number `index`: one TCP and one UDP Service share each number.
+/// The NodePort of Service number `index`: one TCP and one UDP Service share each number.
 pub fn node_port(index: u32) -> Option<u16> {
     let port = u32::from(FIRST_NODE_PORT) + index / 2;
     u16::try_from(port)
@@ -258,7 +260,7 @@ pub enum PlanError {
 /// A cluster of `services` Services `lab/svc-00000`, ... with `endpoints` endpoints each.
 ///
 /// Even ones are TCP, odd ones UDP. Of three endpoints, two live on the node and one on node2.
-/// With `dual_stack`, every `ClusterIP` and endpoint exists in both families.
+/// With `dual_stack`, every ClusterIP and endpoint exists in both families.
 pub fn cluster(services: u32, endpoints: u32, dual_stack: bool) -> Result<Cluster, PlanError> {
     if services == 0 || services > MAX_SERVICES {
         return Err(PlanError::Services(services));

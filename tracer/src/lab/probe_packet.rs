@@ -145,7 +145,7 @@ mod tests {
 
     fn ends() -> impl Strategy<Value = (SocketAddr, SocketAddr)> {
         let ports = (any::<u16>(), any::<u16>());
-        let v4 = (any::<u32>(), any::<u32>(), ports.clone()).prop_map(|(s, d, (sp, dp))| {
+        let v4 = (any::<u32>(), any::<u32>(), ports).prop_map(|(s, d, (sp, dp))| {
             (
                 SocketAddr::new(Ipv4Addr::from_bits(s).into(), sp),
                 SocketAddr::new(Ipv4Addr::from_bits(d).into(), dp),

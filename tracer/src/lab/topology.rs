@@ -276,7 +276,7 @@ impl Lab {
         range6: Cidr,
     ) -> Result<(), LabError> {
         let mut pod = Batch::new(netns);
-        wire.peer_up(&mut pod, format_args!("{}/32", range.nth(1)));
+        Wire::peer_up(&mut pod, format_args!("{}/32", range.nth(1)));
         pod.any_ip(range);
         wire.peer_neighbour(&mut pod, plan::POD_GATEWAY);
         pod.line(format!(
@@ -298,7 +298,7 @@ impl Lab {
 
     fn set_external(&self, wire: &Wire) -> Result<(), LabError> {
         let mut external = Batch::new(&self.external);
-        wire.peer_up(&mut external, plan::EXTERNAL_ADDRESS);
+        Wire::peer_up(&mut external, plan::EXTERNAL_ADDRESS);
         wire.peer_neighbour(&mut external, plan::NODE_ADDRESS.base);
         external.any_ip(plan::EXTERNAL_MORE);
         // Not the default route: what a broken node sends out untranslated must end here.
@@ -322,7 +322,7 @@ impl Lab {
 
     fn set_node2(&self, wire: &Wire) -> Result<(), LabError> {
         let mut node2 = Batch::new(&self.node2);
-        wire.peer_up(&mut node2, plan::NODE2_ADDRESS);
+        Wire::peer_up(&mut node2, plan::NODE2_ADDRESS);
         wire.peer_neighbour(&mut node2, plan::LINK_ADDRESS.base);
         node2.any_ip(plan::NODE2_POD_CIDR);
         node2.line(format!("route add default via {}", plan::LINK_ADDRESS.base));
@@ -430,7 +430,7 @@ impl Wire {
         ));
     }
 
-    fn peer_up(&self, peer: &mut Batch<'_>, address: impl Display) {
+    fn peer_up(peer: &mut Batch<'_>, address: impl Display) {
         peer.line("link set lo up")
             .line("link set eth0 up")
             .line(format!("addr add {address} dev eth0"));

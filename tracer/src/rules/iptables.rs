@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::fmt::Write as _;
 
 use super::names::{endpoint_hash, service_hash};
-use super::ports::{Port, Ports};
+use super::ports::{PortView, Ports};
 use super::{Family, NodeView};
 
 /// The nfacct object that counts packets dropped as INVALID.
@@ -117,8 +117,8 @@ const SERVICE_CHAIN_PREFIXES: [&str; 5] = [
 
 /// The `iptables-restore --noflush` input of one family.
 pub(super) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
-    let mut nat_chains = String::with_capacity(200 * ports.ports.len());
-    let mut nat = String::with_capacity(1400 * ports.ports.len() + 4096);
+    let mut nat_chains = String::with_capacity(200 * ports.list.len());
+    let mut nat = String::with_capacity(1400 * ports.list.len() + 4096);
     let mut filter = String::with_capacity(4096);
 
     push_masquerade_rules(&mut nat, node);
@@ -137,7 +137,7 @@ pub(super) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> Stri
             .cluster_cidr(family)
             .map(|cidr| format!(" ! -s {cidr}")),
     };
-    for port in &ports.ports {
+    for port in &ports.list {
         if port.endpoints.is_empty() {
             push_rejects(&mut filter, port);
         } else {
@@ -238,7 +238,7 @@ pub(super) fn push_forward_rules(filter: &mut String, node: &NodeView, invalid: 
 }
 
 /// A `ServicePort` without endpoints answers with ICMP.
-fn push_rejects(filter: &mut String, port: &Port<'_>) {
+fn push_rejects(filter: &mut String, port: &PortView<'_>) {
     let protocol = port.protocol().name();
     let _ = writeln!(
         filter,
@@ -266,7 +266,7 @@ struct ServiceRules {
 }
 
 impl ServiceRules {
-    fn push(&self, chains: &mut String, nat: &mut String, port: &Port<'_>) {
+    fn push(&self, chains: &mut String, nat: &mut String, port: &PortView<'_>) {
         let protocol = port.protocol().name();
         let id = port.id.as_str();
         let hash = service_hash(id, port.protocol());
@@ -314,7 +314,7 @@ impl ServiceRules {
         self.push_endpoints(chains, nat, port, hash);
     }
 
-    fn push_node_port(&self, nat: &mut String, port: &Port<'_>, hash: &str, node_port: u16) {
+    fn push_node_port(&self, nat: &mut String, port: &PortView<'_>, hash: &str, node_port: u16) {
         let protocol = port.protocol().name();
         let id = &port.id;
         if self.family == Family::Ipv4 && self.nfacct {
@@ -333,7 +333,13 @@ impl ServiceRules {
     }
 
     /// The choice of an endpoint, and the endpoints' own chains.
-    fn push_endpoints(&self, chains: &mut String, nat: &mut String, port: &Port<'_>, hash: &str) {
+    fn push_endpoints(
+        &self,
+        chains: &mut String,
+        nat: &mut String,
+        port: &PortView<'_>,
+        hash: &str,
+    ) {
         let protocol = port.protocol().name();
         let id = port.id.as_str();
         // Each name is hashed once: the rules of the endpoints' own chains are written beside

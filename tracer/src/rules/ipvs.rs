@@ -12,7 +12,7 @@ use super::iptables::{
     Invalid, push_all, push_chains, push_forward_rules, push_jumps, push_masquerade_rules,
     push_nat_jumps,
 };
-use super::ports::{Port, Ports};
+use super::ports::{PortView, Ports};
 use super::{Family, NodeView};
 use crate::cluster::Protocol;
 
@@ -120,7 +120,7 @@ fn set_name(family: Family, name: &str) -> String {
 pub(super) fn virtual_addresses(ports: &Ports<'_>, family: Family) -> Vec<IpAddr> {
     let mut seen = HashSet::new();
     ports
-        .ports
+        .list
         .iter()
         .filter_map(|port| {
             port.service
@@ -135,7 +135,7 @@ pub(super) fn virtual_addresses(ports: &Ports<'_>, family: Family) -> Vec<IpAddr
 
 /// The input of `ipset restore`: every set of the family and its entries.
 pub(super) fn render_sets(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
-    let mut text = String::with_capacity(4096 + 300 * ports.ports.len());
+    let mut text = String::with_capacity(4096 + 300 * ports.list.len());
     for (name, set_type) in SETS {
         push_all(&mut text, &["create ", &set_name(family, name)]);
         let hash = match set_type {
@@ -170,7 +170,7 @@ pub(super) fn render_sets(ports: &Ports<'_>, node: &NodeView, family: Family) ->
     // Several ServicePorts can have one endpoint or one address.
     let mut loops: HashSet<(Protocol, &str)> = HashSet::new();
     let mut addresses: HashSet<&str> = HashSet::new();
-    for port in &ports.ports {
+    for port in &ports.list {
         let protocol = port.protocol();
         // Writing into a String cannot fail, here and below.
         let _ = writeln!(
@@ -232,10 +232,10 @@ const fn node_port_set(protocol: Protocol) -> &'static str {
 /// The input of `ipvsadm -R`: a virtual server for each ClusterIP and port, and for each address
 /// of the node and NodePort.
 pub(super) fn render_servers(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
-    let mut text = String::with_capacity(240 * ports.ports.len());
+    let mut text = String::with_capacity(240 * ports.list.len());
     let mut server = String::new();
     let node_addresses: Vec<IpAddr> = node.addresses_of(family).collect();
-    for port in &ports.ports {
+    for port in &ports.list {
         server_key(
             &mut server,
             port.protocol(),
@@ -269,7 +269,7 @@ fn server_key(key: &mut String, protocol: Protocol, address: impl std::fmt::Disp
     let _ = write!(key, ":{port}");
 }
 
-fn push_server(text: &mut String, server: &str, port: &Port<'_>) {
+fn push_server(text: &mut String, server: &str, port: &PortView<'_>) {
     push_all(text, &["-A ", server, " -s rr\n"]);
     for endpoint in &port.endpoints {
         push_all(
@@ -284,12 +284,12 @@ fn push_server(text: &mut String, server: &str, port: &Port<'_>) {
 pub(super) fn render_iptables(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
     let has_node_port = |protocol: Protocol| {
         ports
-            .ports
+            .list
             .iter()
             .any(|port| port.protocol() == protocol && port.port.node_port.is_some())
     };
     let has_local_endpoint = ports
-        .ports
+        .list
         .iter()
         .any(|port| port.endpoints.iter().any(|endpoint| endpoint.local));
     let cluster_ip = set_name(family, "CLUSTER-IP");
@@ -362,7 +362,7 @@ pub(super) fn render_iptables(ports: &Ports<'_>, node: &NodeView, family: Family
             );
         }
     }
-    if !ports.ports.is_empty() {
+    if !ports.list.is_empty() {
         // Without the pods' addresses only a Service's own address as source tells a hairpin.
         let (direction, not_from_pods) = match node.cluster_cidr(family) {
             Some(cidr) => ("dst,dst", format!(" ! -s {cidr}")),
@@ -377,7 +377,7 @@ pub(super) fn render_iptables(ports: &Ports<'_>, node: &NodeView, family: Family
     }
     text.push_str("-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODE-PORT\n");
     text.push_str("-A KUBE-LOAD-BALANCER -j KUBE-MARK-MASQ\n");
-    if !ports.ports.is_empty() {
+    if !ports.list.is_empty() {
         let _ = writeln!(
             text,
             "-A KUBE-SERVICES -m set --match-set {cluster_ip} dst,dst -j ACCEPT"

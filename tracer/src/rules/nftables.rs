@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 
 use super::iptables::push_all;
 use super::names::nft_service_name;
-use super::ports::{Port, Ports};
+use super::ports::{PortView, Ports};
 use super::{Family, NodeView};
 
 /// Base chains: name, type, hook, priority.
@@ -123,7 +123,7 @@ pub(super) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> Stri
     let table = format!("{ip} kube-proxy");
     let mark = node.mark();
     let primary = node.addresses_of(family).next();
-    let count = ports.ports.len();
+    let count = ports.list.len();
     let mut text = String::with_capacity(1024 * count + 8192);
     // Writing into a String cannot fail, here and below.
     let _ = write!(
@@ -259,7 +259,7 @@ pub(super) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> Stri
         cluster_ips: HashSet::with_capacity(count),
         hairpins: HashSet::new(),
     };
-    for port in &ports.ports {
+    for port in &ports.list {
         writer.push(port);
     }
     text.push_str(&rules);
@@ -296,7 +296,7 @@ struct Writer<'a, 'p> {
 }
 
 impl<'p> Writer<'_, 'p> {
-    fn push(&mut self, port: &'p Port<'_>) {
+    fn push(&mut self, port: &'p PortView<'_>) {
         let protocol = port.protocol().name();
         let elements = &mut *self.elements;
         if self.cluster_ips.insert(&port.cluster_ip) {

@@ -12,13 +12,13 @@ const LARGE_CLUSTER_ENDPOINTS: usize = 1000;
 
 /// The `ServicePort`s of one family.
 pub(super) struct Ports<'a> {
-    pub(super) ports: Vec<Port<'a>>,
+    pub(super) list: Vec<PortView<'a>>,
     /// kube-proxy's `largeClusterMode`.
     pub(super) large: bool,
 }
 
 /// One `ServicePort` of one family.
-pub(super) struct Port<'a> {
+pub(super) struct PortView<'a> {
     pub(super) service: &'a Service,
     pub(super) port: &'a ServicePort,
     /// `ns/name:port`.
@@ -30,7 +30,7 @@ pub(super) struct Port<'a> {
     pub(super) endpoints: Vec<EndpointText>,
 }
 
-impl Port<'_> {
+impl PortView<'_> {
     pub(super) fn protocol(&self) -> Protocol {
         self.port.protocol
     }
@@ -70,7 +70,7 @@ impl<'a> Ports<'a> {
     /// The `ServicePort`s of `family` in the cluster's order (kube-proxy's own is the random
     /// order of a Go map), with the endpoints that `node` calls local marked.
     pub(super) fn new(cluster: &'a Cluster, node: &str, family: Family) -> Self {
-        let mut ports = Vec::with_capacity(cluster.services.len());
+        let mut list = Vec::with_capacity(cluster.services.len());
         let mut endpoint_count = 0;
         for service in &cluster.services {
             let Some(cluster_ip) = service.cluster_ips.iter().find(|ip| family.holds(**ip)) else {
@@ -102,7 +102,7 @@ impl<'a> Ports<'a> {
                 endpoints.sort_unstable();
                 endpoints.dedup_by(|a, b| a.socket == b.socket);
                 endpoint_count += endpoints.len();
-                ports.push(Port {
+                list.push(PortView {
                     service,
                     port,
                     id: service.port_name(port),
@@ -112,7 +112,7 @@ impl<'a> Ports<'a> {
             }
         }
         Self {
-            ports,
+            list,
             large: endpoint_count > LARGE_CLUSTER_ENDPOINTS,
         }
     }

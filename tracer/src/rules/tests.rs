@@ -93,7 +93,7 @@ fn as_saved(rule: &str, family: Family) -> String {
                 continue;
             }
             "-s" => {
-                write!(source, " {not}-s {}", long(&value(&mut words), family)).expect("String")
+                write!(source, " {not}-s {}", long(&value(&mut words), family)).expect("String");
             }
             "-d" => {
                 write!(destination, " {not}-d {}", long(&value(&mut words), family))
