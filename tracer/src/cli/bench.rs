@@ -317,7 +317,10 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
         }
         done += weight;
         if bar.is_hidden() {
-            eprintln!("{title} done, {:.0} s so far", started.elapsed().as_secs_f64());
+            eprintln!(
+                "{title} done, {:.0} s so far",
+                started.elapsed().as_secs_f64()
+            );
         }
     }
     bar.finish_and_clear();
@@ -328,7 +331,8 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
         place: Place::Host,
         kernel: kernel.clone(),
         host_kernel: kernel,
-        cpus: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1)),
+        cpus: std::thread::available_parallelism()
+            .map_or(1, |n| u32::try_from(n.get()).unwrap_or(1)),
         tools: BTreeMap::new(),
         command: std::env::args().collect(),
         notes: Vec::new(),
@@ -386,7 +390,11 @@ fn now_utc() -> String {
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_index = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_index + 2) / 5 + 1;
-    let month = if month_index < 10 { month_index + 3 } else { month_index - 9 };
+    let month = if month_index < 10 {
+        month_index + 3
+    } else {
+        month_index - 9
+    };
     let year = year_of_era + era * 400 + u64::from(month <= 2);
     format!(
         "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",

@@ -21,9 +21,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             println!("{mark}  {:<18} {}", check.what, check.detail);
         }
     }
-    Ok(if checks.iter().any(|check| check.needed && !check.available) {
-        ExitCode::from(exit::KERNEL_LACKS)
-    } else {
-        ExitCode::SUCCESS
-    })
+    Ok(
+        if checks.iter().any(|check| check.needed && !check.available) {
+            ExitCode::from(exit::KERNEL_LACKS)
+        } else {
+            ExitCode::SUCCESS
+        },
+    )
 }

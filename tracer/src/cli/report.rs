@@ -46,7 +46,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let run = tracer::report::read::read(&path)?;
     let text = match args.output {
-        Output::Text => super::bench::terminal_table(&run, args.file.is_none() && std::io::stdout().is_terminal()),
+        Output::Text => super::bench::terminal_table(
+            &run,
+            args.file.is_none() && std::io::stdout().is_terminal(),
+        ),
         Output::Markdown => tracer::report::markdown::render(&run),
         Output::Html => tracer::report::html::render(&run),
         Output::Json => serde_json::to_string_pretty(&run)? + "\n",
@@ -56,7 +59,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     };
     if file.exists() && !args.force {
-        anyhow::bail!("{} exists: name another file or use --force", file.display());
+        anyhow::bail!(
+            "{} exists: name another file or use --force",
+            file.display()
+        );
     }
     std::fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
     Ok(ExitCode::SUCCESS)

@@ -58,8 +58,7 @@ pub fn judge(flow: &Sent, evidence: &Evidence) -> Option<Grounds> {
     let (reason, stage) = drop.map_or((None, None), |drop| {
         (Some(drop.reason.clone()), Some(drop.stage.clone()))
     });
-    let leaked = flow.destination_is_virtual()
-        && evidence.left_for(&key) == Some(flow.destination);
+    let leaked = flow.destination_is_virtual() && evidence.left_for(&key) == Some(flow.destination);
     Some(match &flow.seen {
         Seen::Delivered => return None,
         Seen::Misdelivered => (Verdict::Misdelivered, None, None),
@@ -73,7 +72,11 @@ pub fn judge(flow: &Sent, evidence: &Evidence) -> Option<Grounds> {
                 (Verdict::Reset, reason, stage)
             }
         }
-        Seen::Failed(error) => (Verdict::Rejected, Some(reason.unwrap_or(error.clone())), stage),
+        Seen::Failed(error) => (
+            Verdict::Rejected,
+            Some(reason.unwrap_or(error.clone())),
+            stage,
+        ),
         Seen::Silence if leaked => (Verdict::Leaked, None, None),
         Seen::Silence if drop.is_some() => (Verdict::Dropped, reason, stage),
         Seen::Silence => (Verdict::Unanswered, None, None),
@@ -213,7 +216,10 @@ mod tests {
             Some(Verdict::Unanswered)
         );
         evidence.absorb(&[record(kind::FIRST, [10, 96, 0, 10], 1)]);
-        assert_eq!(judge(&silent, &evidence).map(|g| g.0), Some(Verdict::Leaked));
+        assert_eq!(
+            judge(&silent, &evidence).map(|g| g.0),
+            Some(Verdict::Leaked)
+        );
 
         let mut evidence = Evidence::new().expect("BTF");
         evidence.absorb(&[record(kind::DROP, [10, 96, 0, 10], 0)]);

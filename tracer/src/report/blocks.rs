@@ -43,7 +43,9 @@ pub fn summary(run: &Run) -> Vec<Block> {
     let mut blocks = vec![Block::Lines(origin(run))];
     let alarms = alarms(run);
     if !alarms.is_empty() {
-        blocks.push(Block::Lines(alarms.into_iter().map(|line| (Tone::Alarm, line)).collect()));
+        blocks.push(Block::Lines(
+            alarms.into_iter().map(|line| (Tone::Alarm, line)).collect(),
+        ));
     }
     if let Some(path) = figures::main_path(run) {
         blocks.push(Block::Table(first_packets(run, path)));
@@ -51,14 +53,26 @@ pub fn summary(run: &Run) -> Vec<Block> {
     if !run.measurements.cells.is_empty() {
         blocks.push(Block::Table(node_and_rules(run)));
     }
-    let mut findings: Vec<(Tone, String)> = no_service(run).map(|line| (Tone::Plain, line)).into_iter().collect();
-    findings.extend(run.measurements.faults.iter().map(|fault| (Tone::Plain, fault_words(fault))));
+    let mut findings: Vec<(Tone, String)> = no_service(run)
+        .map(|line| (Tone::Plain, line))
+        .into_iter()
+        .collect();
+    findings.extend(
+        run.measurements
+            .faults
+            .iter()
+            .map(|fault| (Tone::Plain, fault_words(fault))),
+    );
     if !findings.is_empty() {
         blocks.push(Block::Lines(findings));
     }
     if !run.environment.notes.is_empty() {
         blocks.push(Block::Lines(
-            run.environment.notes.iter().map(|note| (Tone::Quiet, format!("note: {note}"))).collect(),
+            run.environment
+                .notes
+                .iter()
+                .map(|note| (Tone::Quiet, format!("note: {note}")))
+                .collect(),
         ));
     }
     blocks
@@ -71,7 +85,11 @@ fn origin(run: &Run) -> Vec<(Tone, String)> {
         Place::Vm => "vm",
     };
     let measured = &run.measurements;
-    let probes = measured.cells.iter().map(|cell| &cell.probes).chain(measured.faults.iter().map(|fault| &fault.probes));
+    let probes = measured
+        .cells
+        .iter()
+        .map(|cell| &cell.probes)
+        .chain(measured.faults.iter().map(|fault| &fault.probes));
     let (mut links, mut tracepoints, mut lost) = (0, 0, 0);
     for health in probes {
         links = links.max(health.links);
@@ -81,7 +99,11 @@ fn origin(run: &Run) -> Vec<(Tone, String)> {
     vec![
         (
             Tone::Quiet,
-            format!("place   {place} · {} · {}", run.environment.kernel, figures::clock_words(measured.clock)),
+            format!(
+                "place   {place} · {} · {}",
+                run.environment.kernel,
+                figures::clock_words(measured.clock)
+            ),
         ),
         (
             Tone::Quiet,
@@ -114,8 +136,14 @@ pub fn alarms(run: &Run) -> Vec<String> {
             }
         }
     }
-    for fault in run.measurements.faults.iter().filter(|fault| fault.kind == FaultKind::Control) {
-        let lost = figures::new_flows(fault).lost_count() + figures::established_flows(fault).lost_count();
+    for fault in run
+        .measurements
+        .faults
+        .iter()
+        .filter(|fault| fault.kind == FaultKind::Control)
+    {
+        let lost =
+            figures::new_flows(fault).lost_count() + figures::established_flows(fault).lost_count();
         if lost > 0 {
             alarms.push(format!(
                 "control {}: {} lost although nothing was done: losses in the fault runs cannot be told from these",
@@ -125,7 +153,11 @@ pub fn alarms(run: &Run) -> Vec<String> {
         }
     }
     for (place, health) in probe_places(run) {
-        let missed = health.unfinished + health.ring_lost + health.slot_collisions + health.unpaired + read::unaccounted(&health);
+        let missed = health.unfinished
+            + health.ring_lost
+            + health.slot_collisions
+            + health.unpaired
+            + read::unaccounted(&health);
         if missed > 0 {
             alarms.push(format!(
                 "{place}: the probes missed something: {} unfinished, {} ring records lost, {} slot collisions, {} unpaired of {} journeys",
@@ -141,8 +173,16 @@ pub fn alarms(run: &Run) -> Vec<String> {
 }
 
 fn probe_places(run: &Run) -> Vec<(String, crate::record::run::ProbeHealth)> {
-    let cells = run.measurements.cells.iter().map(|cell| (format!("{} {}", cell.mode, cell.services), cell.probes));
-    let faults = run.measurements.faults.iter().map(|fault| (figures::fault_title(fault), fault.probes));
+    let cells = run
+        .measurements
+        .cells
+        .iter()
+        .map(|cell| (format!("{} {}", cell.mode, cell.services), cell.probes));
+    let faults = run
+        .measurements
+        .faults
+        .iter()
+        .map(|fault| (figures::fault_title(fault), fault.probes));
     cells.chain(faults).collect()
 }
 
@@ -161,7 +201,11 @@ fn what(clock: Clock, figures: &str) -> String {
 
 /// `3.1k / 4.0k`.
 fn two(clock: Clock, histogram: Option<&Histogram>) -> String {
-    let figure = |q| histogram.and_then(|h| quantile(h, q)).map(|ns| units::cost_u64(clock, ns));
+    let figure = |q| {
+        histogram
+            .and_then(|h| quantile(h, q))
+            .map(|ns| units::cost_u64(clock, ns))
+    };
     match (figure(0.5), figure(0.99)) {
         (Some(p50), Some(p99)) => format!("{p50} / {p99}"),
         _ => MISSING.to_owned(),
@@ -179,11 +223,12 @@ fn one(clock: Clock, histogram: Option<&Histogram>) -> String {
 pub fn first_packets(run: &Run, path: &str) -> Table {
     let clock = run.measurements.clock;
     let sizes = figures::sizes(run);
-    let stages = if figures::modes(run).contains(&crate::rules::Mode::Ipvs) && !figures::is_floor(path) {
-        "dnat stage (ipvs: its own stage)"
-    } else {
-        "dnat stage"
-    };
+    let stages =
+        if figures::modes(run).contains(&crate::rules::Mode::Ipvs) && !figures::is_floor(path) {
+            "dnat stage (ipvs: its own stage)"
+        } else {
+            "dnat stage"
+        };
     let mut header = vec!["mode".to_owned()];
     header.extend(sizes.iter().map(|&size| services(size)));
     header.push("p50 per Service".to_owned());
@@ -192,11 +237,15 @@ pub fn first_packets(run: &Run, path: &str) -> Table {
         .map(|mode| {
             let pick = |cell| figures::translated(cell, path, PacketState::New);
             let mut row = vec![mode.name().to_owned()];
-            row.extend(sizes.iter().map(|&size| two(clock, figures::cell(run, mode, size).and_then(pick))));
-            row.push(
-                figures::slope(run, mode, pick)
-                    .map_or_else(|| MISSING.to_owned(), |slope| units::slope(clock, slope.per_service)),
+            row.extend(
+                sizes
+                    .iter()
+                    .map(|&size| two(clock, figures::cell(run, mode, size).and_then(pick))),
             );
+            row.push(figures::slope(run, mode, pick).map_or_else(
+                || MISSING.to_owned(),
+                |slope| units::slope(clock, slope.per_service),
+            ));
             row
         })
         .collect();
@@ -216,7 +265,9 @@ pub fn node_and_rules(run: &Run) -> Table {
     let clock = run.measurements.clock;
     let common = figures::common_size(run);
     let path = figures::main_path(run).unwrap_or_default();
-    let flushed = figures::modes(run).into_iter().any(|mode| figures::flush(run, mode).is_some());
+    let flushed = figures::modes(run)
+        .into_iter()
+        .any(|mode| figures::flush(run, mode).is_some());
     let mut header = vec!["mode".to_owned()];
     if common.is_none() {
         header.push("Services".to_owned());
@@ -233,7 +284,10 @@ pub fn node_and_rules(run: &Run) -> Table {
                 row.push(units::count(cell.services.into()));
             }
             row.push(two(clock, figures::node(cell, path, PacketState::New)));
-            row.push(one(clock, figures::node(cell, path, PacketState::Established)));
+            row.push(one(
+                clock,
+                figures::node(cell, path, PacketState::Established),
+            ));
             row.push(units::cost_u64(clock, cell.apply_ns));
             row.push(units::count(cell.rules.total()));
             if flushed {
@@ -284,7 +338,9 @@ fn no_service(run: &Run) -> Option<String> {
     if prices.is_empty() {
         return None;
     }
-    let size = figures::common_size(run).map(|size| format!(" at {}", services(size))).unwrap_or_default();
+    let size = figures::common_size(run)
+        .map(|size| format!(" at {}", services(size)))
+        .unwrap_or_default();
     Some(format!(
         "No Service ({}): first packet, dnat stage, p50{size}: {}",
         figures::path_title(id),
@@ -298,9 +354,21 @@ pub fn losses(ledger: &Ledger) -> String {
         .lost
         .iter()
         .map(|loss| {
-            let stage = loss.stage.as_ref().map(|stage| format!(" at {stage}")).unwrap_or_default();
-            let reason = loss.reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
-            format!("{} {}{stage}{reason}", units::count(loss.count), figures::verdict_name(loss.verdict))
+            let stage = loss
+                .stage
+                .as_ref()
+                .map(|stage| format!(" at {stage}"))
+                .unwrap_or_default();
+            let reason = loss
+                .reason
+                .as_ref()
+                .map(|reason| format!(" ({reason})"))
+                .unwrap_or_default();
+            format!(
+                "{} {}{stage}{reason}",
+                units::count(loss.count),
+                figures::verdict_name(loss.verdict)
+            )
         })
         .collect();
     losses.join(", ")
@@ -308,13 +376,27 @@ pub fn losses(ledger: &Ledger) -> String {
 
 /// A fault in one sentence.
 pub fn fault_words(fault: &Fault) -> String {
-    let new = figures::new_flows(fault);
-    let established = figures::established_flows(fault);
-    let title = figures::fault_title(fault);
+    format!(
+        "{} ({}): {}",
+        figures::fault_title(fault),
+        fault_setting(fault),
+        fault_outcome(fault)
+    )
+}
+
+/// `1,000 Services, rules back after 1.99 s`.
+pub fn fault_setting(fault: &Fault) -> String {
     let back = match (fault.kind, figures::rules_back_after(fault)) {
         (FaultKind::Flush, Some(ns)) => format!(", rules back after {}", units::time_u64(ns)),
         _ => String::new(),
     };
+    format!("{}{back}", services(fault.services))
+}
+
+/// What was lost, how, and for how long.
+pub fn fault_outcome(fault: &Fault) -> String {
+    let new = figures::new_flows(fault);
+    let established = figures::established_flows(fault);
     let lost = if new.lost_count() == 0 {
         format!("none of {} new flows lost", units::count(new.sent))
     } else {
@@ -325,17 +407,19 @@ pub fn fault_words(fault: &Fault) -> String {
             losses(&new)
         )
     };
-    let kept = if established.lost_count() == 0 {
-        format!("none of {} established", units::count(established.sent))
+    let kept = if established.sent == 0 {
+        String::new()
+    } else if established.lost_count() == 0 {
+        format!(", none of {} established", units::count(established.sent))
     } else {
         format!(
-            "{} of {} established ({})",
+            ", {} of {} established ({})",
             units::count(established.lost_count()),
             units::count(established.sent),
             losses(&established)
         )
     };
-    format!("{title} ({}{back}): {lost}, {kept}{}", services(fault.services), outage_words(fault))
+    format!("{lost}{kept}{}", outage_words(fault))
 }
 
 /// `; outage 31.0 ms on host→ClusterIP, none elsewhere`.
@@ -357,10 +441,20 @@ pub fn outage_words(fault: &Fault) -> String {
         return "; no outage".to_owned();
     };
     let first = first.clone();
-    if hit.len() == fault.paths.len() && hit.len() > 1 && hit.iter().all(|(_, length)| *length == first) {
+    if hit.len() == fault.paths.len()
+        && hit.len() > 1
+        && hit.iter().all(|(_, length)| *length == first)
+    {
         return format!("; outage {first} on every path");
     }
-    let words: Vec<String> = hit.iter().map(|(path, length)| format!("{length} on {path}")).collect();
-    let elsewhere = if hit.len() < fault.paths.len() { ", none elsewhere" } else { "" };
+    let words: Vec<String> = hit
+        .iter()
+        .map(|(path, length)| format!("{length} on {path}"))
+        .collect();
+    let elsewhere = if hit.len() < fault.paths.len() {
+        ", none elsewhere"
+    } else {
+        ""
+    };
     format!("; outage {}{elsewhere}", words.join(", "))
 }

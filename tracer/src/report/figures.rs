@@ -71,7 +71,12 @@ pub fn modes(run: &Run) -> Vec<Mode> {
 
 /// Every number of Services that was measured in any mode, ascending.
 pub fn sizes(run: &Run) -> Vec<u32> {
-    let mut sizes: Vec<u32> = run.measurements.cells.iter().map(|cell| cell.services).collect();
+    let mut sizes: Vec<u32> = run
+        .measurements
+        .cells
+        .iter()
+        .map(|cell| cell.services)
+        .collect();
     sizes.sort_unstable();
     sizes.dedup();
     sizes
@@ -79,7 +84,12 @@ pub fn sizes(run: &Run) -> Vec<u32> {
 
 /// The cells of a mode by ascending number of Services, one a number.
 pub fn cells(run: &Run, mode: Mode) -> Vec<&Cell> {
-    let mut cells: Vec<&Cell> = run.measurements.cells.iter().filter(|cell| cell.mode == mode).collect();
+    let mut cells: Vec<&Cell> = run
+        .measurements
+        .cells
+        .iter()
+        .filter(|cell| cell.mode == mode)
+        .collect();
     cells.sort_by_key(|cell| cell.services);
     cells.dedup_by_key(|cell| cell.services);
     cells
@@ -87,13 +97,19 @@ pub fn cells(run: &Run, mode: Mode) -> Vec<&Cell> {
 
 /// The cell of a mode at a number of Services.
 pub fn cell(run: &Run, mode: Mode, services: u32) -> Option<&Cell> {
-    run.measurements.cells.iter().find(|cell| cell.mode == mode && cell.services == services)
+    run.measurements
+        .cells
+        .iter()
+        .find(|cell| cell.mode == mode && cell.services == services)
 }
 
 /// The largest number of Services that every measured mode was measured at.
 pub fn common_size(run: &Run) -> Option<u32> {
     let modes = modes(run);
-    sizes(run).into_iter().rev().find(|&size| modes.iter().all(|&mode| cell(run, mode, size).is_some()))
+    sizes(run)
+        .into_iter()
+        .rev()
+        .find(|&size| modes.iter().all(|&mode| cell(run, mode, size).is_some()))
 }
 
 /// The cells in which the modes are compared: all at [`common_size`], or, when there is none,
@@ -121,7 +137,7 @@ pub fn paths(run: &Run) -> Vec<&str> {
     ids
 }
 
-/// The path that headline figures are about: pod to ClusterIP, else the first Service path.
+/// The path that headline figures are about: pod to `ClusterIP`, else the first Service path.
 pub fn main_path(run: &Run) -> Option<&str> {
     let ids = paths(run);
     ids.iter()
@@ -135,14 +151,14 @@ pub fn path<'a>(cell: &'a Cell, id: &str) -> Option<&'a PathResult> {
     cell.paths.iter().find(|path| path.path == id)
 }
 
-/// The stage in which a mode turns a Service's address into an endpoint's, on a path. IPVS takes
-/// packets at INPUT, and at OUTPUT those of the node itself; the other modes translate in the dnat
-/// stage of the first hook. Traffic to no Service meets the dnat stage in every mode.
+/// The stage in which a mode turns a Service's address into an endpoint's, on a path: the dnat
+/// stage of the first hook, and in ipvs mode its own stage at INPUT. For packets of the node
+/// itself IPVS sits directly behind nat at OUTPUT, so the dnat stage there holds both. Traffic to
+/// no Service meets the dnat stage in every mode.
 pub fn translation(mode: Mode, path_id: &str) -> (&'static str, &'static str) {
     let from_host = path_id.starts_with("host-");
     match (mode, from_host) {
         (Mode::Ipvs, false) if !is_floor(path_id) => ("INPUT", "ipvs"),
-        (Mode::Ipvs, true) if !is_floor(path_id) => ("OUTPUT", "ipvs"),
         (_, true) => ("OUTPUT", "dnat"),
         (_, false) => ("PREROUTING", "dnat"),
     }
@@ -161,7 +177,10 @@ pub fn translated<'a>(cell: &'a Cell, path_id: &str, state: PacketState) -> Opti
 
 /// What the whole node cost packets of a state.
 pub fn node<'a>(cell: &'a Cell, path_id: &str, state: PacketState) -> Option<&'a Histogram> {
-    path(cell, path_id)?.node.get(&state).filter(|histogram| histogram.count > 0)
+    path(cell, path_id)?
+        .node
+        .get(&state)
+        .filter(|histogram| histogram.count > 0)
 }
 
 /// How much a median grows with each Service.
@@ -186,9 +205,15 @@ impl Slope {
 }
 
 /// The growth of a histogram's median between a mode's smallest and largest number of Services.
-pub fn slope<'a>(run: &'a Run, mode: Mode, pick: impl Fn(&'a Cell) -> Option<&'a Histogram>) -> Option<Slope> {
-    let measured: Vec<(u32, &Histogram)> =
-        cells(run, mode).into_iter().filter_map(|cell| Some((cell.services, pick(cell)?))).collect();
+pub fn slope<'a>(
+    run: &'a Run,
+    mode: Mode,
+    pick: impl Fn(&'a Cell) -> Option<&'a Histogram>,
+) -> Option<Slope> {
+    let measured: Vec<(u32, &Histogram)> = cells(run, mode)
+        .into_iter()
+        .filter_map(|cell| Some((cell.services, pick(cell)?)))
+        .collect();
     let (&(from, small), &(to, large)) = (measured.first()?, measured.last()?);
     if from == to {
         return None;
@@ -197,7 +222,7 @@ pub fn slope<'a>(run: &'a Run, mode: Mode, pick: impl Fn(&'a Cell) -> Option<&'a
     let services = f64::from(to - from);
     Some(Slope {
         per_service: (quantile(large, 0.5)? as f64 - quantile(small, 0.5)? as f64) / services,
-        resolution: (width(small)? + width(large)?) / 2.0 / services,
+        resolution: f64::midpoint(width(small)?, width(large)?) / services,
         from,
         to,
     })
@@ -229,14 +254,16 @@ fn added<'a>(ledgers: impl Iterator<Item = &'a Ledger>) -> Ledger {
         all.delivered += ledger.delivered;
         for loss in &ledger.lost {
             match all.lost.iter_mut().find(|known| {
-                (known.verdict, &known.reason, &known.stage) == (loss.verdict, &loss.reason, &loss.stage)
+                (known.verdict, &known.reason, &known.stage)
+                    == (loss.verdict, &loss.reason, &loss.stage)
             }) {
                 Some(known) => known.count += loss.count,
                 None => all.lost.push(loss.clone()),
             }
         }
     }
-    all.lost.sort_by(|a, b| b.count.cmp(&a.count).then_with(|| a.cmp(b)));
+    all.lost
+        .sort_by(|a, b| b.count.cmp(&a.count).then_with(|| a.cmp(b)));
     all
 }
 
@@ -297,24 +324,51 @@ mod tests {
             _ => cell.services != 2000,
         });
         assert_eq!(common_size(&run), None);
-        let compared: Vec<_> = compared(&run).iter().map(|cell| (cell.mode.name(), cell.services)).collect();
+        let compared: Vec<_> = compared(&run)
+            .iter()
+            .map(|cell| (cell.mode.name(), cell.services))
+            .collect();
         assert_eq!(
             compared,
-            [("iptables-legacy", 5000), ("iptables-nft", 2000), ("ipvs", 5000), ("nftables", 5000)]
+            [
+                ("iptables-legacy", 5000),
+                ("iptables-nft", 2000),
+                ("ipvs", 5000),
+                ("nftables", 5000)
+            ]
         );
     }
 
     #[test]
     fn every_mode_has_its_translating_stage() {
-        assert_eq!(translation(Mode::IptablesNft, "external-to-nodeport"), ("PREROUTING", "dnat"));
-        assert_eq!(translation(Mode::Nftables, "host-to-clusterip"), ("OUTPUT", "dnat"));
-        assert_eq!(translation(Mode::Ipvs, "pod-to-clusterip"), ("INPUT", "ipvs"));
-        assert_eq!(translation(Mode::Ipvs, "host-to-clusterip"), ("OUTPUT", "ipvs"));
-        assert_eq!(translation(Mode::Ipvs, "pod-to-pod"), ("PREROUTING", "dnat"));
+        assert_eq!(
+            translation(Mode::IptablesNft, "external-to-nodeport"),
+            ("PREROUTING", "dnat")
+        );
+        assert_eq!(
+            translation(Mode::Nftables, "host-to-clusterip"),
+            ("OUTPUT", "dnat")
+        );
+        assert_eq!(
+            translation(Mode::Ipvs, "pod-to-clusterip"),
+            ("INPUT", "ipvs")
+        );
+        assert_eq!(
+            translation(Mode::Ipvs, "host-to-clusterip"),
+            ("OUTPUT", "dnat")
+        );
+        assert_eq!(
+            translation(Mode::Ipvs, "pod-to-pod"),
+            ("PREROUTING", "dnat")
+        );
         let run = sample::run();
         for cell in &run.measurements.cells {
             for id in paths(&run) {
-                assert!(translated(cell, id, PacketState::New).is_some(), "{} {id}", cell.mode);
+                assert!(
+                    translated(cell, id, PacketState::New).is_some(),
+                    "{} {id}",
+                    cell.mode
+                );
             }
         }
     }
@@ -322,7 +376,9 @@ mod tests {
     #[test]
     fn slopes_are_what_the_sample_was_made_with() {
         let run = sample::run();
-        let pick = |mode, id: &'static str| slope(&run, mode, |cell| translated(cell, id, PacketState::New)).expect("measured");
+        let pick = |mode, id: &'static str| {
+            slope(&run, mode, |cell| translated(cell, id, PacketState::New)).expect("measured")
+        };
         // Traffic to no Service walks all rules: 15 and 61 instructions each, and the sample's
         // noise adds 0 to 5 %.
         assert!((15.0..15.75).contains(&pick(Mode::IptablesLegacy, "pod-to-pod").per_service));
@@ -336,12 +392,23 @@ mod tests {
     fn one_size_has_no_slope() {
         let mut run = sample::run();
         run.measurements.cells.retain(|cell| cell.services == 1000);
-        assert_eq!(slope(&run, Mode::Ipvs, |cell| node(cell, "pod-to-clusterip", PacketState::New)), None);
+        assert_eq!(
+            slope(&run, Mode::Ipvs, |cell| node(
+                cell,
+                "pod-to-clusterip",
+                PacketState::New
+            )),
+            None
+        );
     }
 
     #[test]
     fn an_outage_without_end_lasts_to_the_end() {
-        let outage = Outage { start_ns: 10, end_ns: None, lost: 1 };
+        let outage = Outage {
+            start_ns: 10,
+            end_ns: None,
+            lost: 1,
+        };
         assert_eq!(outage_length(&outage, 100), (90, false));
     }
 }

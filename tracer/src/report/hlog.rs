@@ -42,7 +42,10 @@ pub fn logs(run: &Run) -> Result<Vec<(String, Vec<u8>)>, EncodeError> {
             let name = if same_size[&(cell.mode, cell.services)] == 1 {
                 format!("cell-{}-{}.hlog", cell.mode, cell.services)
             } else {
-                format!("cell-{}-{}-{}.hlog", cell.mode, cell.services, cell.endpoints_per_service)
+                format!(
+                    "cell-{}-{}-{}.hlog",
+                    cell.mode, cell.services, cell.endpoints_per_service
+                )
             };
             Ok((name, log(run.measurements.clock, cell)?))
         })
@@ -58,14 +61,20 @@ pub fn log(clock: Clock, cell: &Cell) -> Result<Vec<u8>, EncodeError> {
     let mut out = Vec::new();
     let mut serializer = V2DeflateSerializer::new();
     let mut writer = IntervalLogWriterBuilder::new()
-        .add_comment(&format!("svcpath: {}, {} Services; values are {unit}", cell.mode, cell.services))
+        .add_comment(&format!(
+            "svcpath: {}, {} Services; values are {unit}",
+            cell.mode, cell.services
+        ))
         .begin_log_with(&mut out, &mut serializer)
         .map_err(|error| EncodeError {
             tag: "of the header".to_owned(),
             what: error.to_string(),
         })?;
     for (tag, histogram) in tagged(cell) {
-        let failed = |what: String| EncodeError { tag: tag.clone(), what };
+        let failed = |what: String| EncodeError {
+            tag: tag.clone(),
+            what,
+        };
         let hdr = encode(histogram).map_err(failed)?;
         let tag_of_line = Tag::new(&tag).ok_or_else(|| EncodeError {
             tag: tag.clone(),
@@ -73,7 +82,10 @@ pub fn log(clock: Clock, cell: &Cell) -> Result<Vec<u8>, EncodeError> {
         })?;
         writer
             .write_histogram(&hdr, Duration::ZERO, Duration::ZERO, Some(tag_of_line))
-            .map_err(|error| EncodeError { tag: tag.clone(), what: error.to_string() })?;
+            .map_err(|error| EncodeError {
+                tag: tag.clone(),
+                what: error.to_string(),
+            })?;
     }
     drop(writer);
     Ok(out)
@@ -85,10 +97,16 @@ fn tagged(cell: &Cell) -> Vec<(String, &Histogram)> {
     for path in &cell.paths {
         for stage in &path.stages {
             let state = figures::state_name(stage.state);
-            all.push((tag(&[&path.path, state, &stage.hook, &stage.stage]), &stage.histogram));
+            all.push((
+                tag(&[&path.path, state, &stage.hook, &stage.stage]),
+                &stage.histogram,
+            ));
         }
         for (state, histogram) in &path.node {
-            all.push((tag(&[&path.path, figures::state_name(*state), "node"]), histogram));
+            all.push((
+                tag(&[&path.path, figures::state_name(*state), "node"]),
+                histogram,
+            ));
         }
         for (name, histogram) in &path.client {
             all.push((tag(&[&path.path, "client", name]), histogram));
@@ -102,7 +120,10 @@ fn tag(parts: &[&str]) -> String {
 }
 
 fn encode(histogram: &Histogram) -> Result<Hdr<u64>, String> {
-    let highest = histogram.buckets.last().map_or(2, |bucket| bucket[1].max(2));
+    let highest = histogram
+        .buckets
+        .last()
+        .map_or(2, |bucket| bucket[1].max(2));
     let mut hdr = Hdr::new_with_bounds(1, highest, DIGITS).map_err(|error| error.to_string())?;
     for &[low, high, count] in &histogram.buckets {
         hdr.record_n(quantile::middle(low, high), count)
@@ -133,15 +154,22 @@ mod tests {
                 let (tag, histogram) = expected.next().expect("no line too many");
                 assert_eq!(line.tag().map(|t| t.as_str().to_owned()), Some(tag.clone()));
                 assert_eq!(line.start_timestamp(), Duration::ZERO);
-                let raw = BASE64.decode(line.encoded_histogram().as_bytes()).expect("base64");
-                let hdr: Hdr<u64> = Deserializer::new().deserialize(&mut raw.as_slice()).expect("a histogram");
+                let raw = BASE64
+                    .decode(line.encoded_histogram().as_bytes())
+                    .expect("base64");
+                let hdr: Hdr<u64> = Deserializer::new()
+                    .deserialize(&mut raw.as_slice())
+                    .expect("a histogram");
                 let mut counts = vec![0; histogram.buckets.len()];
                 for value in hdr.iter_recorded() {
                     let at = value.value_iterated_to();
                     let bucket = histogram
                         .buckets
                         .iter()
-                        .position(|[low, high, _]| (*low..=*high).contains(&hdr.lowest_equivalent(at)) || (*low..=*high).contains(&at))
+                        .position(|[low, high, _]| {
+                            (*low..=*high).contains(&hdr.lowest_equivalent(at))
+                                || (*low..=*high).contains(&at)
+                        })
                         .unwrap_or_else(|| panic!("{tag}: {at} is in no bucket"));
                     counts[bucket] += value.count_since_last_iteration();
                 }
@@ -171,7 +199,11 @@ mod tests {
         let mut other = run.measurements.cells[0].clone();
         other.endpoints_per_service = 50;
         run.measurements.cells.push(other);
-        let names: Vec<String> = logs(&run).expect("encode").into_iter().map(|(name, _)| name).collect();
+        let names: Vec<String> = logs(&run)
+            .expect("encode")
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect();
         assert_eq!(names[0], "cell-iptables-legacy-100-3.hlog");
         assert_eq!(names[1], "cell-iptables-legacy-1000.hlog");
         assert_eq!(names[names.len() - 1], "cell-iptables-legacy-100-50.hlog");

@@ -31,7 +31,11 @@ struct Layout {
 const ON_ONE_LINE: [&str; 1] = ["buckets"];
 
 impl Formatter for Layout {
-    fn begin_object_key<W: ?Sized + io::Write>(&mut self, w: &mut W, first: bool) -> io::Result<()> {
+    fn begin_object_key<W: ?Sized + io::Write>(
+        &mut self,
+        w: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         self.in_key = true;
         self.flat_next = false;
         self.pretty.begin_object_key(w, first)
@@ -42,7 +46,11 @@ impl Formatter for Layout {
         self.pretty.end_object_key(w)
     }
 
-    fn write_string_fragment<W: ?Sized + io::Write>(&mut self, w: &mut W, s: &str) -> io::Result<()> {
+    fn write_string_fragment<W: ?Sized + io::Write>(
+        &mut self,
+        w: &mut W,
+        s: &str,
+    ) -> io::Result<()> {
         if self.in_key {
             self.flat_next = ON_ONE_LINE.contains(&s);
         }
@@ -82,7 +90,11 @@ impl Formatter for Layout {
         self.pretty.end_array(w)
     }
 
-    fn begin_array_value<W: ?Sized + io::Write>(&mut self, w: &mut W, first: bool) -> io::Result<()> {
+    fn begin_array_value<W: ?Sized + io::Write>(
+        &mut self,
+        w: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         if self.flat > 0 {
             return if first { Ok(()) } else { w.write_all(b", ") };
         }
@@ -115,8 +127,14 @@ mod tests {
     fn buckets_stay_on_one_line() {
         let bytes = to_bytes(&sample::run()).expect("serialize");
         let text = String::from_utf8(bytes).expect("UTF-8");
-        let line = text.lines().find(|line| line.contains("\"buckets\"")).expect("buckets");
+        let line = text
+            .lines()
+            .find(|line| line.contains("\"buckets\""))
+            .expect("buckets");
         assert!(line.trim_end().ends_with("]]"), "{line}");
-        assert!(text.contains("\n    \"clock\": \"virtual\",\n"), "the rest is indented");
+        assert!(
+            text.contains("\n    \"clock\": \"virtual\",\n"),
+            "the rest is indented"
+        );
     }
 }

@@ -16,7 +16,11 @@ pub fn render(run: &Run) -> String {
             Block::Table(one) => table(&mut out, one),
             Block::Lines(lines) => {
                 for (tone, line) in lines {
-                    let mark = if *tone == Tone::Alarm { "**warning:** " } else { "" };
+                    let mark = if *tone == Tone::Alarm {
+                        "**warning:** "
+                    } else {
+                        ""
+                    };
                     // Writing to a String cannot fail.
                     let _ = writeln!(out, "- {mark}{}", escaped(line));
                 }
@@ -34,7 +38,9 @@ pub fn table(out: &mut String, table: &Table) {
     };
     let _ = writeln!(out, "**{}**\n", escaped(&table.title));
     out.push_str(&row(&table.header));
-    let rule: Vec<&str> = (0..table.header.len()).map(|i| if i == 0 { "---" } else { "---:" }).collect();
+    let rule: Vec<&str> = (0..table.header.len())
+        .map(|i| if i == 0 { "---" } else { "---:" })
+        .collect();
     let _ = writeln!(out, "| {} |", rule.join(" | "));
     for cells in &table.rows {
         out.push_str(&row(cells));
@@ -44,7 +50,12 @@ pub fn table(out: &mut String, table: &Table) {
 /// Text that Markdown would read as markup.
 fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
-    for c in text.split_whitespace().collect::<Vec<_>>().join(" ").chars() {
+    for c in text
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
+        .chars()
+    {
         match c {
             '|' | '*' | '_' | '`' | '<' | '>' | '[' | ']' | '\\' => {
                 out.push('\\');

@@ -4,12 +4,14 @@
 //! tables, Markdown, a self-contained HTML page and `HdrHistogram` logs. Nothing is measured or
 //! guessed here: a figure that a run lacks is shown as missing.
 
+pub mod answer;
 pub mod blocks;
 pub mod figures;
 pub mod hlog;
 pub mod html;
 pub mod json;
 pub mod markdown;
+pub mod plot;
 pub mod quantile;
 pub mod read;
 #[cfg(test)]

@@ -98,6 +98,11 @@ mod tests {
         ) {
             let got = quantile(&histogram_of(&values), q).expect("there are values");
             values.sort_unstable();
+            #[allow(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "between 1 and the number of values"
+            )]
             let rank = ((q * 1e6).round() / 1e6 * values.len() as f64).ceil().max(1.0) as usize;
             // Floats may put the rank one off where it falls on a whole number.
             let near = |rank: usize| {

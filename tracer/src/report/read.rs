@@ -66,7 +66,10 @@ impl ReadError {
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::File { .. } => 1,
-            Self::Syntax { .. } | Self::Format { .. } | Self::Shape { .. } | Self::Invalid { .. } => 5,
+            Self::Syntax { .. }
+            | Self::Format { .. }
+            | Self::Shape { .. }
+            | Self::Invalid { .. } => 5,
         }
     }
 }
@@ -121,22 +124,38 @@ fn json_error(file: &Path, error: &serde_json::Error) -> ReadError {
     let what = text.strip_suffix(&place).unwrap_or(&text).to_owned();
     let file = file.to_owned();
     if error.is_data() {
-        ReadError::Shape { file, what, line, column }
+        ReadError::Shape {
+            file,
+            what,
+            line,
+            column,
+        }
     } else {
-        ReadError::Syntax { file, what, line, column }
+        ReadError::Syntax {
+            file,
+            what,
+            line,
+            column,
+        }
     }
 }
 
 /// Does the run agree with itself? Called on what was read and before anything is written.
 pub fn validate(run: &Run) -> Result<(), Invalid> {
     if run.format != FORMAT {
-        return Err(invalid("format", format!("is '{}', not '{FORMAT}'", run.format)));
+        return Err(invalid(
+            "format",
+            format!("is '{}', not '{FORMAT}'", run.format),
+        ));
     }
     let mut cells = BTreeSet::new();
     for cell in &run.measurements.cells {
         let place = format!("{} {}", cell.mode, cell.services);
         if !cells.insert((cell.mode, cell.services, cell.endpoints_per_service)) {
-            return Err(invalid(&place, "there is more than one cell of this mode and size"));
+            return Err(invalid(
+                &place,
+                "there is more than one cell of this mode and size",
+            ));
         }
         probes(&place, &cell.probes)?;
         let mut paths = BTreeSet::new();
@@ -163,20 +182,38 @@ pub fn validate(run: &Run) -> Result<(), Invalid> {
                 histogram(&place, &stage.histogram)?;
             }
             for (state, h) in &path.node {
-                histogram(&format!("{place}, node {}", super::figures::state_name(*state)), h)?;
+                histogram(
+                    &format!("{place}, node {}", super::figures::state_name(*state)),
+                    h,
+                )?;
             }
         }
     }
     for fault in &run.measurements.faults {
-        let place = format!("{} {} {}", super::figures::kind_name(fault.kind), fault.mode, fault.services);
+        let place = format!(
+            "{} {} {}",
+            super::figures::kind_name(fault.kind),
+            fault.mode,
+            fault.services
+        );
         if (fault.kind == FaultKind::Switch) != fault.to.is_some() {
-            return Err(invalid(&place, "a switch has a mode after it, and nothing else has"));
+            return Err(invalid(
+                &place,
+                "a switch has a mode after it, and nothing else has",
+            ));
         }
         if fault.bin_ns == 0 {
             return Err(invalid(&place, "bin_ns is 0"));
         }
-        if let Some(change) = fault.changes.iter().find(|change| change.end_ns < change.start_ns) {
-            return Err(invalid(&place, format!("the rule change '{}' ends before it starts", change.what)));
+        if let Some(change) = fault
+            .changes
+            .iter()
+            .find(|change| change.end_ns < change.start_ns)
+        {
+            return Err(invalid(
+                &place,
+                format!("the rule change '{}' ends before it starts", change.what),
+            ));
         }
         probes(&place, &fault.probes)?;
         let mut paths = BTreeSet::new();
@@ -187,8 +224,15 @@ pub fn validate(run: &Run) -> Result<(), Invalid> {
             }
             ledger(&format!("{place}, new flows"), &path.new)?;
             ledger(&format!("{place}, established flows"), &path.established)?;
-            if let Some(outage) = path.outages.iter().find(|outage| outage.end_ns.is_some_and(|end| end < outage.start_ns)) {
-                return Err(invalid(&place, format!("the outage at {} ns ends before it starts", outage.start_ns)));
+            if let Some(outage) = path
+                .outages
+                .iter()
+                .find(|outage| outage.end_ns.is_some_and(|end| end < outage.start_ns))
+            {
+                return Err(invalid(
+                    &place,
+                    format!("the outage at {} ns ends before it starts", outage.start_ns),
+                ));
             }
             if !path.series.is_empty() {
                 let sent: u64 = path.series.iter().map(|bin| bin.sent).sum();
@@ -237,10 +281,18 @@ fn histogram(place: &str, histogram: &Histogram) -> Result<(), Invalid> {
     let (mut count, mut lowest) = (0_u128, 0_u128);
     for &[low, high, n] in &histogram.buckets {
         if low > high || n == 0 {
-            return Err(invalid(place, format!("histogram bucket [{low}, {high}, {n}] is upside down or empty")));
+            return Err(invalid(
+                place,
+                format!("histogram bucket [{low}, {high}, {n}] is upside down or empty"),
+            ));
         }
         if !first && low < next {
-            return Err(invalid(place, format!("histogram bucket [{low}, {high}, {n}] is out of order or overlaps the one before")));
+            return Err(invalid(
+                place,
+                format!(
+                    "histogram bucket [{low}, {high}, {n}] is out of order or overlaps the one before"
+                ),
+            ));
         }
         first = false;
         next = high.saturating_add(1);
@@ -250,13 +302,19 @@ fn histogram(place: &str, histogram: &Histogram) -> Result<(), Invalid> {
     if count != u128::from(histogram.count) {
         return Err(invalid(
             place,
-            format!("histogram's buckets hold {count} values, its count is {}", histogram.count),
+            format!(
+                "histogram's buckets hold {count} values, its count is {}",
+                histogram.count
+            ),
         ));
     }
     if u128::from(histogram.sum_ns) < lowest {
         return Err(invalid(
             place,
-            format!("histogram's sum {} is less than its buckets' lowest values add up to ({lowest})", histogram.sum_ns),
+            format!(
+                "histogram's sum {} is less than its buckets' lowest values add up to ({lowest})",
+                histogram.sum_ns
+            ),
         ));
     }
     Ok(())
@@ -270,13 +328,20 @@ fn probes(place: &str, probes: &ProbeHealth) -> Result<(), Invalid> {
     }
     Err(invalid(
         place,
-        format!("uncounted loss: {missing} of {} journeys have no end and are not counted as unfinished", probes.journeys),
+        format!(
+            "uncounted loss: {missing} of {} journeys have no end and are not counted as unfinished",
+            probes.journeys
+        ),
     ))
 }
 
 /// Journeys that began and are in no other count.
 pub const fn unaccounted(probes: &ProbeHealth) -> u64 {
-    let ended = probes.transmitted + probes.delivered_locally + probes.dropped + probes.unfinished + probes.slot_collisions;
+    let ended = probes.transmitted
+        + probes.delivered_locally
+        + probes.dropped
+        + probes.unfinished
+        + probes.slot_collisions;
     probes.journeys.saturating_sub(ended)
 }
 
@@ -295,7 +360,10 @@ mod tests {
     fn refused(text: &str) -> (u8, String) {
         let error = parse(Path::new("some/run.json"), text).expect_err("must be refused");
         let message = error.to_string();
-        assert!(message.starts_with("some/run.json: "), "names the file: {message}");
+        assert!(
+            message.starts_with("some/run.json: "),
+            "names the file: {message}"
+        );
         assert!(!message.contains('\n'), "one line: {message}");
         (error.exit_code(), message)
     }
@@ -304,7 +372,8 @@ mod tests {
         let mut run = sample::run();
         breaking(&mut run);
         let message = validate(&run).expect_err("must be refused").to_string();
-        let (code, whole) = refused(&String::from_utf8(json::to_bytes(&run).expect("serialize")).expect("UTF-8"));
+        let (code, whole) =
+            refused(&String::from_utf8(json::to_bytes(&run).expect("serialize")).expect("UTF-8"));
         assert_eq!(code, 5);
         assert_eq!(whole, format!("some/run.json: run invalid: {message}"));
         message
@@ -312,7 +381,10 @@ mod tests {
 
     #[test]
     fn the_sample_is_valid() {
-        assert_eq!(parse(Path::new("run.json"), &text()).expect("valid"), sample::run());
+        assert_eq!(
+            parse(Path::new("run.json"), &text()).expect("valid"),
+            sample::run()
+        );
     }
 
     #[test]
@@ -345,7 +417,10 @@ mod tests {
     fn an_unknown_field() {
         let (code, message) = refused(&text().replacen("\"seed\"", "\"sede\"", 1));
         assert_eq!(code, 5);
-        assert!(message.starts_with("some/run.json: not a run: unknown field `sede`"), "{message}");
+        assert!(
+            message.starts_with("some/run.json: not a run: unknown field `sede`"),
+            "{message}"
+        );
         let (_, message) = refused("[]");
         assert!(message.contains("not a run"), "{message}");
     }
@@ -354,8 +429,12 @@ mod tests {
     fn an_unbalanced_ledger() {
         insta::assert_snapshot!(contradiction(|run| run.measurements.cells[0].paths[0].flows.sent += 1),
             @"iptables-legacy 100, pod-to-clusterip: ledger not balanced: 1001 sent, but 1000 delivered + 0 lost");
-        let message = contradiction(|run| run.measurements.faults[1].paths[0].established.delivered += 7);
-        assert!(message.contains("established flows: ledger not balanced"), "{message}");
+        let message =
+            contradiction(|run| run.measurements.faults[1].paths[0].established.delivered += 7);
+        assert!(
+            message.contains("established flows: ledger not balanced"),
+            "{message}"
+        );
     }
 
     #[test]
@@ -364,12 +443,18 @@ mod tests {
             breaking(&mut run.measurements.cells[0].paths[0].stages[0].histogram);
         };
         let message = contradiction(|run| stage(run, |h| h.count += 1));
-        assert!(message.starts_with("iptables-legacy 100, pod-to-clusterip, stage "), "{message}");
+        assert!(
+            message.starts_with("iptables-legacy 100, pod-to-clusterip, stage "),
+            "{message}"
+        );
         assert!(message.contains("values, its count is"), "{message}");
         let message = contradiction(|run| stage(run, |h| h.buckets.reverse()));
         assert!(message.contains("out of order"), "{message}");
         let message = contradiction(|run| stage(run, |h| h.buckets[0].swap(0, 1)));
-        assert!(message.contains("upside down") || message.contains("overlaps"), "{message}");
+        assert!(
+            message.contains("upside down") || message.contains("overlaps"),
+            "{message}"
+        );
         let message = contradiction(|run| stage(run, |h| h.sum_ns = 0));
         assert!(message.contains("sum 0 is less"), "{message}");
     }
@@ -380,7 +465,10 @@ mod tests {
             let cell = run.measurements.cells[0].clone();
             run.measurements.cells.push(cell);
         });
-        assert_eq!(message, "iptables-legacy 100: there is more than one cell of this mode and size");
+        assert_eq!(
+            message,
+            "iptables-legacy 100: there is more than one cell of this mode and size"
+        );
         let message = contradiction(|run| {
             let path = run.measurements.cells[0].paths[0].clone();
             run.measurements.cells[0].paths.push(path);
@@ -396,13 +484,20 @@ mod tests {
     #[test]
     fn faults_that_cannot_be() {
         let fault = |run: &Run, kind| {
-            run.measurements.faults.iter().position(|f| f.kind == kind).expect("in the sample")
+            run.measurements
+                .faults
+                .iter()
+                .position(|f| f.kind == kind)
+                .expect("in the sample")
         };
         let message = contradiction(|run| {
             let i = fault(run, FaultKind::Switch);
             run.measurements.faults[i].to = None;
         });
-        assert!(message.contains("a switch has a mode after it"), "{message}");
+        assert!(
+            message.contains("a switch has a mode after it"),
+            "{message}"
+        );
         let message = contradiction(|run| run.measurements.faults[0].bin_ns = 0);
         assert!(message.contains("bin_ns is 0"), "{message}");
         let message = contradiction(|run| {
@@ -411,9 +506,16 @@ mod tests {
         });
         assert!(message.contains("ends before it starts"), "{message}");
         let message = contradiction(|run| {
-            run.measurements.faults[0].paths[0].outages.push(Outage { start_ns: 9, end_ns: Some(3), lost: 0 });
+            run.measurements.faults[0].paths[0].outages.push(Outage {
+                start_ns: 9,
+                end_ns: Some(3),
+                lost: 0,
+            });
         });
-        assert!(message.contains("the outage at 9 ns ends before it starts"), "{message}");
+        assert!(
+            message.contains("the outage at 9 ns ends before it starts"),
+            "{message}"
+        );
         let message = contradiction(|run| run.measurements.faults[0].paths[0].series[0].sent += 1);
         assert!(message.contains("the series holds"), "{message}");
     }
@@ -421,7 +523,10 @@ mod tests {
     #[test]
     fn uncounted_loss() {
         let message = contradiction(|run| run.measurements.cells[0].probes.journeys += 3);
-        assert!(message.starts_with("iptables-legacy 100: uncounted loss: 3 of "), "{message}");
+        assert!(
+            message.starts_with("iptables-legacy 100: uncounted loss: 3 of "),
+            "{message}"
+        );
     }
 
     #[test]
@@ -435,7 +540,8 @@ mod tests {
 
     #[test]
     fn the_schema_is_current() {
-        let generated = serde_json::to_string_pretty(&schemars::schema_for!(Run)).expect("serialize") + "\n";
+        let generated =
+            serde_json::to_string_pretty(&schemars::schema_for!(Run)).expect("serialize") + "\n";
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("schema/run.schema.json");
         if std::env::var_os("SVCPATH_UPDATE_SCHEMA").is_some() {
             fs::write(&file, &generated).expect("write the schema");

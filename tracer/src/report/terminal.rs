@@ -73,11 +73,30 @@ fn grid(out: &mut String, table: &Table, width: usize, colour: bool) {
     }
 }
 
+/// The words of a line; a unit stays with its figure.
+fn words(text: &str) -> Vec<String> {
+    let mut words: Vec<String> = Vec::new();
+    for word in text.split(' ') {
+        let bare = word.trim_end_matches([',', ';', ')', ':', '.']);
+        match words.last_mut() {
+            Some(figure)
+                if ["ns", "us", "ms", "s", "M", "G", "%"].contains(&bare)
+                    && figure.ends_with(|c: char| c.is_ascii_digit()) =>
+            {
+                figure.push(' ');
+                figure.push_str(word);
+            }
+            _ => words.push(word.to_owned()),
+        }
+    }
+    words
+}
+
 /// Breaks a line at blanks so that each part fits; continued parts are indented by two.
 fn wrapped(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     let mut used = 0;
-    for word in text.split(' ') {
+    for word in words(text) {
         let length = word.chars().count();
         let room = width - if lines.len() > 1 { 2 } else { 0 };
         if used > 0 && used + 1 + length > room {
@@ -89,7 +108,7 @@ fn wrapped(text: &str, width: usize) -> Vec<String> {
             line.push(' ');
             used += 1;
         }
-        line.push_str(word);
+        line.push_str(&word);
         used += length;
         // Blanks that only align (place   vm) stay.
         if word.is_empty() && used == 0 {
@@ -119,7 +138,9 @@ mod tests {
     #[test]
     fn sizes_that_no_two_modes_share() {
         let mut run = sample::run();
-        run.measurements.cells.retain(|cell| (cell.mode == crate::rules::Mode::IptablesNft) == (cell.services == 2000));
+        run.measurements.cells.retain(|cell| {
+            (cell.mode == crate::rules::Mode::IptablesNft) == (cell.services == 2000)
+        });
         insta::assert_snapshot!(render(&run, 110, false));
     }
 
@@ -138,12 +159,20 @@ mod tests {
         run.measurements.faults.clear();
         let cell = &mut run.measurements.cells[0];
         cell.paths[0].flows.delivered -= 2;
-        cell.paths[0].flows.lost.push(Loss { verdict: Verdict::Reset, reason: None, stage: None, count: 2 });
+        cell.paths[0].flows.lost.push(Loss {
+            verdict: Verdict::Reset,
+            reason: None,
+            stage: None,
+            count: 2,
+        });
         cell.probes.ring_lost = 5;
         let text = render(&run, 200, true);
         assert!(text.contains("\u{1b}[31mwarning: iptables-legacy 100, pod→ClusterIP: 2 of 1,000 flows were lost with no fault injected (2 reset)\u{1b}[0m\n"), "{text}");
         assert!(text.contains("5 ring records lost"), "{text}");
-        assert!(!render(&run, 200, false).contains('\u{1b}'), "no colour unless asked for");
+        assert!(
+            !render(&run, 200, false).contains('\u{1b}'),
+            "no colour unless asked for"
+        );
     }
 
     #[test]
@@ -151,5 +180,9 @@ mod tests {
         assert_eq!(wrapped("one two three", 8), ["one two", "three"]);
         assert_eq!(wrapped("unbreakable", 4), ["unbreakable"]);
         assert_eq!(wrapped("a   b", 9), ["a   b"]);
+        assert_eq!(
+            wrapped("outage 2.01 s, no more", 14),
+            ["outage 2.01 s,", "no more"]
+        );
     }
 }

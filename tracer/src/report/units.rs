@@ -198,7 +198,14 @@ mod tests {
 
     #[test]
     fn lists_read_as_prose() {
-        let items = |n: usize| list(&["a", "b", "c"][..n].iter().map(ToString::to_string).collect::<Vec<_>>());
+        let items = |n: usize| {
+            list(
+                &["a", "b", "c"][..n]
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>(),
+            )
+        };
         assert_eq!(items(0), "");
         assert_eq!(items(1), "a");
         assert_eq!(items(2), "a and b");

@@ -161,7 +161,10 @@ impl Staged {
             // A full disk may show only here.
             file.sync_all()
         };
-        write().map_err(|source| WriteError::File { file: target, source })
+        write().map_err(|source| WriteError::File {
+            file: target,
+            source,
+        })
     }
 
     fn publish(&mut self) -> Result<(), WriteError> {
@@ -194,7 +197,13 @@ mod tests {
     fn names(dir: &Path) -> Vec<String> {
         let mut names: Vec<String> = fs::read_dir(dir)
             .expect("a folder")
-            .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+            .map(|entry| {
+                entry
+                    .expect("an entry")
+                    .file_name()
+                    .to_string_lossy()
+                    .into_owned()
+            })
             .collect();
         names.sort();
         names
@@ -211,7 +220,12 @@ mod tests {
             .hlogs
             .iter()
             .chain([&written.run, &written.html])
-            .map(|path| path.file_name().expect("a name").to_string_lossy().into_owned())
+            .map(|path| {
+                path.file_name()
+                    .expect("a name")
+                    .to_string_lossy()
+                    .into_owned()
+            })
             .collect();
         expected.sort();
         assert_eq!(names(&into), expected, "and nothing else stays");
@@ -223,11 +237,16 @@ mod tests {
         write_all(&sample::run(), dir.path(), false).expect("written");
         let error = write_all(&sample::run(), dir.path(), false).expect_err("is there");
         assert_eq!(error.exit_code(), 2);
-        assert!(error.to_string().ends_with("run.json is there already: choose another folder, or overwrite it with --force"));
+        assert!(error.to_string().ends_with(
+            "run.json is there already: choose another folder, or overwrite it with --force"
+        ));
         let mut smaller = sample::run();
         smaller.measurements.cells.truncate(1);
         write_all(&smaller, dir.path(), true).expect("replaced");
-        assert_eq!(names(dir.path()), ["cell-iptables-legacy-100.hlog", "report.html", "run.json"]);
+        assert_eq!(
+            names(dir.path()),
+            ["cell-iptables-legacy-100.hlog", "report.html", "run.json"]
+        );
     }
 
     #[test]
@@ -246,9 +265,51 @@ mod tests {
         // A folder in the place of a file: the rename fails after others were written.
         fs::create_dir_all(dir.path().join("report.html/x")).expect("a folder");
         let error = write_all(&sample::run(), dir.path(), false).expect_err("in the way");
-        assert!(error.to_string().starts_with(&format!("cannot write {}", dir.path().join("report.html").display())));
+        assert!(error.to_string().starts_with(&format!(
+            "cannot write {}",
+            dir.path().join("report.html").display()
+        )));
         let left = names(dir.path());
-        assert!(left.iter().all(|name| !name.ends_with(".tmp") && name != RUN_FILE), "{left:?}");
+        assert!(
+            left.iter()
+                .all(|name| !name.contains(".tmp") && name != RUN_FILE),
+            "{left:?}"
+        );
+    }
+
+    #[test]
+    fn a_disk_that_fills_up_keeps_nothing() {
+        use nix::mount::{MsFlags, mount};
+        // A thread of its own: its mounts are seen by nobody else and end with it.
+        let outcome = std::thread::spawn(|| {
+            let dir = tempfile::tempdir().expect("a folder");
+            let none: Option<&str> = None;
+            let mounted = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
+                .and_then(|()| mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none))
+                .and_then(|()| {
+                    mount(
+                        Some("tmpfs"),
+                        dir.path(),
+                        Some("tmpfs"),
+                        MsFlags::empty(),
+                        Some("size=128k"),
+                    )
+                });
+            if mounted.is_err() {
+                eprintln!("not permitted to mount: not tested");
+                return;
+            }
+            let error = write_all(&sample::run(), dir.path(), false).expect_err("far too small");
+            let message = error.to_string();
+            assert!(message.contains("No space left on device"), "{message}");
+            assert!(
+                message.ends_with("free some space or choose a folder on another disk"),
+                "{message}"
+            );
+            assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
+            nix::mount::umount(dir.path()).expect("unmounted");
+        });
+        outcome.join().expect("the thread's assertions hold");
     }
 
     #[test]

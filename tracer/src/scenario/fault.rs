@@ -136,7 +136,11 @@ fn plan(matrix: &Matrix, duration: Duration) -> TrafficPlan {
 }
 
 /// Flows that stood before the fault; one that missed an answer counts as lost.
-fn established(result: &TrafficResult, path: Path, evidence: &Evidence) -> crate::record::run::Ledger {
+fn established(
+    result: &TrafficResult,
+    path: Path,
+    evidence: &Evidence,
+) -> crate::record::run::Ledger {
     let flows: Vec<Sent> = result
         .established
         .iter()

@@ -102,7 +102,10 @@ impl TestNode {
         let cluster = plan::cluster(services, endpoints, false)?;
         let lab = Lab::build(LabOptions::default())?;
         let sinks = Sinks::start(&lab, &cluster)?;
-        let nfacct = nfacct::supported(lab.node(), &[iptables::INVALID_DROPPED, iptables::LOCALHOST_NODE_PORTS])?;
+        let nfacct = nfacct::supported(
+            lab.node(),
+            &[iptables::INVALID_DROPPED, iptables::LOCALHOST_NODE_PORTS],
+        )?;
         let view = NodeView {
             name: plan::NODE.to_owned(),
             addresses: vec![plan::node_address(Family::V4), plan::LINK_ADDRESS.base],
@@ -185,9 +188,12 @@ impl TestNode {
     /// Every address and port that stands for a Service or an endpoint.
     fn watch_list(&self) -> Watch {
         let mut targets = Vec::new();
-        for port in self.cluster.services.iter().flat_map(|service| {
-            service.ports.iter().map(move |port| (service, port))
-        }) {
+        for port in self
+            .cluster
+            .services
+            .iter()
+            .flat_map(|service| service.ports.iter().map(move |port| (service, port)))
+        {
             let (service, port) = port;
             let protocol = port.protocol.number();
             for ip in &service.cluster_ips {
@@ -213,9 +219,7 @@ impl TestNode {
         Watch {
             targets,
             node_addresses: self.view.addresses.clone(),
-            pod_cidrs: vec![
-                (plan::NODE_POD_CIDR.base, plan::NODE_POD_CIDR.prefix),
-            ],
+            pod_cidrs: vec![(plan::NODE_POD_CIDR.base, plan::NODE_POD_CIDR.prefix)],
         }
     }
 }
@@ -385,9 +389,9 @@ pub fn examine() -> Vec<Check> {
 }
 
 fn in_path(program: &str) -> bool {
-    std::env::var_os("PATH").is_some_and(|path| {
-        std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
-    }) || std::path::Path::new("/usr/sbin").join(program).is_file()
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+        || std::path::Path::new("/usr/sbin").join(program).is_file()
 }
 
 /// Can the running kernel do the mode? IPVS needs `ip_vs`, `ip_set` and dummy links.
