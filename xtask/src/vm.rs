@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
 
@@ -217,7 +218,7 @@ fn forget_older(cache: &Path, current: &Path) -> Result<()> {
 /// xtask as `/init`, and the given files in the guest's home, programs also in its `PATH`.
 fn programs_segment(own: &Path, files: &[PathBuf]) -> Result<Archive> {
     let mut archive = Archive::default();
-    archive.copy(own, "init")?;
+    archive.file("init", program(own)?, true);
     let mut linked = BTreeSet::from([own.to_owned()]);
     for path in files {
         let name = path
@@ -229,11 +230,27 @@ fn programs_segment(own: &Path, files: &[PathBuf]) -> Result<Archive> {
         if metadata.mode() & 0o111 == 0 {
             archive.copy(path, &format!("{HOME}/{name}"))?;
         } else {
-            archive.copy(path, &format!("usr/local/bin/{name}"))?;
+            archive.file(&format!("usr/local/bin/{name}"), program(path)?, true);
             archive.link(&format!("{HOME}/{name}"), &format!("/usr/local/bin/{name}"));
             linked.insert(path.clone());
         }
     }
     archive.libraries(&linked)?;
     Ok(archive)
+}
+
+/// A program's content, without its debugging information where `strip` is there: unpacking
+/// that is a good part of a boot, and a guest has no debugger.
+fn program(path: &Path) -> Result<Vec<u8>> {
+    let stripped = workspace::vm_cache().join(format!("stripped-{}", std::process::id()));
+    let done = Command::new("strip")
+        .args(["--strip-debug", "-o"])
+        .arg(&stripped)
+        .arg(path)
+        .output()
+        .is_ok_and(|output| output.status.success());
+    let from = if done { &stripped } else { path };
+    let content = fs::read(from).with_context(|| format!("cannot read {}", path.display()));
+    fs::remove_file(&stripped).ok();
+    content
 }
