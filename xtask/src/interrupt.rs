@@ -48,6 +48,19 @@ pub(crate) fn watch() -> Result<()> {
     Ok(())
 }
 
+/// Has a signal come that ends everything?
+pub(crate) fn is_over() -> bool {
+    started().over
+}
+
+/// Leaves the last word to the signal thread if a signal has come: what fails now fails because
+/// of it, and it decides the exit code.
+pub(crate) fn yield_to_signal() {
+    while is_over() {
+        thread::sleep(Duration::from_secs(1));
+    }
+}
+
 fn end_everything() {
     let (children, leftovers) = {
         let mut started = started();
@@ -92,7 +105,9 @@ pub(crate) fn remove_on_exit(path: &Path) {
 /// Removes everything that was to be removed on exit; for the ordinary end.
 pub(crate) fn remove_leftovers() {
     let leftovers = std::mem::take(&mut started().leftovers);
-    leftovers.iter().for_each(|path| remove(path));
+    for path in leftovers {
+        remove(&path);
+    }
 }
 
 /// A child process that does not outlive xtask.

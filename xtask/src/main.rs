@@ -1,19 +1,27 @@
 //! The project's own tasks: run, test, vm, build-ebpf, bench.
 
 mod channel;
+mod ebpf;
 mod guest;
 mod initramfs;
 mod interrupt;
 mod kernel;
 mod packages;
+mod progress;
 mod qemu;
+mod run;
+mod test;
 mod vm;
 mod workspace;
 
 use std::fmt;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
-use clap::{Parser, Subcommand};
+use anyhow::{Result, ensure};
+use clap::{Args, Parser, Subcommand};
+use nix::sys::signal::Signal;
+
+use interrupt::Guarded;
 
 /// An error with an exit code of its own (1 failure, 2 usage, 3 not permitted, 4 kernel lacks it).
 #[derive(Debug)]
@@ -58,8 +66,43 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    /// The main job: prepare the machine, run the comparison, write the report
+    Run(run::RunArgs),
+    /// Every test, on this machine and in the VM
+    Test(test::TestArgs),
+    /// Compile the eBPF programs, or check that the compiled object is up to date
+    BuildEbpf(ebpf::EbpfArgs),
+    /// Criterion benchmarks of svcpath's own hot paths
+    Bench(BenchArgs),
     /// Run any command in the VM
     Vm(vm::VmArgs),
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask bench
+  cargo xtask bench -- walk --baseline main")]
+struct BenchArgs {
+    /// Passed on to criterion
+    #[arg(last = true)]
+    arguments: Vec<String>,
+}
+
+fn bench(args: &BenchArgs) -> Result<u8> {
+    let mut cargo = Command::new(workspace::cargo());
+    cargo
+        .args(["bench", "-p", "bench"])
+        .current_dir(workspace::root());
+    if !args.arguments.is_empty() {
+        cargo.arg("--").args(&args.arguments);
+    }
+    let status = Guarded::spawn(&mut cargo, Signal::SIGTERM)?.wait()?;
+    ensure!(
+        status.success(),
+        "benchmarks failed; cargo's output is above"
+    );
+    Ok(0)
 }
 
 fn main() -> ExitCode {
@@ -67,8 +110,13 @@ fn main() -> ExitCode {
         guest::main();
     }
     let outcome = interrupt::watch().and_then(|()| match Cli::parse().task {
+        Task::Run(args) => run::main(&args),
+        Task::Test(args) => test::main(&args),
+        Task::BuildEbpf(args) => ebpf::main(&args),
+        Task::Bench(args) => bench(&args),
         Task::Vm(args) => vm::main(&args),
     });
+    interrupt::yield_to_signal();
     interrupt::remove_leftovers();
     match outcome {
         Ok(code) => code.into(),

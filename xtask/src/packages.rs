@@ -93,6 +93,16 @@ pub(crate) fn prepare(needs: &[Need], may_install: bool) -> Result<()> {
     match plan(&missing, may_install, apt) {
         Plan::Nothing => return Ok(()),
         Plan::Refuse(why) => return Err(Failure::new(1, why)),
+        Plan::Install if !nix::unistd::geteuid().is_root() => {
+            return Err(Failure::new(
+                3,
+                format!(
+                    "svcpath needs {}, and only root can install: run `{}` as root",
+                    join(&missing, ", ", |need| need.package),
+                    install_line(&missing)
+                ),
+            ));
+        }
         Plan::Install => {}
     }
     let count = missing.len();
@@ -111,7 +121,8 @@ pub(crate) fn prepare(needs: &[Need], may_install: bool) -> Result<()> {
     outcome
 }
 
-fn install(missing: &[&Need]) -> Result<()> {
+/// Installs packages by their names.
+pub(crate) fn apt_install(packages: &[&str]) -> Result<()> {
     let apt = |arguments: &[&str]| {
         let mut command = Command::new("apt-get");
         command
@@ -120,18 +131,23 @@ fn install(missing: &[&Need]) -> Result<()> {
             .env("DEBIAN_FRONTEND", "noninteractive");
         run_quietly(&mut command)
     };
-    let mut arguments = vec!["install", "--no-install-recommends"];
-    arguments.extend(missing.iter().map(|need| need.package));
+    let install = [&["install", "--no-install-recommends"], packages].concat();
     // Package lists may be missing or name files that are gone: then, and only then, update.
-    if apt(&arguments).is_err() {
+    if apt(&install).is_err() {
         apt(&["update"]).context("cannot update the package lists; is the network there?")?;
-        apt(&arguments).with_context(|| {
+        apt(&install).with_context(|| {
             format!(
-                "cannot install packages; try `{}` yourself",
-                install_line(missing)
+                "cannot install packages; try `apt-get {}` yourself",
+                install.join(" ")
             )
         })?;
     }
+    Ok(())
+}
+
+fn install(missing: &[&Need]) -> Result<()> {
+    let names: Vec<&str> = missing.iter().map(|need| need.package).collect();
+    apt_install(&names)?;
     let still = self::missing(&NEEDS, &|program| find_program(program).is_some());
     let still: Vec<&Need> = still
         .into_iter()

@@ -30,7 +30,7 @@ use crate::packages::find_program;
 
 const QEMU: &str = "qemu-system-x86_64";
 /// How long a guest may take until it is ready. It takes seconds; a busy machine may need more.
-const READY_LIMIT: Duration = Duration::from_secs(180);
+const READY_LIMIT: Duration = Duration::from_mins(3);
 const KVM_PROBE_LIMIT: Duration = Duration::from_secs(8);
 
 /// What a nanosecond is in the guest.
@@ -225,7 +225,8 @@ impl Vm {
                 interrupt::remove_on_exit(&directory);
                 self.boot_in(&directory, &console, job, lines, stop)
             });
-        let kept = outcome.is_err().then(|| {
+        let stopped = interrupt::is_over() || stop.load(Ordering::Relaxed);
+        let kept = (outcome.is_err() && !stopped).then(|| {
             let to = self.scratch.join(format!("console-{name}.log"));
             fs::rename(&console, &to).ok().map(|()| to)
         });
@@ -268,6 +269,11 @@ impl Vm {
         self.listen(stream, start, &mut talk, stop, console)?;
         let status = qemu.wait()?;
         if let (Some(exit), Some((ready, boot))) = (talk.exit, talk.ready) {
+            ensure!(
+                self.accelerator != Accelerator::Icount || ready.clocksource.starts_with("tsc"),
+                "the guest's clock is {}, which is too coarse for the virtual clock: use another --kernel",
+                ready.clocksource
+            );
             return Ok(JobOutput {
                 exit,
                 files: talk.files,

@@ -1,6 +1,7 @@
 //! The VM's image, and `cargo xtask vm`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
@@ -58,6 +59,9 @@ pub(crate) struct VmArgs {
     /// Where files that the command leaves in /out go
     #[arg(long, value_name = "DIR", default_value = ".")]
     out_dir: PathBuf,
+    /// Say how long the guest took to come up
+    #[arg(short, long)]
+    verbose: bool,
     /// Say what is missing instead of installing it
     #[arg(long)]
     no_install: bool,
@@ -93,6 +97,14 @@ pub(crate) fn main(args: &VmArgs) -> Result<u8> {
         cwd: HOME.to_owned(),
     };
     let output = vm.run(&job, &mut print_line, &AtomicBool::new(false))?;
+    if args.verbose {
+        eprintln!(
+            "vm      ready after {:.1} s · kernel {} · clock source {}",
+            output.boot.as_secs_f64(),
+            output.ready.kernel,
+            output.ready.clocksource
+        );
+    }
     for (name, content) in &output.files {
         let to = args.out_dir.join(name);
         if let Some(parent) = to.parent() {
@@ -176,12 +188,13 @@ fn base_key(release: &str, own: &Path) -> Result<String> {
                 .modified()?
                 .duration_since(SystemTime::UNIX_EPOCH)
                 .unwrap_or_default();
-            text += &format!(
+            write!(
+                text,
                 " {} {} {}",
                 path.display(),
                 metadata.size(),
                 changed.as_nanos()
-            );
+            )?;
         }
     }
     Ok(sha256_hex(text.as_bytes())[..16].to_owned())
@@ -207,7 +220,7 @@ fn forget_older(cache: &Path, current: &Path) -> Result<()> {
             .and_then(|metadata| metadata.modified())
             .ok()
             .and_then(|changed| changed.elapsed().ok())
-            .is_some_and(|age| age > Duration::from_secs(24 * 3600));
+            .is_some_and(|age| age > Duration::from_hours(24));
         if segment && old && entry.path() != current {
             fs::remove_file(entry.path()).ok();
         }

@@ -16,6 +16,11 @@ pub(crate) fn target() -> PathBuf {
         .map_or_else(|| root().join("target"), |path| root().join(path))
 }
 
+/// The cargo that runs us, or the one in `PATH`.
+pub(crate) fn cargo() -> PathBuf {
+    std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from)
+}
+
 /// Kernels, segments and running VMs.
 pub(crate) fn vm_cache() -> PathBuf {
     target().join("svcpath-vm")
