@@ -1,0 +1,44 @@
+//! Tests that need a kernel with everything: run in a VM by `cargo xtask test`, one at a time.
+
+use std::process::Command;
+
+/// Runs a shell command that must succeed; what it prints.
+fn sh(command: &str) -> String {
+    let output = Command::new("sh")
+        .args(["-ec", command])
+        .output()
+        .expect("there is a shell");
+    assert!(
+        output.status.success(),
+        "`{command}` failed ({}): {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn the_kernel_loads_what_each_mode_needs_on_demand() {
+    sh("ipvsadm -A -t 10.96.0.1:80 -s rr && ipvsadm -a -t 10.96.0.1:80 -r 10.244.0.2:8080 -m");
+    let table = sh("ipvsadm -L -n");
+    assert!(table.contains("10.96.0.1:80 rr"), "{table}");
+    assert!(table.contains("10.244.0.2:8080"), "{table}");
+    sh("ip link add kube-ipvs0 type dummy && ip link show kube-ipvs0 | grep -q kube-ipvs0");
+
+    sh(
+        "iptables-legacy -t nat -A OUTPUT -d 10.96.0.1 -m statistic --mode random --probability 0.5 -j DNAT --to 10.244.0.2",
+    );
+    assert!(sh("iptables-legacy-save -t nat").contains("-d 10.96.0.1/32"));
+    sh(
+        "iptables-nft -t nat -A OUTPUT -d 10.96.0.2 -m comment --comment shop/web -j DNAT --to 10.244.0.2",
+    );
+    assert!(sh("iptables-nft-save -t nat").contains("shop/web"));
+
+    sh("ipset create KUBE-CLUSTER-IP hash:ip,port && ipset add KUBE-CLUSTER-IP 10.96.0.1,tcp:80");
+    assert!(sh("ipset list").contains("10.96.0.1,tcp:80"));
+
+    sh(
+        "nft 'add table ip kube-proxy; add map ip kube-proxy services { type ipv4_addr . inet_proto . inet_service : verdict; }'",
+    );
+    assert!(sh("nft list ruleset").contains("map services"));
+}
