@@ -243,7 +243,14 @@ fn one_job(job: Job, matrix: &Matrix, clock: ClockArg, file: &Path) -> anyhow::R
     };
     let outcome = execute(job, matrix, &|share, what| {
         eprintln!("progress {share:.3} {what}");
-        if std::env::var_os("SVCPATH_T").is_some() { eprintln!("T {}", std::fs::read_to_string("/proc/uptime").unwrap_or_default().trim()); }
+        if std::env::var_os("SVCPATH_T").is_some() {
+            eprintln!(
+                "T {}",
+                std::fs::read_to_string("/proc/uptime")
+                    .unwrap_or_default()
+                    .trim()
+            );
+        }
     })?;
     match outcome {
         Outcome::Done(part) => {

@@ -10,6 +10,7 @@ use super::source::Sources;
 use crate::kernel::link::{Batch, LinkError, Mac};
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::sysctl::{self, SysctlError};
+use crate::kernel::tool::{self, ToolError};
 
 /// What a laboratory is to have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +42,9 @@ pub enum LabError {
     /// A sysctl was refused.
     #[error(transparent)]
     Sysctl(#[from] SysctlError),
+    /// The pod network's rule was refused.
+    #[error(transparent)]
+    Network(#[from] ToolError),
     /// What an earlier laboratory left could not be looked through.
     #[error("cannot clean up after earlier runs: {0}")]
     Clean(#[source] std::io::Error),
@@ -61,6 +65,20 @@ pub struct Lab {
     pub(super) sources: Sources,
     _alive: Alive,
 }
+
+/// What a pod network or a firewall brings to any real node: a rule of its own that asks conntrack.
+///
+/// The kernel tracks connections only while some rule of the namespace needs it. Were kube-proxy's
+/// the only ones, flushing them would switch conntrack off, and established flows would lose their
+/// translation with it; on a node with a pod network they keep it.
+const NETWORK_RULES: &str = "\
+table inet lab-network {
+  chain forward {
+    type filter hook forward priority filter; policy accept;
+    ct state established,related accept
+  }
+}
+";
 
 /// Laboratories of this process; the last one removes what they share.
 static LIVE: AtomicUsize = AtomicUsize::new(0);
@@ -107,6 +125,7 @@ impl Lab {
         };
         lab.set_sysctls()?;
         lab.set_links()?;
+        tool::run(&lab.node, "nft", &["-f", "-"], NETWORK_RULES)?;
         lab.conntrack_max = conntrack_room(&lab.node, options.conntrack_entries, &mut notes)?;
         lab.notes = notes;
         Ok(lab)

@@ -79,6 +79,21 @@ pub struct Watch {
     pub pod_cidrs: Vec<(IpAddr, u8)>,
 }
 
+impl Watch {
+    /// The families in which there is anything to watch: a boundary costs every packet of its
+    /// family a little.
+    fn families(&self) -> impl Iterator<Item = u8> {
+        let any = |v4: bool| {
+            self.targets
+                .iter()
+                .any(|(address, _, _)| address.is_ipv4() == v4)
+        };
+        [(IPV4, any(true)), (IPV6, any(false))]
+            .into_iter()
+            .filter_map(|(family, wanted)| wanted.then_some(family))
+    }
+}
+
 /// Where a boundary was put.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placed {
@@ -164,7 +179,7 @@ impl HooksTier {
         let mut placed = Vec::with_capacity(2 * ALL.len());
         let mut template = Template::new(OBJECT, "boundary", &maps)?;
         let _inside = node.enter()?;
-        for family in [IPV4, IPV6] {
+        for family in watch.families() {
             for id in 0..ALL.len() {
                 let (link, priority) = attach_boundary(&mut template, id, family, &constants)?;
                 links.push(link);

@@ -102,7 +102,11 @@ impl Template {
         maps: &HashMap<String, RawFd>,
     ) -> Result<Self, NetfilterError> {
         let mut object = Object::parse(object).map_err(|e| damaged(&e))?;
-        let text_sections = object.functions.keys().map(|(section, _)| *section).collect();
+        let text_sections = object
+            .functions
+            .keys()
+            .map(|(section, _)| *section)
+            .collect();
         let mut constants = Vec::new();
         let mut fds = Vec::new();
         for (name, map) in &object.maps {
@@ -124,7 +128,9 @@ impl Template {
                 &text_sections,
             )
             .map_err(|e| damaged(&e))?;
-        object.relocate_calls(&text_sections).map_err(|e| damaged(&e))?;
+        object
+            .relocate_calls(&text_sections)
+            .map_err(|e| damaged(&e))?;
         let code = object
             .programs
             .get(function)

@@ -30,7 +30,7 @@ pub fn assemble(matrix: &Matrix, parts: &Path) -> Result<Measurements, AssembleE
         }
         match file.part {
             Part::Cell(cell) => cells.push(*cell),
-            Part::Fault(fault) => faults.push(*fault),
+            Part::Faults(more) => faults.extend(more),
         }
     }
     Ok(Measurements {

@@ -5,14 +5,14 @@ use std::time::Duration;
 use tracer_ebpf::path::Path;
 
 use super::job::Progress;
-use super::matrix::{ENDPOINTS, Job, JobKind, Matrix};
+use super::matrix::{ENDPOINTS, Job, Matrix};
 use super::node::{DRAIN_EVERY, LEAD_NS, NodeError, TestNode, seen, sent};
-use crate::kernel::apply;
+use crate::kernel::apply::{self, ApplyError};
 use crate::kernel::clock::monotonic_ns;
 use crate::lab::traffic::{self, Established, Stream, TrafficPlan, TrafficResult};
 use crate::record::evidence::Evidence;
-use crate::record::flows::{self, Sent};
-use crate::record::run::{Fault, FaultKind, FaultPath, RuleChange};
+use crate::record::flows::{self, Seen, Sent};
+use crate::record::run::{Fault, FaultKind, FaultPath, Ledger, RuleChange};
 use crate::rules::Mode;
 
 /// New flows a second on each of the three Service paths.
@@ -23,65 +23,97 @@ const ESTABLISHED: u32 = 20;
 const ASK_EVERY: Duration = Duration::from_millis(100);
 /// Traffic before the first change.
 const BEFORE: Duration = Duration::from_secs(1);
-/// From the flush to the start of putting the rules back.
+/// From the flush to the start of putting the rules back; also how long a switch lasts.
 const GAP: Duration = Duration::from_secs(2);
 /// Traffic after the last change.
 const AFTER: Duration = Duration::from_secs(2);
 /// Width of a bin of the series.
 const BIN: Duration = Duration::from_millis(50);
 
-/// Runs the fault.
-pub(super) async fn run(
+/// What happens to the rules; times from the start of the traffic.
+#[derive(Clone, Copy)]
+enum Action {
+    /// Nothing.
+    None,
+    /// Flushed after [`BEFORE`], put back [`GAP`] later.
+    Flush,
+    /// Cleaned up and replaced by another mode's after [`BEFORE`]; the same back, [`GAP`] later.
+    Switch(Mode),
+}
+
+/// A control run and a flush run, on one node.
+pub(super) async fn flush(
     job: Job,
     matrix: &Matrix,
     progress: &Progress<'_>,
+) -> Result<Vec<Fault>, NodeError> {
+    let (node, took) = build(job, matrix, progress).await?;
+    progress(0.35, "control");
+    let control = one(&node, job, matrix, Action::None, BEFORE + AFTER).await?;
+    progress(0.55, "flush");
+    // Putting the rules back beside traffic takes longer than it did without.
+    let duration = BEFORE + GAP + took * 2 + AFTER;
+    let flush = one(&node, job, matrix, Action::Flush, duration).await?;
+    Ok(vec![control, flush])
+}
+
+/// A switch to another mode, and back.
+pub(super) async fn switch(
+    job: Job,
+    to: Mode,
+    matrix: &Matrix,
+    progress: &Progress<'_>,
 ) -> Result<Fault, NodeError> {
+    let (node, took) = build(job, matrix, progress).await?;
+    progress(0.25, "how long the other mode takes");
+    let other = TestNode::build(job.services, ENDPOINTS)?.apply(to).await?;
+    progress(0.4, "switch");
+    let duration = BEFORE + GAP + (took + Duration::from_nanos(other.took_ns)) * 3 + AFTER;
+    one(&node, job, matrix, Action::Switch(to), duration).await
+}
+
+/// A node with the job's rules; how long they took.
+async fn build(
+    job: Job,
+    matrix: &Matrix,
+    progress: &Progress<'_>,
+) -> Result<(TestNode, Duration), NodeError> {
     progress(0.0, "building the node");
     let node = TestNode::build(job.services, ENDPOINTS)?;
     progress(0.05, "applying rules");
-    let took = Duration::from_nanos(node.apply(job.mode).await?.took_ns);
-    let changing = match job.kind {
-        JobKind::Cell | JobKind::Control => GAP,
-        JobKind::Flush => GAP + took * 2,
-        JobKind::Switch(to) => {
-            // How long the other mode takes is found out on a node of its own.
-            let other = TestNode::build(job.services, ENDPOINTS)?.apply(to).await?;
-            GAP + (took + Duration::from_nanos(other.took_ns)) * 3
-        }
-    };
-    let duration = BEFORE + changing + AFTER;
+    let applied = node.apply(job.mode).await?;
     progress(0.3, "warming up");
     node.warm_up(matrix.seed).await?;
-    let mut watched = node.watch()?;
-    progress(0.35, "traffic");
+    Ok((node, Duration::from_nanos(applied.took_ns)))
+}
 
+/// Traffic for `duration`, and the action beside it.
+async fn one(
+    node: &TestNode,
+    job: Job,
+    matrix: &Matrix,
+    action: Action,
+    duration: Duration,
+) -> Result<Fault, NodeError> {
+    let mut watched = node.watch()?;
     let plan = plan(matrix, duration);
-    let patience = plan.patience;
     let prepared = traffic::prepare(&node.lab, &node.cluster, &plan).await?;
     let origin = monotonic_ns() + LEAD_NS;
     let (result, changes) = {
-        let traffic = prepared.run(origin);
-        let changes = change(&node, job, origin);
-        tokio::pin!(traffic, changes);
-        let mut result = None;
-        let mut made = None;
-        while result.is_none() || made.is_none() {
+        let both =
+            async { tokio::join!(prepared.run(origin), change(node, job.mode, action, origin)) };
+        tokio::pin!(both);
+        loop {
             tokio::select! {
                 biased;
-                done = &mut changes, if made.is_none() => made = Some(done?),
-                done = &mut traffic, if result.is_none() => result = Some(done?),
+                (result, changes) = &mut both => break (result?, changes?),
                 () = tokio::time::sleep(DRAIN_EVERY) => watched.drain()?,
             }
-        }
-        match (result, made) {
-            (Some(result), Some(made)) => (result, made),
-            _ => unreachable!("the loop ends when both are done"),
         }
     };
     watched.settle().await?;
     let sent: Vec<Sent> = result.flows.iter().map(|flow| sent(flow, origin)).collect();
-    let duration_ns = duration.as_nanos() as u64;
-    let bin_ns = BIN.as_nanos() as u64;
+    let (duration_ns, bin_ns) = (nanos(duration), nanos(BIN));
     let paths = Path::SERVICE
         .into_iter()
         .map(|path| {
@@ -95,23 +127,30 @@ pub(super) async fn run(
             }
         })
         .collect();
+    let (kind, to) = match action {
+        Action::None => (FaultKind::Control, None),
+        Action::Flush => (FaultKind::Flush, None),
+        Action::Switch(to) => (FaultKind::Switch, Some(to)),
+    };
     Ok(Fault {
-        kind: job.kind.fault().unwrap_or(FaultKind::Control),
+        kind,
         mode: job.mode,
-        to: match job.kind {
-            JobKind::Switch(to) => Some(to),
-            _ => None,
-        },
+        to,
         services: job.services,
         duration_ns,
         bin_ns,
-        patience_ns: patience.as_nanos() as u64,
+        patience_ns: nanos(plan.patience),
         changes,
         paths,
         probes: watched.health()?,
     })
 }
 
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "seconds times a small rate"
+)]
 fn plan(matrix: &Matrix, duration: Duration) -> TrafficPlan {
     let flows = (duration.as_secs_f64() * PER_SECOND) as u32;
     let period = 1e9 / PER_SECOND;
@@ -119,11 +158,12 @@ fn plan(matrix: &Matrix, duration: Duration) -> TrafficPlan {
         streams: Path::SERVICE
             .into_iter()
             .enumerate()
+            // Side by side, not all at once.
             .map(|(i, path)| Stream {
                 path,
                 per_second: PER_SECOND,
                 flows,
-                start_ns: (period * i as f64 / 3.0) as u64,
+                start_ns: (period * i as f64 / Path::SERVICE.len() as f64) as u64,
             })
             .collect(),
         established: Some(Established {
@@ -136,11 +176,7 @@ fn plan(matrix: &Matrix, duration: Duration) -> TrafficPlan {
 }
 
 /// Flows that stood before the fault; one that missed an answer counts as lost.
-fn established(
-    result: &TrafficResult,
-    path: Path,
-    evidence: &Evidence,
-) -> crate::record::run::Ledger {
+fn established(result: &TrafficResult, path: Path, evidence: &Evidence) -> Ledger {
     let flows: Vec<Sent> = result
         .established
         .iter()
@@ -154,104 +190,106 @@ fn established(
             seen: flow
                 .lost
                 .as_ref()
-                .map_or(crate::record::flows::Seen::Delivered, |lost| {
-                    seen(&lost.outcome)
-                }),
+                .map_or(Seen::Delivered, |lost| seen(&lost.outcome)),
         })
         .collect();
     flows::ledger(&flows, evidence)
 }
 
 /// What happens to the rules, and when.
-async fn change(node: &TestNode, job: Job, origin: u64) -> Result<Vec<RuleChange>, NodeError> {
+async fn change(
+    node: &TestNode,
+    mode: Mode,
+    action: Action,
+    origin: u64,
+) -> Result<Vec<RuleChange>, NodeError> {
+    let changer = Changer { node, origin };
     let mut changes = Vec::new();
-    match job.kind {
-        JobKind::Cell | JobKind::Control => {}
-        JobKind::Flush => {
-            until(origin, BEFORE).await;
-            changes.push(flush(node, job.mode, origin).await?);
-            until(origin, BEFORE + GAP).await;
-            changes.push(put_in(node, job.mode, origin).await?);
+    match action {
+        Action::None => {}
+        Action::Flush => {
+            changer.until(BEFORE).await;
+            changes.push(changer.flush(mode).await?);
+            changer.until(BEFORE + GAP).await;
+            changes.push(changer.sync(mode).await?);
         }
-        JobKind::Switch(to) => {
-            until(origin, BEFORE).await;
-            changes.push(remove(node, job.mode, origin).await?);
-            changes.push(put_in(node, to, origin).await?);
-            let back = monotonic_ns() - origin + GAP.as_nanos() as u64;
-            until(origin, Duration::from_nanos(back)).await;
-            changes.push(remove(node, to, origin).await?);
-            changes.push(put_in(node, job.mode, origin).await?);
+        Action::Switch(to) => {
+            changer.until(BEFORE).await;
+            changes.push(changer.clean_up(mode).await?);
+            changes.push(changer.sync(to).await?);
+            tokio::time::sleep(GAP).await;
+            changes.push(changer.clean_up(to).await?);
+            changes.push(changer.sync(mode).await?);
         }
     }
     Ok(changes)
 }
 
-async fn until(origin: u64, after: Duration) {
-    let due = origin + after.as_nanos() as u64;
-    let now = monotonic_ns();
-    tokio::time::sleep(Duration::from_nanos(due.saturating_sub(now))).await;
-}
-
-/// Runs a change beside the traffic and times it; the kernel is counted before and after.
-async fn timed<T: Send + 'static>(
-    node: &TestNode,
-    mode: Mode,
+/// Changes a node's rules beside the traffic, and says when and from how many to how many.
+struct Changer<'a> {
+    node: &'a TestNode,
     origin: u64,
-    work: impl FnOnce() -> Result<T, apply::ApplyError> + Send + 'static,
-    name: impl FnOnce(T) -> String,
-) -> Result<RuleChange, NodeError> {
-    let netns = node.lab.node().clone();
-    let (before, start, done, end, after) = tokio::task::spawn_blocking(move || {
-        let before = apply::count(&netns, mode)?.total();
-        let start = monotonic_ns();
-        let done = work()?;
-        let end = monotonic_ns();
-        let after = apply::count(&netns, mode)?.total();
-        Ok::<_, apply::ApplyError>((before, start, done, end, after))
-    })
-    .await??;
-    Ok(RuleChange {
-        start_ns: start.saturating_sub(origin),
-        end_ns: end.saturating_sub(origin),
-        what: name(done),
-        before,
-        after,
-    })
 }
 
-async fn flush(node: &TestNode, mode: Mode, origin: u64) -> Result<RuleChange, NodeError> {
-    let netns = node.lab.node().clone();
-    timed(
-        node,
-        mode,
-        origin,
-        move || apply::flush(&netns, mode),
-        |commands| commands.join("; "),
-    )
-    .await
+impl Changer<'_> {
+    async fn until(&self, after: Duration) {
+        let due = self.origin + nanos(after);
+        tokio::time::sleep(Duration::from_nanos(due.saturating_sub(monotonic_ns()))).await;
+    }
+
+    /// What an operator's flush does.
+    async fn flush(&self, mode: Mode) -> Result<RuleChange, NodeError> {
+        let netns = self.node.lab.node().clone();
+        self.timed(mode, move || Ok(apply::flush(&netns, mode)?.join("; ")))
+            .await
+    }
+
+    /// What kube-proxy's next full sync does.
+    async fn sync(&self, mode: Mode) -> Result<RuleChange, NodeError> {
+        let netns = self.node.lab.node().clone();
+        let rules = self.node.rules(mode);
+        self.timed(mode, move || {
+            apply::apply(&netns, &rules)?;
+            Ok(format!("full sync of {mode}"))
+        })
+        .await
+    }
+
+    /// What `kube-proxy --cleanup` does.
+    async fn clean_up(&self, mode: Mode) -> Result<RuleChange, NodeError> {
+        let netns = self.node.lab.node().clone();
+        self.timed(mode, move || {
+            apply::remove(&netns, mode)?;
+            Ok(format!("clean-up of {mode}"))
+        })
+        .await
+    }
+
+    async fn timed(
+        &self,
+        mode: Mode,
+        work: impl FnOnce() -> Result<String, ApplyError> + Send + 'static,
+    ) -> Result<RuleChange, NodeError> {
+        let netns = self.node.lab.node().clone();
+        let origin = self.origin;
+        Ok(tokio::task::spawn_blocking(move || {
+            let before = apply::count(&netns, mode)?.total();
+            let start_ns = monotonic_ns().saturating_sub(origin);
+            let what = work()?;
+            let end_ns = monotonic_ns().saturating_sub(origin);
+            let after = apply::count(&netns, mode)?.total();
+            Ok::<_, ApplyError>(RuleChange {
+                start_ns,
+                end_ns,
+                what,
+                before,
+                after,
+            })
+        })
+        .await??)
+    }
 }
 
-async fn put_in(node: &TestNode, mode: Mode, origin: u64) -> Result<RuleChange, NodeError> {
-    let netns = node.lab.node().clone();
-    let rules = node.rules(mode);
-    timed(
-        node,
-        mode,
-        origin,
-        move || apply::apply(&netns, &rules),
-        |()| format!("full sync of {mode}"),
-    )
-    .await
-}
-
-async fn remove(node: &TestNode, mode: Mode, origin: u64) -> Result<RuleChange, NodeError> {
-    let netns = node.lab.node().clone();
-    timed(
-        node,
-        mode,
-        origin,
-        move || apply::remove(&netns, mode),
-        |()| format!("clean-up of {mode}"),
-    )
-    .await
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -15,8 +15,8 @@ use crate::record::run::{Cell, Clock, Fault};
 pub enum Part {
     /// A cell.
     Cell(Box<Cell>),
-    /// A control, flush or switch run.
-    Fault(Box<Fault>),
+    /// Control, flush and switch runs, in the order in which they were made.
+    Faults(Vec<Fault>),
 }
 
 /// A part file: what was measured and on which clock.
@@ -40,9 +40,8 @@ pub type Progress<'a> = dyn Fn(f64, &str) + 'a;
 pub async fn run(job: Job, matrix: &Matrix, progress: &Progress<'_>) -> Result<Part, NodeError> {
     Ok(match job.kind {
         JobKind::Cell => Part::Cell(Box::new(cell::run(job, matrix, progress).await?)),
-        JobKind::Control | JobKind::Flush | JobKind::Switch(_) => {
-            Part::Fault(Box::new(fault::run(job, matrix, progress).await?))
-        }
+        JobKind::Flush => Part::Faults(fault::flush(job, matrix, progress).await?),
+        JobKind::Switch(to) => Part::Faults(vec![fault::switch(job, to, matrix, progress).await?]),
     })
 }
 

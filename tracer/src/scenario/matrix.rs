@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::lab::plan::MAX_SERVICES;
-use crate::record::run::{FaultKind, Place};
+use crate::record::run::Place;
 use crate::rules::Mode;
 
 /// Endpoints of each Service.
@@ -60,9 +60,7 @@ pub struct Job {
 pub enum JobKind {
     /// Costs of one mode at one size.
     Cell,
-    /// Nothing happens, nothing may be lost.
-    Control,
-    /// Rules flushed, and put back.
+    /// First nothing happens and nothing may be lost; then the rules are flushed, and put back.
     Flush,
     /// Switched to another mode, and back.
     Switch(Mode),
@@ -162,14 +160,12 @@ impl Matrix {
             }
         }
         let services = self.fault_services();
-        for kind in [JobKind::Control, JobKind::Flush] {
-            for mode in &self.modes {
-                jobs.push(Job {
-                    kind,
-                    mode: *mode,
-                    services,
-                });
-            }
+        for mode in &self.modes {
+            jobs.push(Job {
+                kind: JobKind::Flush,
+                mode: *mode,
+                services,
+            });
         }
         if self.modes.contains(&Mode::IptablesLegacy) && self.modes.contains(&Mode::Ipvs) {
             jobs.push(Job {
@@ -195,7 +191,6 @@ impl Job {
     pub fn id(self) -> String {
         match self.kind {
             JobKind::Cell => format!("cell-{}-{}", self.mode, self.services),
-            JobKind::Control => format!("control-{}-{}", self.mode, self.services),
             JobKind::Flush => format!("flush-{}-{}", self.mode, self.services),
             JobKind::Switch(to) => format!("switch-{}-{to}-{}", self.mode, self.services),
         }
@@ -205,7 +200,6 @@ impl Job {
     pub fn title(self) -> String {
         match self.kind {
             JobKind::Cell => format!("{} {}", self.mode, self.services),
-            JobKind::Control => format!("control {}", self.mode),
             JobKind::Flush => format!("flush {}", self.mode),
             JobKind::Switch(to) => format!("switch {} → {to}", self.mode),
         }
@@ -222,7 +216,7 @@ impl Job {
             Mode::Nftables => 0.5 * thousands,
         };
         let applied = match self.kind {
-            JobKind::Cell | JobKind::Control => 1.0,
+            JobKind::Cell => 1.0,
             JobKind::Flush => 2.0,
             JobKind::Switch(_) => 4.0,
         };
@@ -235,18 +229,6 @@ impl Job {
             id: self.id(),
             title: self.title(),
             weight: self.weight(),
-        }
-    }
-}
-
-impl JobKind {
-    /// The word in run.json, for a fault.
-    pub const fn fault(self) -> Option<FaultKind> {
-        match self {
-            Self::Cell => None,
-            Self::Control => Some(FaultKind::Control),
-            Self::Flush => Some(FaultKind::Flush),
-            Self::Switch(_) => Some(FaultKind::Switch),
         }
     }
 }
@@ -286,7 +268,7 @@ mod tests {
         let jobs = Matrix::standard(true, 42, Place::Vm).jobs();
         let cells = jobs.iter().filter(|j| j.kind == JobKind::Cell).count();
         assert_eq!(cells, 8);
-        assert_eq!(jobs.len(), 8 + 4 + 4 + 1);
+        assert_eq!(jobs.len(), 8 + 4 + 1);
         let mut ids: Vec<String> = jobs.iter().map(|j| j.id()).collect();
         ids.sort();
         ids.dedup();
