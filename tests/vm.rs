@@ -2,6 +2,8 @@
 
 use std::process::Command;
 
+use tracer::rules::Mode;
+
 /// Runs a shell command that must succeed; what it prints.
 fn sh(command: &str) -> String {
     let output = Command::new("sh")
@@ -41,4 +43,30 @@ fn the_kernel_loads_what_each_mode_needs_on_demand() {
         "nft 'add table ip kube-proxy; add map ip kube-proxy services { type ipv4_addr . inet_proto . inet_service : verdict; }'",
     );
     assert!(sh("nft list ruleset").contains("map services"));
+}
+
+#[test]
+fn every_mode_accounts_for_everything() {
+    for mode in Mode::ALL {
+        tests::a_cell_accounts_for_everything(mode);
+    }
+}
+
+#[test]
+fn every_mode_reaches_everything() {
+    for mode in Mode::ALL {
+        tests::every_service_and_endpoint_answers(mode);
+    }
+}
+
+#[test]
+fn every_mode_loses_new_flows_to_a_flush() {
+    for mode in Mode::ALL {
+        tests::a_flush_loses_new_flows_and_a_control_run_none(mode);
+    }
+}
+
+#[test]
+fn drops_equal_the_kernels_own_counter() {
+    tests::drops_equal_the_kernels_own_counter();
 }

@@ -98,6 +98,9 @@ struct MatrixArgs {
     /// Numbers of Services [default: 100,1000,5000].
     #[arg(long, value_delimiter = ',', value_name = "N,...")]
     services: Vec<u32>,
+    /// New flows on each path of a cell [default: 1000, or 300 with --quick].
+    #[arg(long, value_name = "N")]
+    flows: Option<u32>,
     /// Where the node lives.
     #[arg(long, default_value = "host")]
     place: Place,
@@ -123,6 +126,9 @@ impl MatrixArgs {
             matrix.services.clone_from(&self.services);
             matrix.services.sort_unstable();
             matrix.services.dedup();
+        }
+        if let Some(flows) = self.flows {
+            matrix.flows_per_path = flows;
         }
         matrix.check()?;
         Ok(matrix)
@@ -243,14 +249,6 @@ fn one_job(job: Job, matrix: &Matrix, clock: ClockArg, file: &Path) -> anyhow::R
     };
     let outcome = execute(job, matrix, &|share, what| {
         eprintln!("progress {share:.3} {what}");
-        if std::env::var_os("SVCPATH_T").is_some() {
-            eprintln!(
-                "T {}",
-                std::fs::read_to_string("/proc/uptime")
-                    .unwrap_or_default()
-                    .trim()
-            );
-        }
     })?;
     match outcome {
         Outcome::Done(part) => {

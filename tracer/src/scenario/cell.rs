@@ -89,7 +89,7 @@ fn plan(matrix: &Matrix) -> TrafficPlan {
             .map(|(i, path)| Stream {
                 path,
                 per_second: PER_SECOND,
-                flows: matrix.flows_per_path(),
+                flows: matrix.flows_per_path,
                 start_ns: (period * i as f64 / 6.0) as u64,
             })
             .collect(),

@@ -15,6 +15,10 @@ pub const ENDPOINTS: u32 = 3;
 /// The largest iptables-nft size in a virtual machine: its restore grows quadratically.
 pub const NFT_COMPAT_LIMIT: u32 = 2000;
 
+/// The most flows of one path: a flow never reuses a source port, and the node sends two paths'
+/// flows from one address.
+pub const MAX_FLOWS: u32 = 10_000;
+
 /// What to compare.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Matrix {
@@ -24,8 +28,10 @@ pub struct Matrix {
     pub services: Vec<u32>,
     /// Seed of every random choice.
     pub seed: u64,
-    /// Fewer flows, smaller faults.
+    /// Smaller faults.
     pub quick: bool,
+    /// New flows of each path in a cell.
+    pub flows_per_path: u32,
     /// Where the node lives.
     pub place: Place,
 }
@@ -36,6 +42,9 @@ pub enum MatrixError {
     /// A size out of range.
     #[error("{0} Services: use 1 to {MAX_SERVICES}")]
     Size(u32),
+    /// No flows, or more than the laboratory has source ports for.
+    #[error("{0} flows on each path: use 1 to {MAX_FLOWS}")]
+    Flows(u32),
     /// Nothing to do.
     #[error("no {0} given: name at least one")]
     Empty(&'static str),
@@ -89,6 +98,7 @@ impl Matrix {
             },
             seed,
             quick,
+            flows_per_path: if quick { 300 } else { 1000 },
             place,
         }
     }
@@ -105,6 +115,9 @@ impl Matrix {
             if *services == 0 || *services > MAX_SERVICES {
                 return Err(MatrixError::Size(*services));
             }
+        }
+        if self.flows_per_path == 0 || self.flows_per_path > MAX_FLOWS {
+            return Err(MatrixError::Flows(self.flows_per_path));
         }
         Ok(())
     }
@@ -125,11 +138,6 @@ impl Matrix {
         sizes.sort_unstable();
         sizes.dedup();
         sizes
-    }
-
-    /// Flows of each path in a cell.
-    pub const fn flows_per_path(&self) -> u32 {
-        if self.quick { 300 } else { 1000 }
     }
 
     /// Services of the fault runs.

@@ -1,0 +1,58 @@
+//! End-to-end on this machine's kernel, in namespaces of our own: iptables and nftables modes.
+//! Needs root. IPVS runs in `vm.rs`, where every kernel has it.
+
+use tests::{
+    a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
+    drops_equal_the_kernels_own_counter, every_service_and_endpoint_answers,
+};
+use tracer::rules::Mode;
+
+#[test]
+fn iptables_legacy_cell() {
+    a_cell_accounts_for_everything(Mode::IptablesLegacy);
+}
+
+#[test]
+fn iptables_nft_cell() {
+    a_cell_accounts_for_everything(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_cell() {
+    a_cell_accounts_for_everything(Mode::Nftables);
+}
+
+#[test]
+fn iptables_legacy_flush() {
+    a_flush_loses_new_flows_and_a_control_run_none(Mode::IptablesLegacy);
+}
+
+#[test]
+fn iptables_nft_flush() {
+    a_flush_loses_new_flows_and_a_control_run_none(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_flush() {
+    a_flush_loses_new_flows_and_a_control_run_none(Mode::Nftables);
+}
+
+#[test]
+fn drops() {
+    drops_equal_the_kernels_own_counter();
+}
+
+#[test]
+fn iptables_legacy_reaches_everything() {
+    every_service_and_endpoint_answers(Mode::IptablesLegacy);
+}
+
+#[test]
+fn iptables_nft_reaches_everything() {
+    every_service_and_endpoint_answers(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_reaches_everything() {
+    every_service_and_endpoint_answers(Mode::Nftables);
+}
