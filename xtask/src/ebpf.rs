@@ -340,7 +340,7 @@ fn build(may_install: bool) -> Result<()> {
         || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cargo"),
         PathBuf::from,
     );
-    let flags = [
+    let mut flags = vec![
         "--cfg=bpf_target_arch=\"x86_64\"".to_owned(),
         "-Cdebuginfo=2".to_owned(),
         "-Clink-arg=--btf".to_owned(),
@@ -349,6 +349,16 @@ fn build(may_install: bool) -> Result<()> {
         format!("--remap-path-prefix={}=cargo", home.display()),
         format!("--remap-path-prefix={}=rust", toolchain.sources.display()),
     ];
+    // The last prefix that fits wins: crates lose their registry's name as well.
+    for registry in fs::read_dir(home.join("registry/src"))
+        .into_iter()
+        .flatten()
+    {
+        flags.push(format!(
+            "--remap-path-prefix={}=crates",
+            registry?.path().display()
+        ));
+    }
     let mut command = Command::new(&toolchain.cargo[0]);
     command
         .args(&toolchain.cargo[1..])

@@ -14,6 +14,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::interrupt;
 use crate::kernel::Kernel;
 use crate::packages::find_program;
 
@@ -492,6 +493,7 @@ fn modules(archive: &mut Archive, kernel: &Kernel, scratch: &Path) -> Result<()>
 /// Runs a helper; its own words appear only when it fails.
 pub(crate) fn run_quietly(command: &mut Command) -> Result<Vec<u8>> {
     let program = command.get_program().to_string_lossy().into_owned();
+    interrupt::unblock_in(command);
     let output = command
         .output()
         .with_context(|| format!("cannot start {program}"))?;

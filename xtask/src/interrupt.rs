@@ -88,7 +88,8 @@ fn end_everything() {
     }
 }
 
-fn remove(path: &Path) {
+/// Removes a file or a directory, if it can be.
+pub(crate) fn remove(path: &Path) {
     // Nobody is left to tell about a file that will not go.
     if path.is_dir() {
         fs::remove_dir_all(path).ok();
@@ -110,12 +111,21 @@ pub(crate) fn remove_leftovers() {
     }
 }
 
+/// Lets the child have the signals that are blocked here, as it would anywhere else.
+pub(crate) fn unblock_in(command: &mut Command) {
+    // SAFETY: between fork and exec only sigprocmask is called, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| Ok(SigSet::empty().thread_set_mask()?));
+    }
+}
+
 /// A child process that does not outlive xtask.
 pub(crate) struct Guarded(Child);
 
 impl Guarded {
     /// Starts it; `end` is the signal that ends it, also when xtask is killed or its thread ends.
     pub(crate) fn spawn(command: &mut Command, end: Signal) -> Result<Self> {
+        unblock_in(command);
         let parent = nix::unistd::getpid();
         // SAFETY: between fork and exec only prctl and getppid are called, and both are
         // async-signal-safe.
@@ -178,15 +188,21 @@ mod tests {
 
     #[test]
     fn children_start_with_no_signal_blocked() {
-        let block = SigSet::from_iter([Signal::SIGINT]);
+        let block = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
         block.thread_block().expect("allowed");
-        let output = Command::new("grep")
-            .args(["SigBlk", "/proc/self/status"])
-            .output()
-            .expect("grep is there");
+        let mut command = Command::new("grep");
+        command.args(["SigBlk", "/proc/self/status"]);
+        let before = command.output().expect("grep is there").stdout;
+        unblock_in(&mut command);
+        let after = command.output().expect("grep is there").stdout;
         block.thread_unblock().expect("allowed");
         assert_eq!(
-            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&before),
+            "SigBlk:\t0000000000004002\n",
+            "blocked signals are inherited, so something must be done"
+        );
+        assert_eq!(
+            String::from_utf8_lossy(&after),
             "SigBlk:\t0000000000000000\n"
         );
     }

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use crate::channel::Job;
 use crate::guest::HOME;
 use crate::interrupt::Guarded;
-use crate::qemu::{Clock, Line, Vm};
+use crate::qemu::{Clock, Line, Vm, simple_job};
 use crate::run::{Place, build_svcpath};
 use crate::vm::{VmOptions, image, print_line, release_binary};
 use crate::{Failure, ebpf, packages, workspace};
@@ -129,7 +129,48 @@ fn in_vm(args: &TestArgs) -> Result<bool> {
         tally.ran > 0 || args.filter.is_some(),
         "no test ran in the VM: tests/vm.rs should have some"
     );
-    Ok(output.exit == 0 && tally.failed == 0)
+    Ok(output.exit == 0 && tally.failed == 0 && clock_repeats(&vm)?)
+}
+
+/// Do two boots at the same time print the same nanoseconds and the same random bytes? On this
+/// every figure taken on the virtual clock rests.
+fn clock_repeats(vm: &Vm) -> Result<bool> {
+    const SCRIPT: &str = "for i in $(seq 200); do date +%s.%N; done; \
+        iptables-legacy -t nat -A OUTPUT -j ACCEPT; date +%s.%N; sleep 30; date +%s.%N; \
+        od -An -tx1 -N64 /dev/urandom";
+    let boot = || -> Result<Vec<Vec<u8>>> {
+        let mut lines = Vec::new();
+        let job = simple_job(&["sh", "-ec", SCRIPT]);
+        let output = vm.run(
+            &job,
+            &mut |line| {
+                if let Line::Stdout(bytes) = line {
+                    lines.push(bytes.to_vec());
+                }
+            },
+            &AtomicBool::new(false),
+        )?;
+        ensure!(output.exit == 0, "the clock's script fails in the VM");
+        Ok(lines)
+    };
+    let (one, other) = std::thread::scope(|scope| {
+        let one = scope.spawn(boot);
+        let other = boot();
+        (one.join(), other)
+    });
+    let one = one.map_err(|_| anyhow::anyhow!("a VM's thread panicked"))??;
+    let other = other?;
+    let differing = one.iter().zip(&other).filter(|(a, b)| a != b).count();
+    let same = one == other && one.len() >= 206;
+    println!(
+        "two boots on the virtual clock ... {}",
+        if same {
+            "ok, equal to the nanosecond".to_owned()
+        } else {
+            format!("FAILED, {differing} of {} lines differ", one.len())
+        }
+    );
+    Ok(same)
 }
 
 /// Builds tests/vm.rs; the program.

@@ -152,6 +152,7 @@ pub(crate) fn image(kernel_wish: Option<&str>, files: &[PathBuf], cache: &Path) 
         ));
     }
     fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
+    remove_orphans(cache);
     let kernel = kernel::prepare(kernel_wish, cache, &|line| eprintln!("{line}"))?;
     let own = std::env::current_exe().context("cannot find xtask's own program")?;
     let base = cache.join(format!("base-{}.cpio", base_key(&kernel.release, &own)?));
@@ -209,23 +210,47 @@ fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Removes first segments that no run of the last day has built; they are large.
+/// Removes first segments that no run of the last hours has built; they are large.
 fn forget_older(cache: &Path, current: &Path) -> Result<()> {
     for entry in fs::read_dir(cache)? {
         let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let segment = name.starts_with("base-") || name.starts_with("programs-");
+        let segment = entry.file_name().to_string_lossy().starts_with("base-");
         let old = entry
             .metadata()
             .and_then(|metadata| metadata.modified())
             .ok()
             .and_then(|changed| changed.elapsed().ok())
-            .is_some_and(|age| age > Duration::from_hours(24));
+            .is_some_and(|age| age > Duration::from_hours(6));
         if segment && old && entry.path() != current {
             fs::remove_file(entry.path()).ok();
         }
     }
     Ok(())
+}
+
+/// Removes what an xtask that was killed outright could not remove itself.
+fn remove_orphans(cache: &Path) {
+    let entries = [cache.to_owned(), cache.join("vms")]
+        .into_iter()
+        .flat_map(|directory| fs::read_dir(directory).into_iter().flatten().flatten());
+    for entry in entries {
+        let orphan = owner(&entry.file_name().to_string_lossy())
+            .is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists());
+        if orphan {
+            interrupt::remove(&entry.path());
+        }
+    }
+}
+
+/// The process that a temporary file's name says it belongs to.
+fn owner(name: &str) -> Option<u32> {
+    let own = ["programs-", "parts-", "modules-", "stripped-"]
+        .iter()
+        .find_map(|prefix| name.strip_prefix(prefix))
+        .map(|rest| rest.trim_end_matches(".cpio"))
+        // A running VM's directory: PID-NUMBER.
+        .or_else(|| name.split_once('-').map(|(pid, _)| pid))?;
+    own.parse().ok()
 }
 
 /// xtask as `/init`, and the given files in the guest's home, programs also in its `PATH`.
@@ -266,4 +291,19 @@ fn program(path: &Path) -> Result<Vec<u8>> {
     let content = fs::read(from).with_context(|| format!("cannot read {}", path.display()));
     fs::remove_file(&stripped).ok();
     content
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn temporary_files_name_their_owner() {
+        assert_eq!(owner("programs-31.cpio"), Some(31));
+        assert_eq!(owner("parts-31"), Some(31));
+        assert_eq!(owner("31-0"), Some(31));
+        assert_eq!(owner("base-0306a89ae880d06b.cpio"), None);
+        assert_eq!(owner("console-31-0.log"), None);
+        assert_eq!(owner("kernels"), None);
+    }
 }
