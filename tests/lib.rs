@@ -177,8 +177,8 @@ pub fn drops_equal_the_kernels_own_counter() {
             netns,
             "nft",
             &["-f", "-"],
-            "table ip test { counter dropped { }; chain c { type filter hook forward priority 10; \
-             iifname ext0 ct state new counter name dropped drop; } }",
+            "table ip test {\n counter dropped { }\n chain c {\n type filter hook forward priority 10;\n \
+             iifname ext0 ct state new counter name dropped drop\n }\n }\n",
         )
         .expect("the rule goes in");
         let mut watched = node.watch().expect("probes attach");

@@ -318,7 +318,7 @@ struct Environment<'a> {
 /// Everything that does not change from job to job.
 struct Run<'a> {
     svcpath: &'a Path,
-    /// The matrix as flags.
+    /// The matrix and the place as flags.
     flags: Vec<String>,
     decision: &'a Decision,
     parts: PathBuf,
@@ -354,7 +354,11 @@ pub(crate) fn main(args: &RunArgs) -> Result<u8> {
     };
     let run = Run {
         svcpath: &svcpath,
-        flags: matrix.flags(),
+        flags: [
+            matrix.flags(),
+            vec!["--place".to_owned(), decision.place.word().to_owned()],
+        ]
+        .concat(),
         decision: &decision,
         parts,
     };
@@ -466,7 +470,7 @@ impl Run<'_> {
         let output = Command::new(self.svcpath)
             .args(["bench", "plan"])
             .args(&self.flags)
-            .args(["--place", self.decision.place.word(), "--output", "json"])
+            .args(["--output", "json"])
             .stderr(Stdio::inherit())
             .output()
             .with_context(|| format!("cannot start {}", self.svcpath.display()))?;
