@@ -4,6 +4,7 @@
 //! what it prints and what it leaves in `/out`, and powers off. It runs one job, so it may stay
 //! single-minded: any failure of its own is sent as trouble and ends the VM.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -266,6 +267,7 @@ const PRELOADED: [&str; 50] = [
 fn load_modules() -> Result<()> {
     let root = Path::new("/usr/lib/modules").join(ready().kernel);
     let index = fs::read_to_string(root.join("modules.dep")).context("no module index")?;
+    let mut loaded = HashSet::new();
     for wanted in PRELOADED {
         let line = index.lines().find_map(|line| {
             let (path, needs) = line.split_once(':')?;
@@ -275,9 +277,15 @@ fn load_modules() -> Result<()> {
         let Some((path, needs)) = line else { continue };
         // A module's needs stand in the order nearest first: they are loaded from the last.
         for module in needs.split_whitespace().rev().chain([path]) {
+            if !loaded.insert(module) {
+                continue;
+            }
             let file = File::open(root.join(module))
                 .with_context(|| format!("cannot open module {module}"))?;
-            match finit_module(&file, c"", ModuleInitFlags::empty()) {
+            // The flag says that the module may differ from the signed one, so that no time goes
+            // into checking signatures of files that we took from the signed package ourselves.
+            let flags = ModuleInitFlags::MODULE_INIT_IGNORE_VERMAGIC;
+            match finit_module(&file, c"", flags) {
                 Ok(()) | Err(Errno::EEXIST) => {}
                 Err(error) => {
                     return Err(error).with_context(|| format!("cannot load module {module}"));
