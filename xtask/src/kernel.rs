@@ -193,11 +193,67 @@ fn fetch(package: &str, release: &str, directory: &Path) -> Result<()> {
             .arg(&partial)
             .arg(release),
     )?;
+    uncompress(
+        &partial.join(format!("boot/vmlinuz-{release}")),
+        &partial.join(format!("boot/vmlinux-{release}")),
+    )?;
     let done = directory.join(release);
     if !done.exists() {
         fs::rename(&partial, &done).with_context(|| format!("cannot create {}", done.display()))?;
     }
     Ok(())
+}
+
+/// Takes the kernel out of its self-extracting image: QEMU starts it directly (PVH), where the
+/// translator would spend more than a second a boot on the extracting.
+///
+/// An image in a form that is not known stays as it is; it boots too.
+fn uncompress(image: &Path, plain: &Path) -> Result<()> {
+    let bytes = fs::read(image).with_context(|| format!("cannot read {}", image.display()))?;
+    let Some(payload) = payload(&bytes) else {
+        return Ok(());
+    };
+    let tool = match payload {
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => "xz",
+        [0x1f, 0x8b, ..] => "gzip",
+        _ => return Ok(()),
+    };
+    let Some(tool) = find_program(tool) else {
+        return Ok(());
+    };
+    let packed = plain.with_extension("packed");
+    fs::write(&packed, payload)?;
+    let unpacked = Command::new(tool)
+        .arg("-dc")
+        .stdin(fs::File::open(&packed)?)
+        .output()
+        .context("cannot unpack the kernel's image")?;
+    fs::remove_file(&packed)?;
+    // Only an ELF file can be started directly.
+    if unpacked.status.success() && unpacked.stdout.starts_with(b"\x7fELF") {
+        fs::write(plain, unpacked.stdout)
+            .with_context(|| format!("cannot write {}", plain.display()))?;
+    }
+    Ok(())
+}
+
+/// The compressed kernel in a bzImage (Documentation/arch/x86/boot.rst: `setup_sects`,
+/// `payload_offset`, `payload_length`; its last four bytes are the uncompressed size).
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    let word = |at: usize| -> Option<usize> {
+        let bytes = image.get(at..at + 4)?;
+        usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()
+    };
+    if image.get(0x202..0x206)? != b"HdrS" || image.get(0x1fe..0x200)? != [0x55, 0xaa] {
+        return None;
+    }
+    let setup_sectors = match image.get(0x1f1)? {
+        0 => 4,
+        n => usize::from(*n),
+    };
+    let begin = (setup_sectors + 1) * 512 + word(0x248)?;
+    image.get(begin..begin + word(0x24c)?.checked_sub(4)?)
 }
 
 /// The newest kernel that fits and is already there.
@@ -209,8 +265,13 @@ fn unpacked(wish: &Wish, directory: &Path) -> Result<Option<Kernel>> {
     for entry in fs::read_dir(directory)? {
         let release = entry?.file_name().to_string_lossy().into_owned();
         let root = directory.join(&release);
+        let plain = root.join(format!("boot/vmlinux-{release}"));
         let kernel = Kernel {
-            image: root.join(format!("boot/vmlinuz-{release}")),
+            image: if plain.is_file() {
+                plain
+            } else {
+                root.join(format!("boot/vmlinuz-{release}"))
+            },
             modules: root.join("lib/modules").join(&release),
             release,
         };
@@ -281,6 +342,21 @@ mod tests {
     }
 
     #[test]
+    fn the_payload_is_where_the_boot_protocol_says() {
+        let mut image = vec![0_u8; 4096];
+        image[0x1f1] = 3;
+        image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x248..0x24c].copy_from_slice(&16_u32.to_le_bytes());
+        image[0x24c..0x250].copy_from_slice(&12_u32.to_le_bytes());
+        image[2064..2072].copy_from_slice(b"payload!");
+        assert_eq!(payload(&image), Some(&b"payload!"[..]));
+        assert_eq!(payload(&image[..1000]), None);
+        image[0x1fe] = 0;
+        assert_eq!(payload(&image), None);
+    }
+
+    #[test]
     fn an_unpacked_kernel_is_found_again_only_when_complete() {
         let directory = std::env::temp_dir().join(format!("xtask-kernel-{}", std::process::id()));
         let release = "6.12.5+deb12-cloud-amd64";
@@ -298,6 +374,10 @@ mod tests {
             .expect("readable")
             .expect("complete");
         assert_eq!(found.image, image);
+        let plain = image.with_file_name(format!("vmlinux-{release}"));
+        fs::write(&plain, "").expect("writable");
+        let found = unpacked(&wish, &directory).expect("readable");
+        assert_eq!(found.map(|kernel| kernel.image), Some(plain));
         assert_eq!(
             unpacked(&Wish::parse("6.1"), &directory).expect("readable"),
             None

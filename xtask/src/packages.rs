@@ -23,7 +23,7 @@ const fn need(package: &'static str, program: &'static str) -> Need {
 }
 
 /// What running and testing take.
-pub(crate) const NEEDS: [Need; 8] = [
+pub(crate) const NEEDS: [Need; 9] = [
     need("qemu-system-x86", "qemu-system-x86_64"),
     need("iptables", "iptables-restore"),
     need("ipset", "ipset"),
@@ -32,6 +32,7 @@ pub(crate) const NEEDS: [Need; 8] = [
     need("iproute2", "ip"),
     need("kmod", "modprobe"),
     need("xz-utils", "xz"),
+    need("zstd", "zstd"),
 ];
 
 /// Where a program is: in `PATH`, or where distributions keep the administrator's.

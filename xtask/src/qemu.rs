@@ -131,9 +131,9 @@ pub(crate) struct Vm {
 ///   so the clock source stays `tsc-early`, which differs in name only);
 /// - timer interrupts come from the HPET: calibrating the APIC's timer is a busy wait that takes
 ///   the translator over 3 s a boot;
-/// - ciphers are not tested at boot.
+/// - ciphers are not tested at boot, and the jitter generator does not try itself out.
 const EXACT: &str = " nokaslr norandmaps random.trust_cpu=off random.trust_bootloader=on \
-    clocksource=tsc tsc=reliable tsc_early_khz=1000000 initcall_blacklist=init_tsc_clocksource \
+    clocksource=tsc tsc=reliable tsc_early_khz=1000000 initcall_blacklist=init_tsc_clocksource,jent_mod_init \
     nolapic_timer cryptomgr.notests";
 
 /// Distinguishes the VMs of this process.

@@ -98,7 +98,7 @@ struct MatrixArgs {
     /// Numbers of Services [default: 100,1000,5000].
     #[arg(long, value_delimiter = ',', value_name = "N,...")]
     services: Vec<u32>,
-    /// New flows on each path of a cell [default: 1000, or 300 with --quick].
+    /// New flows on each path of a cell [default: 1000, or 200 with --quick].
     #[arg(long, value_name = "N")]
     flows: Option<u32>,
     /// Where the node lives.

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::OnceLock;
 
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::BtfTracePoint;
@@ -167,12 +168,11 @@ impl HooksTier {
         let mut ebpf = loader.load(OBJECT)?;
         fill(&mut ebpf, watch)?;
 
-        let btf = aya::Btf::from_sys_fs().map_err(aya::EbpfError::BtfError)?;
+        let btf = kernel_btf()?;
         for name in TRACEPOINTS {
-            attach_tracepoint(&mut ebpf, name, &btf)
+            attach_tracepoint(&mut ebpf, name, btf)
                 .map_err(|source| ProbeError::Tracepoint { name, source })?;
         }
-        drop(btf);
 
         let maps = map_fds(&ebpf);
         let mut links = Vec::with_capacity(2 * ALL.len());
@@ -303,6 +303,16 @@ impl HooksTier {
         let map = self.ebpf.map(name).ok_or_else(|| missing(name))?;
         T::try_from(map).map_err(map_error(name))
     }
+}
+
+/// The kernel's types as aya wants them, read once.
+fn kernel_btf() -> Result<&'static aya::Btf, ProbeError> {
+    static READ: OnceLock<aya::Btf> = OnceLock::new();
+    if let Some(btf) = READ.get() {
+        return Ok(btf);
+    }
+    let btf = aya::Btf::from_sys_fs().map_err(aya::EbpfError::BtfError)?;
+    Ok(READ.get_or_init(|| btf))
 }
 
 fn missing(name: &'static str) -> ProbeError {

@@ -17,6 +17,8 @@ use crate::rules::Mode;
 
 /// New flows a second on each of the three Service paths.
 const PER_SECOND: f64 = 100.0;
+/// The same in a quick run.
+const PER_SECOND_QUICK: f64 = 50.0;
 /// Long-lived flows on each path.
 const ESTABLISHED: u32 = 20;
 /// Each of them asks this often.
@@ -152,8 +154,13 @@ async fn one(
     reason = "seconds times a small rate"
 )]
 fn plan(matrix: &Matrix, duration: Duration) -> TrafficPlan {
-    let flows = (duration.as_secs_f64() * PER_SECOND) as u32;
-    let period = 1e9 / PER_SECOND;
+    let per_second = if matrix.quick {
+        PER_SECOND_QUICK
+    } else {
+        PER_SECOND
+    };
+    let flows = (duration.as_secs_f64() * per_second) as u32;
+    let period = 1e9 / per_second;
     TrafficPlan {
         streams: Path::SERVICE
             .into_iter()
@@ -161,7 +168,7 @@ fn plan(matrix: &Matrix, duration: Duration) -> TrafficPlan {
             // Side by side, not all at once.
             .map(|(i, path)| Stream {
                 path,
-                per_second: PER_SECOND,
+                per_second,
                 flows,
                 start_ns: (period * i as f64 / Path::SERVICE.len() as f64) as u64,
             })

@@ -98,7 +98,7 @@ impl Matrix {
             },
             seed,
             quick,
-            flows_per_path: if quick { 300 } else { 1000 },
+            flows_per_path: if quick { 200 } else { 1000 },
             place,
         }
     }
