@@ -57,7 +57,7 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(NetnsError::Create(_)) = cause.downcast_ref() {
         return Some(NOT_PERMITTED);
     }
-    if let Some(ProbeError::Netfilter(_)) = cause.downcast_ref() {
+    if let Some(ProbeError::Program(_)) = cause.downcast_ref() {
         return Some(KERNEL_LACKS);
     }
     None

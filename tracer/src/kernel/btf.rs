@@ -144,6 +144,12 @@ impl Btf {
             .collect()
     }
 
+    /// The id of a typedef.
+    pub fn typedef_id(&self, name: &str) -> Result<u32, BtfError> {
+        self.find(name, &[KIND_TYPEDEF])?
+            .ok_or_else(|| BtfError::NoType(format!("typedef {name}")))
+    }
+
     /// The first type of one of these kinds with this name.
     fn find(&self, name: &str, kinds: &[u32]) -> Result<Option<u32>, BtfError> {
         let name = name.as_bytes();
