@@ -16,7 +16,7 @@ use tracer::report;
 use tracer::rules::Mode;
 use tracer::scenario::assemble::assemble;
 use tracer::scenario::job::{self, Part, PartFile};
-use tracer::scenario::matrix::{Job, Matrix};
+use tracer::scenario::matrix::{Group, Matrix};
 
 use super::exit;
 
@@ -52,7 +52,7 @@ enum Command {
         #[arg(long, value_parser = ["text", "json"], default_value = "text")]
         output: String,
     },
-    /// One job, on this machine, in namespaces of its own.
+    /// One job or group of jobs, on this machine, in namespaces of their own.
     Job {
         /// As `plan` names it.
         id: String,
@@ -205,7 +205,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             file,
         } => {
             let matrix = matrix.matrix()?;
-            one_job(matrix.job(&id)?, &matrix, clock, &file)
+            one_group(&matrix.group(&id)?, &matrix, clock, &file)
         }
         Command::Assemble {
             matrix,
@@ -225,34 +225,45 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 fn plan(matrix: &Matrix, output: &str) -> anyhow::Result<ExitCode> {
-    let jobs: Vec<_> = matrix.jobs().into_iter().map(Job::planned).collect();
+    let groups: Vec<_> = matrix.groups().iter().map(Group::planned).collect();
     let mut out = std::io::stdout().lock();
     if output == "json" {
         writeln!(
             out,
             "{}",
-            serde_json::to_string_pretty(&serde_json::json!({ "jobs": jobs }))?
+            serde_json::to_string_pretty(&serde_json::json!({ "jobs": groups }))?
         )?;
     } else {
-        for job in jobs {
-            writeln!(out, "{:<32} {:<28} {:>6.1}", job.id, job.title, job.weight)?;
+        for group in groups {
+            writeln!(
+                out,
+                "{:<18} {:>6.1}  {}",
+                group.id,
+                group.weight,
+                group.parts.join(" ")
+            )?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn one_job(job: Job, matrix: &Matrix, clock: ClockArg, file: &Path) -> anyhow::Result<ExitCode> {
+fn one_group(
+    group: &Group,
+    matrix: &Matrix,
+    clock: ClockArg,
+    file: &Path,
+) -> anyhow::Result<ExitCode> {
     exit::require_root("svcpath bench job")?;
     let clock = match clock {
         ClockArg::Wall => Clock::Wall,
         ClockArg::Virtual => Clock::Virtual,
     };
-    let outcome = execute(job, matrix, &|share, what| {
+    let outcome = execute(group, matrix, &|share, what| {
         eprintln!("progress {share:.3} {what}");
     })?;
     match outcome {
-        Outcome::Done(part) => {
-            PartFile { clock, part: *part }.write(file)?;
+        Outcome::Done(parts) => {
+            PartFile { clock, parts }.write(file)?;
             Ok(ExitCode::SUCCESS)
         }
         Outcome::Interrupted(code) => Ok(ExitCode::from(code)),
@@ -260,13 +271,17 @@ fn one_job(job: Job, matrix: &Matrix, clock: ClockArg, file: &Path) -> anyhow::R
 }
 
 enum Outcome {
-    Done(Box<Part>),
+    Done(Vec<Part>),
     /// By a signal, with its exit code.
     Interrupted(u8),
 }
 
-/// Runs a job until it ends or a signal comes; either way everything it made is gone afterwards.
-fn execute(job: Job, matrix: &Matrix, progress: &job::Progress<'_>) -> anyhow::Result<Outcome> {
+/// Runs a group until it ends or a signal comes; either way everything it made is gone afterwards.
+fn execute(
+    group: &Group,
+    matrix: &Matrix,
+    progress: &job::Progress<'_>,
+) -> anyhow::Result<Outcome> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -279,8 +294,8 @@ fn execute(job: Job, matrix: &Matrix, progress: &job::Progress<'_>) -> anyhow::R
             biased;
             _ = interrupt.recv() => Ok(Outcome::Interrupted(130)),
             _ = terminate.recv() => Ok(Outcome::Interrupted(143)),
-            part = job::run(job, matrix, progress) => {
-                anyhow::Ok(Outcome::Done(Box::new(part?)))
+            parts = job::run_group(group, matrix, progress) => {
+                anyhow::Ok(Outcome::Done(parts?))
             }
         }
     });
@@ -297,23 +312,21 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
     let started = Instant::now();
     let started_at = now_utc();
     let parts = tempdir(dir)?;
-    let jobs = matrix.jobs();
-    let bar = progress_bar(jobs.iter().map(|job| job.weight()).sum());
+    let groups = matrix.groups();
+    let bar = progress_bar(groups.iter().map(Group::weight).sum());
     let mut done = 0.0;
-    for job in &jobs {
-        let (title, weight) = (job.title(), job.weight());
-        bar.set_message(title.clone());
-        let outcome = execute(*job, matrix, &|share, what| {
+    for group in &groups {
+        let weight = group.weight();
+        let outcome = execute(group, matrix, &|share, what| {
             bar.set_position(((done + share * weight) * 1000.0) as u64);
-            bar.set_message(format!("{title}: {what}"));
-        })
-        .with_context(|| format!("job {}", job.id()));
+            bar.set_message(what.to_owned());
+        });
         match outcome {
-            Ok(Outcome::Done(part)) => PartFile {
+            Ok(Outcome::Done(made)) => PartFile {
                 clock: Clock::Wall,
-                part: *part,
+                parts: made,
             }
-            .write(&parts.path.join(format!("{}.json", job.id())))?,
+            .write(&parts.path.join(format!("{}.json", group.id)))?,
             Ok(Outcome::Interrupted(code)) => return Ok(ExitCode::from(code)),
             Err(error) => {
                 bar.abandon();
@@ -323,7 +336,8 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
         done += weight;
         if bar.is_hidden() {
             eprintln!(
-                "{title} done, {:.0} s so far",
+                "{} done, {:.0} s so far",
+                group.title,
                 started.elapsed().as_secs_f64()
             );
         }

@@ -17,20 +17,21 @@ pub enum AssembleError {
     Clocks(String),
 }
 
-/// Joins the parts `DIR/<job id>.json` of a matrix.
+/// Joins the parts `DIR/<group id>.json` of a matrix.
 pub fn assemble(matrix: &Matrix, parts: &Path) -> Result<Measurements, AssembleError> {
     let mut clock = None;
     let mut cells = Vec::new();
     let mut faults = Vec::new();
-    for job in matrix.jobs() {
-        let id = job.id();
-        let file = PartFile::read(&parts.join(format!("{id}.json")))?;
+    for group in matrix.groups() {
+        let file = PartFile::read(&parts.join(format!("{}.json", group.id)))?;
         if *clock.get_or_insert(file.clock) != file.clock {
-            return Err(AssembleError::Clocks(id));
+            return Err(AssembleError::Clocks(group.id));
         }
-        match file.part {
-            Part::Cell(cell) => cells.push(*cell),
-            Part::Faults(more) => faults.extend(more),
+        for part in file.parts {
+            match part {
+                Part::Cell(cell) => cells.push(*cell),
+                Part::Faults(more) => faults.extend(more),
+            }
         }
     }
     Ok(Measurements {
