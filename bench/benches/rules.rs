@@ -4,11 +4,15 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use bench::{cluster, node_view};
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{
+    BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
+};
 use tracer::rules::{Mode, render};
 
 fn rendering(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("render");
+    // One rendering of a large cluster takes too long to be repeated more often in later samples.
+    group.sampling_mode(SamplingMode::Flat);
     let node = node_view();
     for services in [1000, 10_000] {
         let cluster = cluster(services);
