@@ -265,8 +265,7 @@ impl Job {
             Mode::IptablesLegacy => 0.25 * thousands,
             // Quadratic.
             Mode::IptablesNft => 1.5 * thousands + 1.5 * thousands * thousands,
-            Mode::Ipvs => 0.5 * thousands,
-            Mode::Nftables => 0.5 * thousands,
+            Mode::Ipvs | Mode::Nftables => 0.5 * thousands,
         };
         let applied = match self.kind {
             JobKind::Cell => 1.0,

@@ -277,7 +277,7 @@ impl Watched {
         }
         Ok(ProbeHealth {
             links: u32::try_from(self.probes.links()).unwrap_or(u32::MAX),
-            tracepoints: TRACEPOINTS.len() as u32,
+            tracepoints: u32::try_from(TRACEPOINTS.len()).unwrap_or(u32::MAX),
             journeys: stats.journeys,
             transmitted: stats.transmitted,
             delivered_locally: stats.delivered,
