@@ -1,6 +1,7 @@
 //! `svcpath bench`: the comparison, whole or job by job.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,14 +10,16 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::{Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::signal::Signal;
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
-use tracer::record::run::{Clock, Environment, FORMAT, Place, Run};
+use tracer::record::run::{Clock, Environment, FORMAT, Measurements, Place, Run};
 use tracer::report;
 use tracer::rules::Mode;
-use tracer::scenario::assemble::assemble;
+use tracer::scenario::assemble::{assemble, join};
 use tracer::scenario::job::{self, Part, PartFile};
 use tracer::scenario::matrix::{Job, Matrix};
+use tracer::scenario::node;
 
 use super::exit;
 
@@ -34,6 +37,8 @@ pub(crate) struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Every job in turn on this machine, then the report.
+    #[command(after_help = "Example:\n  \
+        sudo svcpath bench run --quick --modes iptables-legacy,nftables -o /tmp/run")]
     Run {
         #[command(flatten)]
         matrix: MatrixArgs,
@@ -45,6 +50,8 @@ enum Command {
         force: bool,
     },
     /// The jobs of the comparison.
+    #[command(after_help = "Example:\n  \
+        svcpath bench plan --quick --output json | jq -r '.jobs[].id'")]
     Plan {
         #[command(flatten)]
         matrix: MatrixArgs,
@@ -53,6 +60,8 @@ enum Command {
         output: String,
     },
     /// One job, on this machine, in namespaces of its own.
+    #[command(after_help = "Example:\n  \
+        sudo svcpath bench job cell-nftables-1000 --quick -o cell-nftables-1000.json")]
     Job {
         /// As `plan` names it.
         id: String,
@@ -61,11 +70,13 @@ enum Command {
         /// The clock this machine has: virtual only in a VM that counts instructions.
         #[arg(long, value_enum, default_value = "wall")]
         clock: ClockArg,
-        /// Where the part goes.
+        /// Where the part goes; a file that is there is replaced.
         #[arg(short = 'o', value_name = "FILE")]
         file: PathBuf,
     },
     /// Parts to run.json, histogram logs and report.
+    #[command(after_help = "Example:\n  \
+        svcpath bench assemble --quick --parts parts --environment environment.json -o run")]
     Assemble {
         #[command(flatten)]
         matrix: MatrixArgs,
@@ -219,25 +230,24 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
                 .with_context(|| format!("cannot read {}", environment.display()))?;
             let known: Known = serde_json::from_slice(&json)
                 .with_context(|| format!("{} does not describe a run", environment.display()))?;
-            finish(&matrix, &parts, known, &dir, force)
+            finish(assemble(&matrix, &parts)?, known, &dir, force)
         }
     }
 }
 
 fn plan(matrix: &Matrix, output: &str) -> anyhow::Result<ExitCode> {
     let jobs: Vec<_> = matrix.jobs().into_iter().map(Job::planned).collect();
-    let mut out = std::io::stdout().lock();
+    let mut text = String::new();
     if output == "json" {
-        writeln!(
-            out,
-            "{}",
-            serde_json::to_string_pretty(&serde_json::json!({ "jobs": jobs }))?
-        )?;
+        text = serde_json::to_string_pretty(&serde_json::json!({ "jobs": jobs }))? + "\n";
     } else {
         for job in jobs {
-            writeln!(out, "{:<32} {:<28} {:>6.1}", job.id, job.title, job.weight)?;
+            let (id, title, weight) = (job.id, job.title, job.weight);
+            // Writing into a String cannot fail.
+            let _ = writeln!(text, "{id:<32} {title:<28} {weight:>6.1}");
         }
     }
+    exit::print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -247,26 +257,23 @@ fn one_job(job: Job, matrix: &Matrix, clock: ClockArg, file: &Path) -> anyhow::R
         ClockArg::Wall => Clock::Wall,
         ClockArg::Virtual => Clock::Virtual,
     };
-    let outcome = execute(job, matrix, &|share, what| {
-        eprintln!("progress {share:.3} {what}");
+    report::write::check_file(file, true)?;
+    let part = execute(job, matrix, &|share, what| {
+        say(&format!("progress {share:.3} {what}"));
     })?;
-    match outcome {
-        Outcome::Done(part) => {
-            PartFile { clock, part: *part }.write(file)?;
-            Ok(ExitCode::SUCCESS)
-        }
-        Outcome::Interrupted(code) => Ok(ExitCode::from(code)),
-    }
+    let json = serde_json::to_vec(&PartFile { clock, part })?;
+    report::write::write_file(file, &json, true)?;
+    Ok(ExitCode::SUCCESS)
 }
 
-enum Outcome {
-    Done(Box<Part>),
-    /// By a signal, with its exit code.
-    Interrupted(u8),
+/// A line of progress. Nobody may be listening, which is no reason to stop or, as `eprintln!`
+/// does, to panic.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Runs a job until it ends or a signal comes; either way everything it made is gone afterwards.
-fn execute(job: Job, matrix: &Matrix, progress: &job::Progress<'_>) -> anyhow::Result<Outcome> {
+fn execute(job: Job, matrix: &Matrix, progress: &job::Progress<'_>) -> anyhow::Result<Part> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -275,18 +282,31 @@ fn execute(job: Job, matrix: &Matrix, progress: &job::Progress<'_>) -> anyhow::R
     let outcome = local.block_on(&runtime, async {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
-        tokio::select! {
-            biased;
-            _ = interrupt.recv() => Ok(Outcome::Interrupted(130)),
-            _ = terminate.recv() => Ok(Outcome::Interrupted(143)),
-            part = job::run(job, matrix, progress) => {
-                anyhow::Ok(Outcome::Done(Box::new(part?)))
+        let mut stop = async || {
+            tokio::select! {
+                _ = interrupt.recv() => exit::Interrupted(Signal::SIGINT),
+                _ = terminate.recv() => exit::Interrupted(Signal::SIGTERM),
             }
+        };
+        let error = tokio::select! {
+            biased;
+            stopped = stop() => return Err(stopped.into()),
+            part = job::run(job, matrix, progress) => match part {
+                Ok(part) => return Ok(part),
+                Err(error) => error,
+            },
+        };
+        // Ctrl-C reaches the tools too, and the end of one may be seen before our own signal.
+        match tokio::time::timeout(Duration::from_millis(100), stop()).await {
+            Ok(stopped) => Err(stopped.into()),
+            Err(_) => Err(anyhow::Error::from(error)),
         }
     });
     drop(local);
-    // A tool may still run on a blocking thread; it dies with its namespace's last user.
+    // A tool may still run on a blocking thread; it is killed when this process ends.
     runtime.shutdown_timeout(Duration::from_secs(1));
+    // That thread may have made the lock file anew after the laboratory had removed it.
+    tracer::lab::clean::remove_own_lock();
     outcome
 }
 
@@ -296,36 +316,38 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
     report::write::check_target(dir, force)?;
     let started = Instant::now();
     let started_at = now_utc();
-    let parts = tempdir(dir)?;
     let jobs = matrix.jobs();
+    // What the last job lacks should not be found out after hours.
+    node::require(&matrix.modes)?;
     let bar = progress_bar(jobs.iter().map(|job| job.weight()).sum());
+    let mut parts = Vec::with_capacity(jobs.len());
     let mut done = 0.0;
     for job in &jobs {
         let (title, weight) = (job.title(), job.weight());
         bar.set_message(title.clone());
-        let outcome = execute(*job, matrix, &|share, what| {
+        let part = execute(*job, matrix, &|share, what| {
             bar.set_position(((done + share * weight) * 1000.0) as u64);
             bar.set_message(format!("{title}: {what}"));
-        })
-        .with_context(|| format!("job {}", job.id()));
-        match outcome {
-            Ok(Outcome::Done(part)) => PartFile {
-                clock: Clock::Wall,
-                part: *part,
-            }
-            .write(&parts.path.join(format!("{}.json", job.id())))?,
-            Ok(Outcome::Interrupted(code)) => return Ok(ExitCode::from(code)),
+        });
+        let part = match part {
+            Ok(part) => part,
             Err(error) => {
-                bar.abandon();
-                return Err(error);
+                bar.finish_and_clear();
+                return Err(if error.is::<exit::Interrupted>() {
+                    error
+                } else {
+                    error.context(format!("job {}", job.id()))
+                });
             }
-        }
+        };
+        parts.push(PartFile {
+            clock: Clock::Wall,
+            part,
+        });
         done += weight;
         if bar.is_hidden() {
-            eprintln!(
-                "{title} done, {:.0} s so far",
-                started.elapsed().as_secs_f64()
-            );
+            let seconds = started.elapsed().as_secs_f64();
+            say(&format!("{title} done, {seconds:.0} s so far"));
         }
     }
     bar.finish_and_clear();
@@ -342,12 +364,11 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
         command: std::env::args().collect(),
         notes: Vec::new(),
     };
-    finish(matrix, &parts.path, known, dir, force)
+    finish(join(matrix, parts)?, known, dir, force)
 }
 
 fn finish(
-    matrix: &Matrix,
-    parts: &Path,
+    measurements: Measurements,
     known: Known,
     dir: &Path,
     force: bool,
@@ -355,13 +376,12 @@ fn finish(
     let run = Run {
         format: FORMAT.to_owned(),
         environment: known.complete(),
-        measurements: assemble(matrix, parts)?,
+        measurements,
     };
     report::write::write_all(&run, dir, force)?;
-    let mut out = std::io::stdout().lock();
-    let colour = out.is_terminal();
-    write!(out, "{}", terminal_table(&run, colour))?;
-    writeln!(out, "report  {}", dir.join("report.html").display())?;
+    let table = terminal_table(&run, std::io::stdout().is_terminal());
+    let page = dir.join(report::write::HTML_FILE);
+    exit::print(&format!("{table}report  {}\n", page.display()))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -407,23 +427,4 @@ fn now_utc() -> String {
         rest / 60 % 60,
         rest % 60
     )
-}
-
-/// A folder that is removed when it is dropped.
-struct TempDir {
-    path: PathBuf,
-}
-
-fn tempdir(beside: &Path) -> anyhow::Result<TempDir> {
-    let mut name = beside.as_os_str().to_owned();
-    name.push(format!(".parts-{}", std::process::id()));
-    let path = PathBuf::from(name);
-    std::fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
-    Ok(TempDir { path })
-}
-
-impl Drop for TempDir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.path);
-    }
 }

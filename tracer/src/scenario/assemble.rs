@@ -19,14 +19,22 @@ pub enum AssembleError {
 
 /// Joins the parts `DIR/<job id>.json` of a matrix.
 pub fn assemble(matrix: &Matrix, parts: &Path) -> Result<Measurements, AssembleError> {
+    let files: Result<Vec<PartFile>, PartError> = matrix
+        .jobs()
+        .into_iter()
+        .map(|job| PartFile::read(&parts.join(format!("{}.json", job.id()))))
+        .collect();
+    join(matrix, files?)
+}
+
+/// Joins the parts of a matrix's jobs, in the jobs' order.
+pub fn join(matrix: &Matrix, parts: Vec<PartFile>) -> Result<Measurements, AssembleError> {
     let mut clock = None;
     let mut cells = Vec::new();
     let mut faults = Vec::new();
-    for job in matrix.jobs() {
-        let id = job.id();
-        let file = PartFile::read(&parts.join(format!("{id}.json")))?;
+    for (job, file) in matrix.jobs().into_iter().zip(parts) {
         if *clock.get_or_insert(file.clock) != file.clock {
-            return Err(AssembleError::Clocks(id));
+            return Err(AssembleError::Clocks(job.id()));
         }
         match file.part {
             Part::Cell(cell) => cells.push(*cell),
