@@ -64,6 +64,10 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     {
         return Some(INVALID_RUN);
     }
+    // JSON is only ever read here as (part of) a run; writing it does not fail.
+    if cause.is::<serde_json::Error>() {
+        return Some(INVALID_RUN);
+    }
     // Errors that are passed on as they are (`transparent`) do not appear among the causes
     // themselves, so they are looked for in what carries them.
     if let Some(code) = cause.downcast_ref().and_then(code_of_node) {
