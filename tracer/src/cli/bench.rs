@@ -1,6 +1,7 @@
 //! `svcpath bench`: the comparison, whole or job by job.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,14 +10,16 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::{Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::signal::Signal;
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
-use tracer::record::run::{Clock, Environment, FORMAT, Place, Run};
+use tracer::record::run::{Clock, Environment, FORMAT, Measurements, Place, Run};
 use tracer::report;
 use tracer::rules::Mode;
-use tracer::scenario::assemble::assemble;
+use tracer::scenario::assemble::{assemble, join};
 use tracer::scenario::job::{self, Part, PartFile};
 use tracer::scenario::matrix::{Group, Matrix};
+use tracer::scenario::node;
 
 use super::exit;
 
@@ -34,6 +37,8 @@ pub(crate) struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Every job in turn on this machine, then the report.
+    #[command(after_help = "Example:\n  \
+        sudo svcpath bench run --quick --modes iptables-legacy,nftables -o /tmp/run")]
     Run {
         #[command(flatten)]
         matrix: MatrixArgs,
@@ -45,6 +50,8 @@ enum Command {
         force: bool,
     },
     /// The jobs of the comparison.
+    #[command(after_help = "Example:\n  \
+        svcpath bench plan --quick --output json | jq -r '.jobs[].id'")]
     Plan {
         #[command(flatten)]
         matrix: MatrixArgs,
@@ -53,6 +60,8 @@ enum Command {
         output: String,
     },
     /// One job or group of jobs, on this machine, in namespaces of their own.
+    #[command(after_help = "Example:\n  \
+        sudo svcpath bench job cell-nftables-1000 --quick -o cell-nftables-1000.json")]
     Job {
         /// As `plan` names it.
         id: String,
@@ -61,11 +70,13 @@ enum Command {
         /// The clock this machine has: virtual only in a VM that counts instructions.
         #[arg(long, value_enum, default_value = "wall")]
         clock: ClockArg,
-        /// Where the part goes.
+        /// Where the part goes; a file that is there is replaced.
         #[arg(short = 'o', value_name = "FILE")]
         file: PathBuf,
     },
     /// Parts to run.json, histogram logs and report.
+    #[command(after_help = "Example:\n  \
+        svcpath bench assemble --quick --parts parts --environment environment.json -o run")]
     Assemble {
         #[command(flatten)]
         matrix: MatrixArgs,
@@ -219,31 +230,24 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
                 .with_context(|| format!("cannot read {}", environment.display()))?;
             let known: Known = serde_json::from_slice(&json)
                 .with_context(|| format!("{} does not describe a run", environment.display()))?;
-            finish(&matrix, &parts, known, &dir, force)
+            finish(assemble(&matrix, &parts)?, known, &dir, force)
         }
     }
 }
 
 fn plan(matrix: &Matrix, output: &str) -> anyhow::Result<ExitCode> {
     let groups: Vec<_> = matrix.groups().iter().map(Group::planned).collect();
-    let mut out = std::io::stdout().lock();
+    let mut text = String::new();
     if output == "json" {
-        writeln!(
-            out,
-            "{}",
-            serde_json::to_string_pretty(&serde_json::json!({ "jobs": groups }))?
-        )?;
+        text = serde_json::to_string_pretty(&serde_json::json!({ "jobs": groups }))? + "\n";
     } else {
         for group in groups {
-            writeln!(
-                out,
-                "{:<18} {:>6.1}  {}",
-                group.id,
-                group.weight,
-                group.parts.join(" ")
-            )?;
+            let (id, weight, parts) = (group.id, group.weight, group.parts.join(" "));
+            // Writing into a String cannot fail.
+            let _ = writeln!(text, "{id:<18} {weight:>6.1}  {parts}");
         }
     }
+    exit::print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -258,22 +262,19 @@ fn one_group(
         ClockArg::Wall => Clock::Wall,
         ClockArg::Virtual => Clock::Virtual,
     };
-    let outcome = execute(group, matrix, &|share, what| {
-        eprintln!("progress {share:.3} {what}");
+    report::write::check_file(file, true)?;
+    let parts = execute(group, matrix, &|share, what| {
+        say(&format!("progress {share:.3} {what}"));
     })?;
-    match outcome {
-        Outcome::Done(parts) => {
-            PartFile { clock, parts }.write(file)?;
-            Ok(ExitCode::SUCCESS)
-        }
-        Outcome::Interrupted(code) => Ok(ExitCode::from(code)),
-    }
+    let json = serde_json::to_vec(&PartFile { clock, parts })?;
+    report::write::write_file(file, &json, true)?;
+    Ok(ExitCode::SUCCESS)
 }
 
-enum Outcome {
-    Done(Vec<Part>),
-    /// By a signal, with its exit code.
-    Interrupted(u8),
+/// A line of progress. Nobody may be listening, which is no reason to stop or, as `eprintln!`
+/// does, to panic.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Runs a group until it ends or a signal comes; either way everything it made is gone afterwards.
@@ -281,7 +282,7 @@ fn execute(
     group: &Group,
     matrix: &Matrix,
     progress: &job::Progress<'_>,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<Vec<Part>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -290,18 +291,31 @@ fn execute(
     let outcome = local.block_on(&runtime, async {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
-        tokio::select! {
-            biased;
-            _ = interrupt.recv() => Ok(Outcome::Interrupted(130)),
-            _ = terminate.recv() => Ok(Outcome::Interrupted(143)),
-            parts = job::run_group(group, matrix, progress) => {
-                anyhow::Ok(Outcome::Done(parts?))
+        let mut stop = async || {
+            tokio::select! {
+                _ = interrupt.recv() => exit::Interrupted(Signal::SIGINT),
+                _ = terminate.recv() => exit::Interrupted(Signal::SIGTERM),
             }
+        };
+        let error = tokio::select! {
+            biased;
+            stopped = stop() => return Err(stopped.into()),
+            parts = job::run_group(group, matrix, progress) => match parts {
+                Ok(parts) => return Ok(parts),
+                Err(error) => error,
+            },
+        };
+        // Ctrl-C reaches the tools too, and the end of one may be seen before our own signal.
+        match tokio::time::timeout(Duration::from_millis(100), stop()).await {
+            Ok(stopped) => Err(stopped.into()),
+            Err(_) => Err(anyhow::Error::from(error)),
         }
     });
     drop(local);
-    // A tool may still run on a blocking thread; it dies with its namespace's last user.
+    // A tool may still run on a blocking thread; it is killed when this process ends.
     runtime.shutdown_timeout(Duration::from_secs(1));
+    // That thread may have made the lock file anew after the laboratory had removed it.
+    tracer::lab::clean::remove_own_lock();
     outcome
 }
 
@@ -311,35 +325,37 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
     report::write::check_target(dir, force)?;
     let started = Instant::now();
     let started_at = now_utc();
-    let parts = tempdir(dir)?;
     let groups = matrix.groups();
+    // What the last job lacks should not be found out after hours.
+    node::require(&matrix.modes)?;
     let bar = progress_bar(groups.iter().map(Group::weight).sum());
+    let mut parts = Vec::with_capacity(groups.len());
     let mut done = 0.0;
     for group in &groups {
         let weight = group.weight();
-        let outcome = execute(group, matrix, &|share, what| {
+        let made = execute(group, matrix, &|share, what| {
             bar.set_position(((done + share * weight) * 1000.0) as u64);
             bar.set_message(what.to_owned());
         });
-        match outcome {
-            Ok(Outcome::Done(made)) => PartFile {
-                clock: Clock::Wall,
-                parts: made,
-            }
-            .write(&parts.path.join(format!("{}.json", group.id)))?,
-            Ok(Outcome::Interrupted(code)) => return Ok(ExitCode::from(code)),
+        let made = match made {
+            Ok(made) => made,
             Err(error) => {
-                bar.abandon();
-                return Err(error);
+                bar.finish_and_clear();
+                return Err(if error.is::<exit::Interrupted>() {
+                    error
+                } else {
+                    error.context(group.title.clone())
+                });
             }
-        }
+        };
+        parts.push(PartFile {
+            clock: Clock::Wall,
+            parts: made,
+        });
         done += weight;
         if bar.is_hidden() {
-            eprintln!(
-                "{} done, {:.0} s so far",
-                group.title,
-                started.elapsed().as_secs_f64()
-            );
+            let (title, seconds) = (&group.title, started.elapsed().as_secs_f64());
+            say(&format!("{title} done, {seconds:.0} s so far"));
         }
     }
     bar.finish_and_clear();
@@ -356,12 +372,11 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
         command: std::env::args().collect(),
         notes: Vec::new(),
     };
-    finish(matrix, &parts.path, known, dir, force)
+    finish(join(matrix, parts)?, known, dir, force)
 }
 
 fn finish(
-    matrix: &Matrix,
-    parts: &Path,
+    measurements: Measurements,
     known: Known,
     dir: &Path,
     force: bool,
@@ -369,13 +384,12 @@ fn finish(
     let run = Run {
         format: FORMAT.to_owned(),
         environment: known.complete(),
-        measurements: assemble(matrix, parts)?,
+        measurements,
     };
     report::write::write_all(&run, dir, force)?;
-    let mut out = std::io::stdout().lock();
-    let colour = out.is_terminal();
-    write!(out, "{}", terminal_table(&run, colour))?;
-    writeln!(out, "report  {}", dir.join("report.html").display())?;
+    let table = terminal_table(&run, std::io::stdout().is_terminal());
+    let page = dir.join(report::write::HTML_FILE);
+    exit::print(&format!("{table}report  {}\n", page.display()))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -421,23 +435,4 @@ fn now_utc() -> String {
         rest / 60 % 60,
         rest % 60
     )
-}
-
-/// A folder that is removed when it is dropped.
-struct TempDir {
-    path: PathBuf,
-}
-
-fn tempdir(beside: &Path) -> anyhow::Result<TempDir> {
-    let mut name = beside.as_os_str().to_owned();
-    name.push(format!(".parts-{}", std::process::id()));
-    let path = PathBuf::from(name);
-    std::fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
-    Ok(TempDir { path })
-}
-
-impl Drop for TempDir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.path);
-    }
 }

@@ -1,11 +1,15 @@
 //! Exit codes, and how an error becomes one line.
 
-use tracer::kernel::btf::BtfError;
-use tracer::kernel::netns::NetnsError;
+use std::io::{ErrorKind, Write as _};
+
+use nix::sys::signal::Signal;
+use tracer::kernel::apply::ApplyError;
 use tracer::probe::hooks::ProbeError;
 use tracer::report::WriteError;
 use tracer::report::read::ReadError;
-use tracer::scenario::matrix::{MatrixError, UnknownPlace};
+use tracer::scenario::assemble::AssembleError;
+use tracer::scenario::job::PartError;
+use tracer::scenario::matrix::MatrixError;
 use tracer::scenario::node::NodeError;
 
 /// Something failed.
@@ -32,12 +36,16 @@ pub(crate) fn code_of(error: &anyhow::Error) -> u8 {
 }
 
 fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
-    if let Some(io) = cause.downcast_ref::<std::io::Error>() {
-        return match io.kind() {
-            std::io::ErrorKind::PermissionDenied => Some(NOT_PERMITTED),
-            std::io::ErrorKind::BrokenPipe => Some(BROKEN_PIPE),
-            _ => None,
-        };
+    if let Some(Stdout(error)) = cause.downcast_ref() {
+        return Some(if error.kind() == ErrorKind::BrokenPipe {
+            BROKEN_PIPE
+        } else {
+            FAILURE
+        });
+    }
+    if let Some(Interrupted(signal)) = cause.downcast_ref() {
+        // As shells report a program that a signal ended; signal numbers are below 128.
+        return Some(128 + *signal as u8);
     }
     if cause.is::<NotPermitted>() {
         return Some(NOT_PERMITTED);
@@ -45,22 +53,40 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(error) = cause.downcast_ref::<WriteError>() {
         return Some(error.exit_code());
     }
-    if cause.is::<MatrixError>() || cause.is::<UnknownPlace>() {
+    if let Some(error) = cause.downcast_ref::<ReadError>() {
+        return Some(error.exit_code());
+    }
+    if cause.is::<MatrixError>() {
         return Some(USAGE);
     }
-    if cause.is::<ReadError>() || matches!(cause.downcast_ref(), Some(NodeError::LostRecords(_))) {
+    if let Some(AssembleError::Clocks(_) | AssembleError::Part(PartError::Damaged { .. })) =
+        cause.downcast_ref()
+    {
         return Some(INVALID_RUN);
     }
-    if cause.is::<BtfError>() || matches!(cause.downcast_ref(), Some(NodeError::Lacks { .. })) {
-        return Some(KERNEL_LACKS);
+    // JSON is only ever read here as (part of) a run; writing it does not fail.
+    if cause.is::<serde_json::Error>() {
+        return Some(INVALID_RUN);
     }
-    if let Some(NetnsError::Create(_)) = cause.downcast_ref() {
-        return Some(NOT_PERMITTED);
+    // Errors that are passed on as they are (`transparent`) do not appear among the causes
+    // themselves, so they are looked for in what carries them.
+    if let Some(code) = cause.downcast_ref().and_then(code_of_node) {
+        return Some(code);
     }
-    if let Some(ProbeError::Program(_)) = cause.downcast_ref() {
-        return Some(KERNEL_LACKS);
+    // Last, because many errors above have one of these as their cause.
+    let io = cause.downcast_ref::<std::io::Error>()?;
+    (io.kind() == ErrorKind::PermissionDenied).then_some(NOT_PERMITTED)
+}
+
+fn code_of_node(error: &NodeError) -> Option<u8> {
+    match error {
+        NodeError::LostRecords(_) => Some(INVALID_RUN),
+        NodeError::Lacks { .. }
+        | NodeError::Btf(_)
+        | NodeError::Apply(ApplyError::NoSysctl { .. })
+        | NodeError::Probe(ProbeError::Btf(_) | ProbeError::Program(_)) => Some(KERNEL_LACKS),
+        _ => None,
     }
-    None
 }
 
 /// The error and its causes, on one line, none said twice.
@@ -78,6 +104,24 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
     }
     line
 }
+
+/// Standard output took no more.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write to standard output: {0}")]
+pub(crate) struct Stdout(#[source] std::io::Error);
+
+/// Writes to standard output; unlike `print!` without a panic when its reader has gone away.
+pub(crate) fn print(text: &str) -> Result<(), Stdout> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(Stdout)
+}
+
+/// A signal asked to stop.
+#[derive(Debug, thiserror::Error)]
+#[error("stopped by {0}: nothing was written, nothing is left behind")]
+pub(crate) struct Interrupted(pub(crate) Signal);
 
 /// A right that this process lacks.
 #[derive(Debug, thiserror::Error)]

@@ -6,7 +6,10 @@ use clap::Subcommand;
 
 use super::exit;
 
+const EXAMPLES: &str = "Example:\n  sudo svcpath lab clean";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     #[command(subcommand)]
     command: Command,
@@ -19,6 +22,7 @@ enum Command {
     /// Namespaces, links, rules and probes end with the process that made them, even after
     /// `kill -9`: the laboratory's namespaces have no name and live by file descriptors alone. What
     /// can stay are small files and, for a moment, a tool that was running.
+    #[command(after_help = EXAMPLES)]
     Clean,
 }
 
@@ -28,10 +32,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             exit::require_root("svcpath lab clean")?;
             let removed = tracer::lab::clean::clean()?;
             if removed.is_empty() {
-                println!("nothing to remove");
+                exit::print("nothing to remove\n")?;
             }
             for what in removed {
-                println!("removed {what}");
+                exit::print(&format!("removed {what}\n"))?;
             }
         }
     }

@@ -17,8 +17,12 @@ use clap::{Parser, Subcommand};
 #[command(
     name = "svcpath",
     version,
-    after_help = "Exit codes: 0 fine, 1 failure, 2 usage, 3 not permitted, 4 the kernel lacks it, \
-                  5 invalid run, 6 regression found; 130 and 143 after SIGINT and SIGTERM."
+    after_help = "Examples:\n  \
+                  sudo svcpath doctor\n  \
+                  sudo svcpath bench run --quick --modes iptables-legacy,nftables -o /tmp/run\n  \
+                  svcpath report /tmp/run --output markdown\n\n\
+                  Exit codes: 0 fine, 1 failure, 2 usage, 3 not permitted, 4 the kernel lacks it, \
+                  5 invalid run; 130 and 143 after SIGINT and SIGTERM."
 )]
 struct Cli {
     #[command(subcommand)]

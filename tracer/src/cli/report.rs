@@ -1,11 +1,14 @@
 //! `svcpath report`: a run as terminal table, Markdown, HTML or JSON.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use clap::ValueEnum;
+
+use tracer::report::write;
+
+use super::exit;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
@@ -44,6 +47,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     } else {
         args.run.clone()
     };
+    if let Some(file) = &args.file {
+        write::check_file(file, args.force)?;
+    }
     let run = tracer::report::read::read(&path)?;
     let text = match args.output {
         Output::Text => super::bench::terminal_table(
@@ -55,15 +61,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         Output::Json => serde_json::to_string_pretty(&run)? + "\n",
     };
     let Some(file) = args.file else {
-        std::io::stdout().write_all(text.as_bytes())?;
+        exit::print(&text)?;
         return Ok(ExitCode::SUCCESS);
     };
-    if file.exists() && !args.force {
-        anyhow::bail!(
-            "{} exists: name another file or use --force",
-            file.display()
-        );
-    }
-    std::fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+    write::write_file(&file, text.as_bytes(), args.force)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -132,6 +132,20 @@ fn input_line<'a>(stderr: &str, input: &'a str) -> Option<&'a str> {
     input.lines().nth(number.checked_sub(1)?)
 }
 
+/// Is the tool where [`run`] looks for it?
+pub fn find(tool: &str) -> Result<(), ToolError> {
+    // Without PATH the C library's own default counts: then only trying tells.
+    let found = std::env::var_os("PATH")
+        .is_none_or(|path| std::env::split_paths(&path).any(|dir| dir.join(tool).is_file()));
+    if found {
+        return Ok(());
+    }
+    Err(ToolError::Missing {
+        tool: tool.to_owned(),
+        package: package(tool),
+    })
+}
+
 /// Runs `tool` in the namespace with `input` on its standard input; returns what it printed.
 ///
 /// Input is written by a thread of its own while output is read, so that neither side waits for

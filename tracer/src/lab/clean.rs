@@ -41,7 +41,7 @@ pub fn clean() -> io::Result<Vec<String>> {
 }
 
 /// Removes this process's own lock file.
-pub(super) fn remove_own_lock() {
+pub fn remove_own_lock() {
     let own = format!("{LOCK_DIRECTORY}/{LOCK_PREFIX}{}.lock", std::process::id());
     // Most laboratories never made one; and the next start would find it anyway.
     let _ = fs::remove_file(own);

@@ -236,6 +236,26 @@ mod tests {
 
     use super::*;
 
+    /// Ports that are in use on the machine do not matter: every socket is in a namespace of ours.
+    /// Within those a flow's source port must be no NodePort, or replies would be taken for requests.
+    #[test]
+    fn node_ports_and_source_ports_never_clash() {
+        let node_ports = FIRST_NODE_PORT..=LAST_NODE_PORT;
+        assert!(!SOURCE_PORTS.clone().any(|port| node_ports.contains(&port)));
+        let largest = cluster(MAX_SERVICES, 1, false).expect("the largest cluster");
+        let mut seen = std::collections::BTreeSet::new();
+        for port in largest.services.iter().flat_map(|service| &service.ports) {
+            if let Some(node_port) = port.node_port {
+                assert!(node_ports.contains(&node_port), "{node_port}");
+                assert!(
+                    seen.insert((node_port, port.protocol.number())),
+                    "{node_port} is given twice"
+                );
+            }
+        }
+        assert!(!seen.is_empty());
+    }
+
     #[test]
     fn a_small_cluster_is_what_the_plan_says() {
         let cluster = cluster(3, 3, true).expect("a small cluster");

@@ -146,7 +146,10 @@ pub(super) fn flows(
         };
         let mut tcp = chooser(Protocol::Tcp, number);
         let mut udp = chooser(Protocol::Udp, number + UDP_STREAMS);
-        let share = (udp.candidates.len(), tcp.candidates.len() + udp.candidates.len());
+        let share = (
+            udp.candidates.len(),
+            tcp.candidates.len() + udp.candidates.len(),
+        );
         for n in 0..stream.flows {
             let chosen = if is_udp(n, share) { &mut udp } else { &mut tcp };
             all.push(chosen.choose(due_ns(stream, n)).ok_or(stream.path)?);

@@ -87,9 +87,22 @@ pub struct Invalid {
 /// Reads and validates one run.
 pub fn read(path: impl AsRef<Path>) -> Result<Run, ReadError> {
     let file = path.as_ref();
-    let text = fs::read_to_string(file).map_err(|source| ReadError::File {
+    let bytes = fs::read(file).map_err(|source| ReadError::File {
         file: file.to_owned(),
         source,
+    })?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line_start = valid
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |end| end + 1);
+        ReadError::Syntax {
+            file: file.to_owned(),
+            what: "bytes that are no UTF-8".to_owned(),
+            line: 1 + valid.iter().filter(|byte| **byte == b'\n').count(),
+            column: 1 + valid.len() - line_start,
+        }
     })?;
     parse(file, &text)
 }

@@ -31,8 +31,8 @@ pub enum WriteError {
     /// The run contradicts itself.
     #[error("run invalid, nothing written: {0}")]
     Invalid(#[from] Invalid),
-    /// The folder holds a run already.
-    #[error("{} is there already: choose another folder, or overwrite it with --force", .0.display())]
+    /// The folder holds a run already, or the file is there.
+    #[error("{} is there already: write somewhere else, or overwrite it with --force", .0.display())]
     Exists(PathBuf),
     /// A figure that could not be encoded.
     #[error("nothing written: {0}")]
@@ -70,6 +70,8 @@ fn remedy(error: &io::Error) -> &'static str {
         io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
             "a file stands where a folder is needed; choose another folder"
         }
+        io::ErrorKind::IsADirectory => "that is a folder; name a file",
+        io::ErrorKind::NotFound => "make the folder first, or choose another",
         _ => "choose another folder",
     }
 }
@@ -80,7 +82,71 @@ pub fn check_target(dir: &Path, force: bool) -> Result<(), WriteError> {
     if !force && run_file.symlink_metadata().is_ok() {
         return Err(WriteError::Exists(run_file));
     }
-    Ok(())
+    check_folder(dir)
+}
+
+/// Refuses a file that [`write_file`] would not write, before anything is spent on its contents.
+pub fn check_file(file: &Path, force: bool) -> Result<(), WriteError> {
+    let failed = |kind: io::ErrorKind| {
+        Err(WriteError::File {
+            file: file.to_owned(),
+            source: kind.into(),
+        })
+    };
+    match fs::metadata(file) {
+        Ok(found) if found.is_dir() => return failed(io::ErrorKind::IsADirectory),
+        Ok(found) if found.is_file() && !force => {
+            return Err(WriteError::Exists(file.to_owned()));
+        }
+        _ => {}
+    }
+    if !folder_of(file).exists() {
+        return failed(io::ErrorKind::NotFound);
+    }
+    check_folder(folder_of(file))
+}
+
+/// Can this folder, or the folder it would be made in, be written to?
+fn check_folder(dir: &Path) -> Result<(), WriteError> {
+    let failed = |source: io::Error| WriteError::File {
+        file: dir.to_owned(),
+        source,
+    };
+    let there = dir.ancestors().find(|folder| folder.exists());
+    // A relative name's last ancestor is empty: the current folder.
+    let there = there.unwrap_or(Path::new("."));
+    if !there.is_dir() {
+        return Err(failed(io::ErrorKind::NotADirectory.into()));
+    }
+    nix::unistd::access(there, nix::unistd::AccessFlags::W_OK).map_err(|errno| failed(errno.into()))
+}
+
+fn folder_of(file: &Path) -> &Path {
+    match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Writes one file, all of it or nothing; a device or a pipe is written to as it is.
+pub fn write_file(file: &Path, bytes: &[u8], force: bool) -> Result<(), WriteError> {
+    check_file(file, force)?;
+    let failed = |source| WriteError::File {
+        file: file.to_owned(),
+        source,
+    };
+    if fs::metadata(file).is_ok_and(|found| !found.is_file()) {
+        let mut device = File::options().write(true).open(file).map_err(failed)?;
+        return device.write_all(bytes).map_err(failed);
+    }
+    // Through a link to what it names, which is what would be overwritten otherwise.
+    let target = fs::canonicalize(file).unwrap_or_else(|_| file.to_owned());
+    let Some(name) = target.file_name().and_then(|name| name.to_str()) else {
+        return Err(failed(io::ErrorKind::InvalidFilename.into()));
+    };
+    let mut staged = Staged(Vec::new());
+    staged.add(folder_of(&target), name, bytes)?;
+    staged.publish()
 }
 
 /// Writes run.json, the `.hlog` files and report.html into `dir`, which is made if it is missing.
@@ -238,7 +304,7 @@ mod tests {
         let error = write_all(&sample::run(), dir.path(), false).expect_err("is there");
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().ends_with(
-            "run.json is there already: choose another folder, or overwrite it with --force"
+            "run.json is there already: write somewhere else, or overwrite it with --force"
         ));
         let mut smaller = sample::run();
         smaller.measurements.cells.truncate(1);

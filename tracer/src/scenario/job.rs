@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::matrix::{Group, Job, JobKind, Matrix};
-use super::node::NodeError;
+use super::node::{self, NodeError};
 use super::{cell, fault};
 use crate::record::run::{Cell, Clock, Fault};
 
@@ -39,6 +39,7 @@ pub type Progress<'a> = dyn Fn(f64, &str) + 'a;
 ///
 /// Whatever stopped it; nothing is left behind either way.
 pub async fn run(job: Job, matrix: &Matrix, progress: &Progress<'_>) -> Result<Part, NodeError> {
+    node::require(&job.modes())?;
     Ok(match job.kind {
         JobKind::Cell => Part::Cell(Box::new(cell::run(job, matrix, progress).await?)),
         JobKind::Flush => Part::Faults(fault::flush(job, matrix, progress).await?),
@@ -104,18 +105,16 @@ fn busy_ticks() -> u64 {
 /// Why a part file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PartError {
-    /// Reading or writing failed.
-    #[error("cannot {action} {path}: {source}")]
+    /// Reading failed.
+    #[error("cannot read {path}: {source}")]
     Io {
-        /// `read` or `write`.
-        action: &'static str,
         /// The file.
         path: String,
         /// What the system said.
         source: std::io::Error,
     },
     /// It is no part file.
-    #[error("{path} is no part of a run: {source}")]
+    #[error("{path} is no part of a run: {source}; measure it again with `svcpath bench job`")]
     Damaged {
         /// The file.
         path: String,
@@ -125,21 +124,9 @@ pub enum PartError {
 }
 
 impl PartFile {
-    /// Writes the part as JSON.
-    pub fn write(&self, path: &Path) -> Result<(), PartError> {
-        let fail = |source: std::io::Error| PartError::Io {
-            action: "write",
-            path: path.display().to_string(),
-            source,
-        };
-        let json = serde_json::to_vec(self).map_err(|e| fail(e.into()))?;
-        std::fs::write(path, json).map_err(fail)
-    }
-
     /// Reads a part.
     pub fn read(path: &Path) -> Result<Self, PartError> {
         let json = std::fs::read(path).map_err(|source| PartError::Io {
-            action: "read",
             path: path.display().to_string(),
             source,
         })?;

@@ -258,6 +258,14 @@ impl Job {
         }
     }
 
+    /// The modes whose rules it puts in.
+    pub fn modes(self) -> Vec<Mode> {
+        match self.kind {
+            JobKind::Cell | JobKind::Flush => vec![self.mode],
+            JobKind::Switch(to) => vec![self.mode, to],
+        }
+    }
+
     /// How long it takes, in units of a small job: rules to apply, then packets that walk them.
     pub fn weight(self) -> f64 {
         let thousands = f64::from(self.services) / 1000.0;

@@ -1,16 +1,17 @@
 //! A node under measurement: laboratory, servers, rules, probes, and what they saw.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use serde::Serialize;
 use tracer_ebpf::path::{Path, Target};
 
-use crate::cluster::{Cluster, Family, Protocol};
+use crate::cluster::{Cluster, Family};
 use crate::kernel::apply::{self, ApplyError};
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::nfacct;
+use crate::kernel::tool::{self, ToolError};
 use crate::lab::Outcome;
 use crate::lab::plan;
 use crate::lab::sink::{SinkError, Sinks};
@@ -67,13 +68,18 @@ pub enum NodeError {
     #[error("{0} records were lost: the run cannot be trusted")]
     LostRecords(u64),
     /// The kernel cannot do the mode.
-    #[error("kernel {kernel} has no {what}: use `--place vm`, or another mode")]
+    #[error("kernel {kernel} has no {what}: {remedy}")]
     Lacks {
         /// Release.
         kernel: String,
         /// What is missing.
         what: &'static str,
+        /// What to do.
+        remedy: &'static str,
     },
+    /// A program that loads rules is not installed.
+    #[error(transparent)]
+    Tool(#[from] ToolError),
 }
 
 /// A node with rules and servers, ready to be measured.
@@ -131,7 +137,7 @@ impl TestNode {
     ///
     /// The tools run beside the caller's tasks, which can be given up meanwhile.
     pub async fn apply(&self, mode: Mode) -> Result<Applied, NodeError> {
-        require(mode)?;
+        require_mode(mode)?;
         let (netns, rules) = (self.lab.node().clone(), self.rules(mode));
         let (wanted, found, took_ns) = tokio::task::spawn_blocking(move || {
             let begin = monotonic_ns();
@@ -333,16 +339,19 @@ pub struct Check {
 /// What this kernel can do, found out by trying in a namespace of our own.
 pub fn examine() -> Vec<Check> {
     let btf = Btf::vmlinux();
+    // One target a family: boundaries are attached only in families that have something to watch.
+    let watch = Watch {
+        targets: [
+            IpAddr::from(Ipv4Addr::LOCALHOST),
+            IpAddr::from(Ipv6Addr::LOCALHOST),
+        ]
+        .map(|address| (SocketAddr::new(address, 80), 6, Target::ClusterIp))
+        .into(),
+        ..Watch::default()
+    };
     let probes = crate::kernel::netns::Netns::create("doctor")
         .map_err(|e| e.to_string())
         .and_then(|node| {
-            // One address of each family, so that both families' boundaries are tried.
-            let targets = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
-                .map(|ip| (SocketAddr::new(ip, 1), Protocol::Tcp.number(), Target::Pod));
-            let watch = Watch {
-                targets: targets.to_vec(),
-                ..Watch::default()
-            };
             HooksTier::attach(&node, &watch)
                 .map(|tier| tier.links())
                 .map_err(|e| e.to_string())
@@ -367,41 +376,72 @@ pub fn examine() -> Vec<Check> {
             },
         },
     ];
-    for (mode, program) in [
-        (Mode::IptablesLegacy, "iptables-legacy"),
-        (Mode::IptablesNft, "iptables-nft"),
-        (Mode::Ipvs, "ipvsadm"),
-        (Mode::Nftables, "nft"),
-    ] {
-        let lacks = require(mode).err();
-        let tool = in_path(program);
+    for tool in LAB_TOOLS {
+        let found = tool::find(tool);
+        checks.push(Check {
+            what: tool,
+            available: found.is_ok(),
+            needed: true,
+            detail: found.map_or_else(|e| e.to_string(), |()| "builds the laboratory".to_owned()),
+        });
+    }
+    for mode in Mode::ALL {
+        let lack = require_mode(mode).err();
         checks.push(Check {
             what: mode.name(),
-            available: lacks.is_none() && tool,
+            available: lack.is_none(),
             needed: false,
-            detail: match (lacks, tool) {
-                (Some(error), _) => error.to_string(),
-                (None, false) => format!("{program} is not installed"),
-                (None, true) => format!("with {program}"),
-            },
+            detail: lack.map_or_else(
+                || format!("with {}", tools_of(mode).join(", ")),
+                |error| error.to_string(),
+            ),
         });
     }
     checks
 }
 
-fn in_path(program: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
-        || std::path::Path::new("/usr/sbin").join(program).is_file()
+/// What the laboratory itself is built with.
+const LAB_TOOLS: [&str; 2] = ["ip", "nft"];
+
+/// The programs that put a mode's rules in; those of IPv6 come in the same packages.
+const fn tools_of(mode: Mode) -> &'static [&'static str] {
+    match mode {
+        Mode::IptablesLegacy => &["iptables-legacy-restore"],
+        Mode::IptablesNft => &["iptables-nft-restore"],
+        Mode::Ipvs => &["ipvsadm", "ipset", "iptables-nft-restore"],
+        Mode::Nftables => &["nft"],
+    }
 }
 
-/// Can the running kernel do the mode? IPVS needs `ip_vs`, `ip_set` and dummy links.
-fn require(mode: Mode) -> Result<(), NodeError> {
-    if mode != Mode::Ipvs || crate::kernel::has_ipvs() {
-        return Ok(());
+/// Can these modes be measured here? Everything that can be known before anything is built.
+pub fn require(modes: &[Mode]) -> Result<(), NodeError> {
+    // Every kernel that can attach the probes describes its netfilter links.
+    if Btf::vmlinux()?.offset_of("bpf_nf_link", "link").is_err() {
+        return Err(NodeError::Lacks {
+            kernel: crate::kernel::release(),
+            what: "netfilter BPF links",
+            remedy: "use one from 6.4 on with CONFIG_NETFILTER_BPF_LINK=y, or measure in a VM \
+                     (`cargo xtask run --place vm`)",
+        });
     }
-    Err(NodeError::Lacks {
-        kernel: crate::kernel::release(),
-        what: "IPVS",
-    })
+    for tool in LAB_TOOLS {
+        tool::find(tool)?;
+    }
+    modes.iter().try_for_each(|mode| require_mode(*mode))
+}
+
+/// Can the mode's rules be put in? IPVS needs `ip_vs`, `ip_set` and dummy links.
+fn require_mode(mode: Mode) -> Result<(), NodeError> {
+    if mode == Mode::Ipvs && !crate::kernel::has_ipvs() {
+        return Err(NodeError::Lacks {
+            kernel: crate::kernel::release(),
+            what: "IPVS",
+            remedy: "choose other modes with --modes, or measure in a VM \
+                     (`cargo xtask run --place vm`)",
+        });
+    }
+    for tool in tools_of(mode) {
+        tool::find(tool)?;
+    }
+    Ok(())
 }
