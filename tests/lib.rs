@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use tracer::cluster::Family;
 use tracer::kernel::tool;
-use tracer::lab::plan::Family;
 use tracer::lab::traffic::{self, Stream, TrafficPlan};
 use tracer::record::run::{Cell, Fault, FaultKind, PacketState, Place, Verdict};
 use tracer::rules::Mode;

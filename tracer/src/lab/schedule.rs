@@ -6,9 +6,9 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tracer_ebpf::path::{Path, Target};
 
-use super::plan::{self, Family};
+use super::plan;
 use super::traffic::Stream;
-use crate::cluster::{Cluster, Protocol, ServicePort};
+use crate::cluster::{Cluster, Family, Protocol, ServicePort};
 
 /// A flow that will be sent. Its source is not known yet.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,13 +6,13 @@ use std::time::Duration;
 use serde::Serialize;
 use tracer_ebpf::path::{Path, Target};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Family};
 use crate::kernel::apply::{self, ApplyError};
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::nfacct;
 use crate::lab::Outcome;
-use crate::lab::plan::{self, Family};
+use crate::lab::plan;
 use crate::lab::sink::{SinkError, Sinks};
 use crate::lab::topology::{Lab, LabError, LabOptions};
 use crate::lab::traffic::{self, FlowRecord, TrafficError};
@@ -21,7 +21,7 @@ use crate::record::evidence::Evidence;
 use crate::record::flows::{Seen, Sent};
 use crate::record::run::ProbeHealth;
 use crate::rules::iptables;
-use crate::rules::{Cidr, Mode, NodeView, RuleCounts, RuleSet, render};
+use crate::rules::{Mode, NodeView, RuleCounts, RuleSet, render};
 
 /// Why a job could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -109,14 +109,8 @@ impl TestNode {
         let view = NodeView {
             name: plan::NODE.to_owned(),
             addresses: vec![plan::node_address(Family::V4), plan::LINK_ADDRESS.base],
-            cluster_cidrs: vec![Cidr {
-                address: plan::CLUSTER_CIDR.base,
-                prefix: plan::CLUSTER_CIDR.prefix,
-            }],
-            service_cidrs: vec![Cidr {
-                address: plan::SERVICE_CIDR.base,
-                prefix: plan::SERVICE_CIDR.prefix,
-            }],
+            cluster_cidrs: vec![plan::CLUSTER_CIDR],
+            service_cidrs: vec![plan::SERVICE_CIDR],
             masquerade_bit: NodeView::MASQUERADE_BIT,
             nfacct,
         };
