@@ -16,7 +16,7 @@ pub(crate) struct Args {
     output: String,
 }
 
-pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     exit::require_root("svcpath doctor")?;
     let checks = tracer::scenario::node::examine();
     let mut text = String::new();

@@ -26,7 +26,7 @@ enum Command {
     Clean,
 }
 
-pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Clean => {
             exit::require_root("svcpath lab clean")?;

@@ -47,8 +47,8 @@ pub(crate) fn main() -> ExitCode {
     let result = match cli.command {
         Command::Bench(args) => bench::run(args),
         Command::Report(args) => report::run(args),
-        Command::Lab(args) => lab::run(args),
-        Command::Doctor(args) => doctor::run(args),
+        Command::Lab(args) => lab::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -93,15 +93,12 @@ pub fn read(path: impl AsRef<Path>) -> Result<Run, ReadError> {
     })?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        let line_start = valid
-            .iter()
-            .rposition(|byte| *byte == b'\n')
-            .map_or(0, |end| end + 1);
+        let lines = || valid.split(|byte| *byte == b'\n');
         ReadError::Syntax {
             file: file.to_owned(),
             what: "bytes that are no UTF-8".to_owned(),
-            line: 1 + valid.iter().filter(|byte| **byte == b'\n').count(),
-            column: 1 + valid.len() - line_start,
+            line: lines().count(),
+            column: 1 + lines().next_back().map_or(0, <[u8]>::len),
         }
     })?;
     parse(file, &text)
