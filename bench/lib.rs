@@ -10,7 +10,7 @@ use tracer::record::run::{
     Measurements, Outage, PacketState, PathResult, Place, ProbeHealth, RuleChange, Run,
     StageHistogram, Verdict,
 };
-use tracer::rules::{Cidr, Mode, NodeView, render};
+use tracer::rules::{Mode, NodeView, render};
 use tracer::scenario::matrix::{JobKind, Matrix};
 use tracer_ebpf::histogram::{bounds_of, cell_of};
 use tracer_ebpf::path::{Origin, Path};
@@ -28,15 +28,11 @@ pub fn cluster(services: u32) -> Cluster {
 
 /// The laboratory's node, as kube-proxy sees it.
 pub fn node_view() -> NodeView {
-    let cidr = |range: plan::Cidr| Cidr {
-        address: range.base,
-        prefix: range.prefix,
-    };
     NodeView {
         name: plan::NODE.to_owned(),
         addresses: vec![plan::NODE_ADDRESS.base, plan::LINK_ADDRESS.base],
-        cluster_cidrs: vec![cidr(plan::CLUSTER_CIDR)],
-        service_cidrs: vec![cidr(plan::SERVICE_CIDR)],
+        cluster_cidrs: vec![plan::CLUSTER_CIDR],
+        service_cidrs: vec![plan::SERVICE_CIDR],
         masquerade_bit: NodeView::MASQUERADE_BIT,
         nfacct: true,
     }
