@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use tracer::cluster::Family;
 use tracer::kernel::tool;
-use tracer::lab::plan::Family;
 use tracer::lab::traffic::{self, Stream, TrafficPlan};
 use tracer::record::run::{Cell, Fault, FaultKind, PacketState, Place, Verdict};
 use tracer::rules::Mode;
@@ -263,13 +263,13 @@ pub fn every_service_and_endpoint_answers(mode: Mode) {
             }
         }
         assert_eq!(
-            answered.len() as u32,
-            SERVICES * 3,
+            answered.len(),
+            SERVICES as usize * 3,
             "{mode}: every endpoint answers"
         );
         assert_eq!(
-            reached.len() as u32,
-            SERVICES * 3,
+            reached.len(),
+            SERVICES as usize * 3,
             "{mode}: every Service by every path"
         );
     });

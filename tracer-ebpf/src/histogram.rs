@@ -8,12 +8,14 @@
 pub const SUB_BITS: u32 = 6;
 /// Cells per power of two.
 pub const SUB_CELLS: usize = 1 << SUB_BITS;
+/// Cells of the values that are counted exactly.
+const LINEAR_CELLS: usize = 2 * SUB_CELLS;
 /// Values below this are counted exactly.
-pub const LINEAR: u64 = 2 << SUB_BITS;
+pub const LINEAR: u64 = LINEAR_CELLS as u64;
 /// The highest power of two that is told apart: 2^34 ns is 17 s.
 pub const MAX_BIT: u32 = 33;
 /// Cells of one histogram.
-pub const CELLS: usize = LINEAR as usize + (MAX_BIT - SUB_BITS) as usize * SUB_CELLS;
+pub const CELLS: usize = LINEAR_CELLS + (MAX_BIT - SUB_BITS) as usize * SUB_CELLS;
 
 /// The cell a value falls into; values above the range fall into the last one.
 #[inline(always)]
@@ -70,10 +72,10 @@ const fn highest_bit(mut value: u64) -> u32 {
 
 /// The lowest and highest value of a cell.
 pub const fn bounds_of(cell: usize) -> (u64, u64) {
-    if cell < LINEAR as usize {
+    if cell < LINEAR_CELLS {
         return (cell as u64, cell as u64);
     }
-    let shift = (cell / SUB_CELLS - 1) as u32;
+    let shift = cell / SUB_CELLS - 1;
     let mantissa = (cell % SUB_CELLS + SUB_CELLS) as u64;
     let low = mantissa << shift;
     (low, low + (1 << shift) - 1)
@@ -118,7 +120,7 @@ mod tests {
 
     #[test]
     fn relative_error_is_bounded() {
-        for cell in LINEAR as usize..CELLS {
+        for cell in LINEAR_CELLS..CELLS {
             let (low, high) = bounds_of(cell);
             assert!((high - low + 1) as f64 / low as f64 <= 1.0 / 64.0 + 1e-12);
         }

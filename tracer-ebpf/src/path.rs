@@ -67,6 +67,7 @@ impl Path {
     }
 
     /// The path without a Service from the same origin.
+    #[must_use]
     pub const fn floor(self) -> Self {
         Self {
             origin: self.origin,

@@ -3,9 +3,11 @@
 mod roundtrip;
 
 use roundtrip::{apply_roundtrip, namespace, nft_lines, node, run};
-use tracer::cluster::Cluster;
-use tracer::kernel::apply;
-use tracer::rules::{Family, Mode, RuleSet, Step, render};
+use tracer::cluster::{Cluster, Family};
+use tracer::kernel::netns::Netns;
+use tracer::kernel::{apply, tool};
+use tracer::lab::plan;
+use tracer::rules::{Mode, RuleCounts, RuleSet, Step, render};
 
 #[test]
 fn iptables_legacy_goes_in_and_out() {
@@ -53,11 +55,11 @@ fn the_kernel_shows_kube_proxys_iptables_rules() {
         apply::apply(&ns, &render(&real_cluster(), &node, mode)).expect("apply");
         for (family, real) in [
             (
-                Family::Ipv4,
+                Family::V4,
                 include_str!("../src/rules/fixtures/iptables.save"),
             ),
             (
-                Family::Ipv6,
+                Family::V6,
                 include_str!("../src/rules/fixtures/ip6tables.save"),
             ),
         ] {
@@ -89,6 +91,57 @@ fn the_kernel_shows_kube_proxys_nftables_rules() {
     }
 }
 
+/// Rules and elements as `nft list` shows them, in both families.
+fn nft_counts(ns: &Netns) -> RuleCounts {
+    let mut counts = RuleCounts::default();
+    for family in Family::ALL {
+        let args = ["-j", "list", "table", family.nft(), "kube-proxy"];
+        let listed: serde_json::Value = serde_json::from_str(&run(ns, "nft", &args)).expect("JSON");
+        for object in listed["nftables"].as_array().expect("a list") {
+            counts.rules += u64::from(object.get("rule").is_some());
+            for kind in ["set", "map"] {
+                let elements = object[kind]["elem"].as_array();
+                counts.elements += elements.map_or(0, |elements| elements.len() as u64);
+            }
+        }
+    }
+    counts
+}
+
+/// The kernel's own lists, which come in many messages, tell what `nft list` tells; also of sets
+/// that kube-proxy does not make.
+#[test]
+fn nftables_are_counted_as_nft_lists_them() {
+    let ns = namespace("count-nftables");
+    let count = || apply::count(&ns, Mode::Nftables).expect("count");
+    assert_eq!(count(), RuleCounts::default(), "no table");
+    let cluster = plan::cluster(300, 3, true).expect("a cluster");
+    let set = render(&cluster, &node(&ns, &["192.0.2.1"]), Mode::Nftables);
+    apply::apply(&ns, &set).expect("apply");
+    let kube_proxy = count();
+    assert_eq!(kube_proxy, nft_counts(&ns));
+    assert_eq!(kube_proxy, set.expected_counts());
+
+    let script = "add set ip kube-proxy nets { type ipv4_addr; flags interval; }\n\
+                  add element ip kube-proxy nets { 10.0.0.0/8, 192.0.2.1-192.0.2.9, 192.0.2.20 }\n\
+                  add set ip6 kube-proxy pairs { type ipv6_addr . inet_service; flags interval; }\n\
+                  add element ip6 kube-proxy pairs { fd00::/64 . 1-9, fd00:1::1 . 80 }\n\
+                  add map ip kube-proxy verdicts { type ipv4_addr : verdict; }\n\
+                  add element ip kube-proxy verdicts { 192.0.2.1 : drop, * : accept }\n\
+                  add set ip kube-proxy empty { type ipv4_addr; }\n\
+                  add chain ip kube-proxy more\n\
+                  add rule ip kube-proxy more tcp dport { 80, 443, 1000-2000 } accept\n\
+                  add table ip somebody\n\
+                  add set ip somebody gone { type ipv4_addr; elements = { 192.0.2.7 }; }\n\
+                  add chain ip somebody input\n\
+                  add rule ip somebody input ip saddr @gone drop\n";
+    tool::run(&ns, "nft", &["-f", "-"], script).expect("nft");
+    let more = count();
+    assert_eq!(more, nft_counts(&ns));
+    assert_eq!(more.rules, kube_proxy.rules + 1);
+    assert_eq!(more.elements, kube_proxy.elements + 3 + 2 + 2);
+}
+
 /// IPVS mode's ipsets and iptables rules, which need no IPVS in the kernel.
 #[test]
 fn the_kernel_shows_kube_proxys_ipvs_sets_and_rules() {
@@ -104,11 +157,11 @@ fn the_kernel_shows_kube_proxys_ipvs_sets_and_rules() {
         apply::apply(&ns, &set).expect("apply");
         for (family, real) in [
             (
-                Family::Ipv4,
+                Family::V4,
                 include_str!("../src/rules/fixtures/ipvs-iptables.save"),
             ),
             (
-                Family::Ipv6,
+                Family::V6,
                 include_str!("../src/rules/fixtures/ipvs-ip6tables.save"),
             ),
         ] {
@@ -136,10 +189,9 @@ fn the_kernel_shows_kube_proxys_ipvs_sets_and_rules() {
 #[test]
 fn a_missing_tool_or_kernel_part_is_named() {
     let ns = namespace("errors");
-    let error =
-        tracer::kernel::tool::run(&ns, "ipvsadm-not-there", &[], "").expect_err("no such tool");
+    let error = tool::run(&ns, "ipvsadm-not-there", &[], "").expect_err("no such tool");
     assert!(error.to_string().contains("apt-get install"), "{error}");
-    let error = tracer::kernel::tool::run(
+    let error = tool::run(
         &ns,
         "iptables-legacy-restore",
         &[],
@@ -148,7 +200,7 @@ fn a_missing_tool_or_kernel_part_is_named() {
     .expect_err("no such chain");
     let error = error.to_string();
     assert!(error.contains("iptables-legacy-restore failed"), "{error}");
-    let error = tracer::kernel::tool::run(
+    let error = tool::run(
         &ns,
         "nft",
         &["-f", "-"],

@@ -7,12 +7,12 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use tokio::task::LocalSet;
-use tracer::cluster::{Cluster, Protocol};
+use tracer::cluster::{Cluster, Family, Protocol};
 use tracer::kernel::clock::monotonic_ns;
 use tracer::kernel::netns::Netns;
 use tracer::kernel::sysctl;
 use tracer::lab::latency::Answer;
-use tracer::lab::plan::{self, Family};
+use tracer::lab::plan;
 use tracer::lab::sink::Sinks;
 use tracer::lab::topology::{Lab, LabOptions};
 use tracer::lab::traffic::{

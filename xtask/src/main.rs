@@ -82,7 +82,7 @@ enum Task {
 #[command(after_help = "\
 Examples:
   cargo xtask bench
-  cargo xtask bench -- walk --baseline main")]
+  cargo xtask bench -- render --baseline main")]
 struct BenchArgs {
     /// Passed on to criterion
     #[arg(last = true)]

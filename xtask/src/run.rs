@@ -658,7 +658,7 @@ fn headline(job: &PlannedJob, what: &str) -> String {
     if what.is_empty() {
         job.title.clone()
     } else {
-        format!("{} · {what}", job.title)
+        what.to_owned()
     }
 }
 

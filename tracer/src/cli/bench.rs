@@ -18,7 +18,7 @@ use tracer::report;
 use tracer::rules::Mode;
 use tracer::scenario::assemble::{assemble, join};
 use tracer::scenario::job::{self, Part, PartFile};
-use tracer::scenario::matrix::{Job, Matrix};
+use tracer::scenario::matrix::{Group, Matrix};
 use tracer::scenario::node;
 
 use super::exit;
@@ -59,9 +59,10 @@ enum Command {
         #[arg(long, value_parser = ["text", "json"], default_value = "text")]
         output: String,
     },
-    /// One job, on this machine, in namespaces of its own.
-    #[command(after_help = "Example:\n  \
-        sudo svcpath bench job cell-nftables-1000 --quick -o cell-nftables-1000.json")]
+    /// One job or group of jobs, on this machine, in namespaces of their own.
+    #[command(after_help = "Examples:\n  \
+        sudo svcpath bench job cell-nftables-1000 --quick -o cell-nftables-1000.json\n  \
+        sudo svcpath bench job nftables --quick -o nftables.json")]
     Job {
         /// As `plan` names it.
         id: String,
@@ -216,7 +217,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             file,
         } => {
             let matrix = matrix.matrix()?;
-            one_job(matrix.job(&id)?, &matrix, clock, &file)
+            one_group(&matrix.group(&id)?, &matrix, clock, &file)
         }
         Command::Assemble {
             matrix,
@@ -236,32 +237,37 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 fn plan(matrix: &Matrix, output: &str) -> anyhow::Result<ExitCode> {
-    let jobs: Vec<_> = matrix.jobs().into_iter().map(Job::planned).collect();
+    let groups: Vec<_> = matrix.groups().iter().map(Group::planned).collect();
     let mut text = String::new();
     if output == "json" {
-        text = serde_json::to_string_pretty(&serde_json::json!({ "jobs": jobs }))? + "\n";
+        text = serde_json::to_string_pretty(&serde_json::json!({ "jobs": groups }))? + "\n";
     } else {
-        for job in jobs {
-            let (id, title, weight) = (job.id, job.title, job.weight);
+        for group in groups {
+            let (id, weight, parts) = (group.id, group.weight, group.parts.join(" "));
             // Writing into a String cannot fail.
-            let _ = writeln!(text, "{id:<32} {title:<28} {weight:>6.1}");
+            let _ = writeln!(text, "{id:<18} {weight:>6.1}  {parts}");
         }
     }
     exit::print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn one_job(job: Job, matrix: &Matrix, clock: ClockArg, file: &Path) -> anyhow::Result<ExitCode> {
+fn one_group(
+    group: &Group,
+    matrix: &Matrix,
+    clock: ClockArg,
+    file: &Path,
+) -> anyhow::Result<ExitCode> {
     exit::require_root("svcpath bench job")?;
     let clock = match clock {
         ClockArg::Wall => Clock::Wall,
         ClockArg::Virtual => Clock::Virtual,
     };
     report::write::check_file(file, true)?;
-    let part = execute(job, matrix, &|share, what| {
+    let parts = execute(group, matrix, &|share, what| {
         say(&format!("progress {share:.3} {what}"));
     })?;
-    let json = serde_json::to_vec(&PartFile { clock, part })?;
+    let json = serde_json::to_vec(&PartFile { clock, parts })?;
     report::write::write_file(file, &json, true)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -272,8 +278,12 @@ fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// Runs a job until it ends or a signal comes; either way everything it made is gone afterwards.
-fn execute(job: Job, matrix: &Matrix, progress: &job::Progress<'_>) -> anyhow::Result<Part> {
+/// Runs a group until it ends or a signal comes; either way everything it made is gone afterwards.
+fn execute(
+    group: &Group,
+    matrix: &Matrix,
+    progress: &job::Progress<'_>,
+) -> anyhow::Result<Vec<Part>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -291,8 +301,8 @@ fn execute(job: Job, matrix: &Matrix, progress: &job::Progress<'_>) -> anyhow::R
         let error = tokio::select! {
             biased;
             stopped = stop() => return Err(stopped.into()),
-            part = job::run(job, matrix, progress) => match part {
-                Ok(part) => return Ok(part),
+            parts = job::run_group(group, matrix, progress) => match parts {
+                Ok(parts) => return Ok(parts),
                 Err(error) => error,
             },
         };
@@ -316,38 +326,37 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
     report::write::check_target(dir, force)?;
     let started = Instant::now();
     let started_at = now_utc();
-    let jobs = matrix.jobs();
+    let groups = matrix.groups();
     // What the last job lacks should not be found out after hours.
     node::require(&matrix.modes)?;
-    let bar = progress_bar(jobs.iter().map(|job| job.weight()).sum());
-    let mut parts = Vec::with_capacity(jobs.len());
+    let bar = progress_bar(groups.iter().map(Group::weight).sum());
+    let mut files = Vec::with_capacity(groups.len());
     let mut done = 0.0;
-    for job in &jobs {
-        let (title, weight) = (job.title(), job.weight());
-        bar.set_message(title.clone());
-        let part = execute(*job, matrix, &|share, what| {
+    for group in &groups {
+        let weight = group.weight();
+        let parts = execute(group, matrix, &|share, what| {
             bar.set_position(((done + share * weight) * 1000.0) as u64);
-            bar.set_message(format!("{title}: {what}"));
+            bar.set_message(what.to_owned());
         });
-        let part = match part {
-            Ok(part) => part,
+        let parts = match parts {
+            Ok(parts) => parts,
             Err(error) => {
                 bar.finish_and_clear();
                 return Err(if error.is::<exit::Interrupted>() {
                     error
                 } else {
-                    error.context(format!("job {}", job.id()))
+                    error.context(format!("job {}", group.id))
                 });
             }
         };
-        parts.push(PartFile {
+        files.push(PartFile {
             clock: Clock::Wall,
-            part,
+            parts,
         });
         done += weight;
         if bar.is_hidden() {
             let seconds = started.elapsed().as_secs_f64();
-            say(&format!("{title} done, {seconds:.0} s so far"));
+            say(&format!("{} done, {seconds:.0} s so far", group.title));
         }
     }
     bar.finish_and_clear();
@@ -364,7 +373,7 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
         command: std::env::args().collect(),
         notes: Vec::new(),
     };
-    finish(join(matrix, parts)?, known, dir, force)
+    finish(join(matrix, files)?, known, dir, force)
 }
 
 fn finish(

@@ -84,12 +84,7 @@ fn code_of_node(error: &NodeError) -> Option<u8> {
         NodeError::Lacks { .. }
         | NodeError::Btf(_)
         | NodeError::Apply(ApplyError::NoSysctl { .. })
-        | NodeError::Probe(
-            ProbeError::Btf(_)
-            | ProbeError::Netfilter(_)
-            | ProbeError::Load(_)
-            | ProbeError::Tracepoint { .. },
-        ) => Some(KERNEL_LACKS),
+        | NodeError::Probe(ProbeError::Btf(_) | ProbeError::Program(_)) => Some(KERNEL_LACKS),
         _ => None,
     }
 }

@@ -8,15 +8,13 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 
-use serde::Deserialize;
-use serde::de::IgnoredAny;
-
 use super::netns::{Netns, NetnsError};
 use super::nfacct::{self, NfacctError};
+use super::nft::{self, NftError};
+use super::sysctl::{self, SysctlError};
 use super::tool::{self, ToolError};
-use crate::rules::{
-    Backend, Family, Mode, RuleCounts, RuleSet, Step, Sysctl, iptables, ipvs, nftables,
-};
+use crate::cluster::Family;
+use crate::rules::{Backend, Mode, RuleCounts, RuleSet, Step, Sysctl, iptables, ipvs, nftables};
 
 /// Why rules could not be loaded, flushed, removed or counted.
 #[derive(Debug, thiserror::Error)]
@@ -43,13 +41,15 @@ pub enum ApplyError {
         /// What for.
         needed_for: &'static str,
     },
-    /// A kernel parameter could not be set.
-    #[error("cannot set /proc/sys/{path} to {value} in namespace {namespace}: {source}")]
-    Sysctl {
-        /// Path under `/proc/sys`.
-        path: &'static str,
-        /// The value.
-        value: &'static str,
+    /// Another kernel parameter could not be set.
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
+    /// An nftables table could not be counted.
+    #[error(transparent)]
+    Nft(#[from] NftError),
+    /// The kernel's list of IPVS servers could not be read.
+    #[error("cannot read /proc/net/ip_vs in namespace {namespace}: {source}")]
+    Ipvs {
         /// The namespace.
         namespace: String,
         /// What the kernel said.
@@ -176,18 +176,15 @@ pub fn count(ns: &Netns, mode: Mode) -> Result<RuleCounts, ApplyError> {
     }
     match mode {
         Mode::Ipvs => {
-            let servers = tool::run(ns, "ipvsadm", &["-Sn"], "")?;
-            (counts.virtual_servers, counts.real_servers) = ipvs::count_servers(&servers);
+            (counts.virtual_servers, counts.real_servers) = ipvs::count_servers(&read_servers(ns)?);
             let sets = tool::run(ns, "ipset", &["save"], "")?;
             counts.elements = ipvs::count_entries(&sets);
         }
         Mode::Nftables => {
             for family in Family::ALL {
-                if has_table(ns, family)? {
-                    let (rules, elements) = count_table(ns, family)?;
-                    counts.rules += rules;
-                    counts.elements += elements;
-                }
+                let table = nft::count(ns, family, "kube-proxy")?;
+                counts.rules += table.rules;
+                counts.elements += table.elements;
             }
         }
         Mode::IptablesLegacy | Mode::IptablesNft => {}
@@ -206,21 +203,24 @@ fn write_sysctl(ns: &Netns, sysctl: Sysctl) -> Result<(), ApplyError> {
         value,
         needed_for,
     } = sysctl;
-    // /proc/sys/net shows the namespace of the thread that opens the file.
-    let written = ns.run(|| fs::write(format!("/proc/sys/{path}"), value))?;
-    match (written, needed_for) {
-        (Ok(()), _) => Ok(()),
-        (Err(error), None) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        (Err(error), Some(needed_for)) if error.kind() == io::ErrorKind::NotFound => {
-            Err(ApplyError::NoSysctl {
-                path,
-                namespace: ns.name().to_owned(),
-                needed_for,
-            })
-        }
-        (Err(source), _) => Err(ApplyError::Sysctl {
+    match (sysctl::write(ns, path, value), needed_for) {
+        (Err(error), None) if error.is_missing() => Ok(()),
+        (Err(error), Some(needed_for)) if error.is_missing() => Err(ApplyError::NoSysctl {
             path,
-            value,
+            namespace: ns.name().to_owned(),
+            needed_for,
+        }),
+        (written, _) => Ok(written?),
+    }
+}
+
+/// The kernel's IPVS servers, as `/proc/net/ip_vs` lists them.
+fn read_servers(ns: &Netns) -> Result<String, ApplyError> {
+    // /proc/net would be the that of the process's first thread.
+    match ns.run(|| fs::read_to_string("/proc/thread-self/net/ip_vs"))? {
+        // A kernel without IPVS, or one that has not loaded it yet, has no servers.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        result => result.map_err(|source| ApplyError::Ipvs {
             namespace: ns.name().to_owned(),
             source,
         }),
@@ -304,65 +304,9 @@ fn has_table(ns: &Netns, family: Family) -> Result<bool, ApplyError> {
     Ok(tables.lines().any(|line| line == table))
 }
 
-/// The rules and the elements of named sets and maps in the table.
-fn count_table(ns: &Netns, family: Family) -> Result<(u64, u64), ApplyError> {
-    let args = ["-j", "list", "table", family.nft(), "kube-proxy"];
-    let text = tool::run(ns, "nft", &args, "")?;
-    count_json(&text).map_err(|error| {
-        ToolError::Unreadable {
-            command: format!("nft {}", args.join(" ")),
-            reason: error.to_string(),
-        }
-        .into()
-    })
-}
-
-/// Counts rules and elements in nft's JSON (libnftables-json(5)).
-fn count_json(text: &str) -> Result<(u64, u64), serde_json::Error> {
-    #[derive(Deserialize)]
-    struct Ruleset {
-        nftables: Vec<Object>,
-    }
-    #[derive(Deserialize)]
-    struct Object {
-        rule: Option<IgnoredAny>,
-        set: Option<Set>,
-        map: Option<Set>,
-    }
-    #[derive(Deserialize)]
-    struct Set {
-        #[serde(default)]
-        elem: Vec<IgnoredAny>,
-    }
-    let ruleset: Ruleset = serde_json::from_str(text)?;
-    let mut rules = 0;
-    let mut elements = 0;
-    for Object { rule, set, map } in ruleset.nftables {
-        rules += u64::from(rule.is_some());
-        elements += set
-            .into_iter()
-            .chain(map)
-            .map(|set| set.elem.len() as u64)
-            .sum::<u64>();
-    }
-    Ok((rules, elements))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn nft_json_is_counted() {
-        let text = r#"{"nftables": [{"metainfo": {"version": "1.0.6"}},
-            {"table": {"family": "ip", "name": "kube-proxy", "handle": 3}},
-            {"set": {"name": "cluster-ips", "elem": ["10.96.0.1", "10.96.0.2"]}},
-            {"map": {"name": "service-ips", "elem": [[{"concat": ["10.96.0.1", "tcp", 80]}, {"drop": null}]]}},
-            {"map": {"name": "firewall-ips"}},
-            {"chain": {"name": "services"}},
-            {"rule": {"chain": "services", "expr": [{"jump": {"target": "x"}}]}}]}"#;
-        assert_eq!(count_json(text).expect("JSON"), (1, 3));
-    }
 
     #[test]
     fn addresses_are_read() {

@@ -65,7 +65,7 @@ struct Type {
     kind: u32,
     vlen: usize,
     kind_flag: bool,
-    size_or_type: u32,
+    size_or_id: u32,
     /// Where the kind's own data begins.
     body: usize,
 }
@@ -144,6 +144,12 @@ impl Btf {
             .collect()
     }
 
+    /// The id of a typedef.
+    pub fn typedef_id(&self, name: &str) -> Result<u32, BtfError> {
+        self.find(name, &[KIND_TYPEDEF])?
+            .ok_or_else(|| BtfError::NoType(format!("typedef {name}")))
+    }
+
     /// The first type of one of these kinds with this name.
     fn find(&self, name: &str, kinds: &[u32]) -> Result<Option<u32>, BtfError> {
         let name = name.as_bytes();
@@ -195,7 +201,7 @@ impl Btf {
             let ty = self.type_of(id)?;
             id = match ty.kind {
                 KIND_TYPEDEF | KIND_VOLATILE | KIND_CONST | KIND_RESTRICT | KIND_TYPE_TAG => {
-                    ty.size_or_type
+                    ty.size_or_id
                 }
                 KIND_ARRAY => self.u32(ty.body)?,
                 _ => return Ok(ty),
@@ -214,7 +220,7 @@ impl Btf {
                 kind: 0,
                 vlen: 0,
                 kind_flag: false,
-                size_or_type: 0,
+                size_or_id: 0,
                 body: 0,
             });
         }
@@ -227,7 +233,7 @@ impl Btf {
             kind: (info >> 24) & 0x1f,
             vlen: (info & 0xffff) as usize,
             kind_flag: info >> 31 != 0,
-            size_or_type: self.u32(at + 8)?,
+            size_or_id: self.u32(at + 8)?,
             body: at + 12,
         })
     }

@@ -4,8 +4,10 @@ pub mod apply;
 pub mod btf;
 pub mod clock;
 pub mod link;
+pub mod netlink;
 pub mod netns;
 pub mod nfacct;
+pub mod nft;
 pub mod sysctl;
 pub mod tool;
 

@@ -12,13 +12,25 @@ pub enum SysctlError {
     /// The namespace could not be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// The kernel refused or does not know it.
-    #[error("sysctl {key} in network namespace {netns}: {source}")]
-    Io {
+    /// It could not be read.
+    #[error("cannot read /proc/sys/{key} in network namespace {netns}: {source}")]
+    Read {
         /// The namespace's name.
         netns: String,
         /// Below `/proc/sys`, with slashes.
         key: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It could not be written.
+    #[error("cannot set /proc/sys/{key} to {value} in network namespace {netns}: {source}")]
+    Write {
+        /// The namespace's name.
+        netns: String,
+        /// Below `/proc/sys`, with slashes.
+        key: String,
+        /// The value.
+        value: String,
         /// What the kernel said.
         source: io::Error,
     },
@@ -34,6 +46,18 @@ pub enum SysctlError {
     },
 }
 
+impl SysctlError {
+    /// Does the kernel not know it?
+    pub fn is_missing(&self) -> bool {
+        match self {
+            Self::Read { source, .. } | Self::Write { source, .. } => {
+                source.kind() == io::ErrorKind::NotFound
+            }
+            Self::Netns(_) | Self::NotANumber { .. } => false,
+        }
+    }
+}
+
 /// Writes `value` to `/proc/sys/<key>`; `key` starts with `net/`, everything else is global.
 pub fn write(netns: &Netns, key: &str, value: &str) -> Result<(), SysctlError> {
     // What is not below net/ belongs to the whole machine, which is never changed.
@@ -45,25 +69,26 @@ pub fn write(netns: &Netns, key: &str, value: &str) -> Result<(), SysctlError> {
             "not a sysctl of a network namespace",
         ))
     };
-    result.map_err(|source| io_error(netns, key, source))
+    result.map_err(|source| SysctlError::Write {
+        netns: netns.name().to_owned(),
+        key: key.to_owned(),
+        value: value.to_owned(),
+        source,
+    })
 }
 
 /// Reads the number in `/proc/sys/<key>`.
 pub fn read_number(netns: &Netns, key: &str) -> Result<u64, SysctlError> {
     let value = netns
         .run(|| std::fs::read_to_string(format!("/proc/sys/{key}")))?
-        .map_err(|source| io_error(netns, key, source))?;
+        .map_err(|source| SysctlError::Read {
+            netns: netns.name().to_owned(),
+            key: key.to_owned(),
+            source,
+        })?;
     value.trim().parse().map_err(|_| SysctlError::NotANumber {
         netns: netns.name().to_owned(),
         key: key.to_owned(),
         value: value.trim().to_owned(),
     })
-}
-
-fn io_error(netns: &Netns, key: &str, source: io::Error) -> SysctlError {
-    SysctlError::Io {
-        netns: netns.name().to_owned(),
-        key: key.to_owned(),
-        source,
-    }
 }

@@ -6,9 +6,9 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tracer_ebpf::path::{Path, Target};
 
-use super::plan::{self, Family};
+use super::plan;
 use super::traffic::Stream;
-use crate::cluster::{Cluster, Protocol, ServicePort};
+use crate::cluster::{Cluster, Family, Protocol, ServicePort};
 
 /// A flow that will be sent. Its source is not known yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,6 +122,16 @@ pub(super) fn due_ns(stream: &Stream, n: u32) -> u64 {
     stream.start_ns + (f64::from(n) * 1e9 / stream.per_second) as u64
 }
 
+/// Sets the random numbers of UDP flows apart from those of TCP flows.
+const UDP_STREAMS: u64 = 1 << 32;
+
+/// Does flow number `n` go to a UDP Service? Each protocol gets exactly its share of the flows, in
+/// turn: costs differ between them, and a median must not depend on how many of each chance drew.
+fn is_udp(n: u32, (udp, all): (usize, usize)) -> bool {
+    let before = |n: u64| n * udp as u64 / (all as u64).max(1);
+    before(u64::from(n) + 1) > before(u64::from(n))
+}
+
 /// All flows of the streams, in the order of sending; the path that cannot be sent, if one cannot.
 pub(super) fn flows(
     cluster: &Cluster,
@@ -131,9 +141,18 @@ pub(super) fn flows(
 ) -> Result<Vec<Planned>, Path> {
     let mut all = Vec::new();
     for (number, stream) in (0..).zip(streams) {
-        let mut chooser = Chooser::new(cluster, family, stream.path, None, seed, number);
+        let chooser = |protocol, number| {
+            Chooser::new(cluster, family, stream.path, Some(protocol), seed, number)
+        };
+        let mut tcp = chooser(Protocol::Tcp, number);
+        let mut udp = chooser(Protocol::Udp, number + UDP_STREAMS);
+        let share = (
+            udp.candidates.len(),
+            tcp.candidates.len() + udp.candidates.len(),
+        );
         for n in 0..stream.flows {
-            all.push(chooser.choose(due_ns(stream, n)).ok_or(stream.path)?);
+            let chosen = if is_udp(n, share) { &mut udp } else { &mut tcp };
+            all.push(chosen.choose(due_ns(stream, n)).ok_or(stream.path)?);
         }
     }
     // Stable: flows due at one moment keep the order of their streams.
@@ -207,6 +226,18 @@ mod tests {
         assert!(counts.iter().all(|n| (850..1150).contains(n)), "{counts:?}");
         let reached: BTreeSet<SocketAddr> = all.iter().map(|flow| flow.destination).collect();
         assert_eq!(reached.len(), 60);
+    }
+
+    #[test]
+    fn each_protocol_gets_its_share_in_turn() {
+        let cluster = plan::cluster(21, 3, false).expect("a cluster");
+        let all = flows(&cluster, Family::V4, &[stream(Path::FLOOR[0], 420)], 7).expect("flows");
+        let udp = |flows: &[Planned]| flows.iter().filter(|f| f.protocol == Protocol::Udp).count();
+        assert_eq!(udp(&all), 200);
+        assert_eq!(udp(&all[..42]), 20);
+        let one = plan::cluster(1, 3, false).expect("a cluster");
+        let all = flows(&one, Family::V4, &[stream(Path::FLOOR[0], 9)], 7).expect("flows");
+        assert_eq!(udp(&all), 0);
     }
 
     #[test]

@@ -22,9 +22,9 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::oneshot;
 use tokio::task::{LocalSet, spawn_local};
 
-use super::plan::{self, Family};
+use super::plan;
 use super::topology::Lab;
-use crate::cluster::{Cluster, Protocol};
+use crate::cluster::{Cluster, Family, Protocol};
 use crate::kernel::netns::{Netns, NetnsError};
 
 /// The longest request a server takes, its line end included.

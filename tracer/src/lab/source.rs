@@ -9,8 +9,8 @@ use std::sync::{Mutex, PoisonError};
 
 use tracer_ebpf::path::Origin;
 
-use super::plan::{self, Cidr, Family};
-use crate::cluster::Protocol;
+use super::plan;
+use crate::cluster::{Cidr, Family, Protocol};
 
 /// Every source of an origin, family and protocol has been used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::clean;
-use super::plan::{self, Cidr, Family};
+use super::plan;
 use super::source::Sources;
+use crate::cluster::{Cidr, Family};
 use crate::kernel::link::{Batch, LinkError, Mac};
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::sysctl::{self, SysctlError};
@@ -190,8 +191,7 @@ impl Lab {
             } else {
                 for key in NO_IPV6 {
                     match sysctl::write(netns, key, "1") {
-                        Err(SysctlError::Io { source, .. })
-                            if source.kind() == std::io::ErrorKind::NotFound => {}
+                        Err(error) if error.is_missing() => {}
                         result => result?,
                     }
                 }
@@ -484,7 +484,7 @@ fn conntrack_room(
             Ok(Some(have))
         }
         // The module is not loaded yet: its default applies when rules load it.
-        Err(SysctlError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+        Err(error) if error.is_missing() => {
             notes.push(
                 "this kernel has no conntrack (yet): the size of its table is not known".to_owned(),
             );

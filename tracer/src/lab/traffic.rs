@@ -18,12 +18,11 @@ use tracer_ebpf::path::{Origin, Path};
 use super::established::{Established as LongFlow, EstablishedRecord};
 use super::flow::{self, Conversation, Outcome, Times};
 use super::latency::{Answer, Latency};
-use super::plan::Family;
 use super::schedule::{self, Chooser, Planned};
 use super::source::SourcesExhausted;
 use super::timer::Timer;
 use super::topology::Lab;
-use crate::cluster::{Cluster, Protocol};
+use crate::cluster::{Cluster, Family, Protocol};
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::netns::Netns;
 

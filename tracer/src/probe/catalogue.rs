@@ -1,13 +1,13 @@
 //! Every boundary and the stage that begins there.
 //!
 //! A boundary lies between the priorities of two kernel components of one hook
-//! (`enum nf_ip_hook_priorities`, include/uapi/linux/netfilter_ipv4.h: defrag -400, raw -300,
+//! (`enum nf_ip_hook_priorities`, `include/uapi/linux/netfilter_ipv4.h`: defrag -400, raw -300,
 //! conntrack -200, mangle -150, nat dst -100, filter 0, security 50, nat src 100, helper 300,
 //! confirm `INT_MAX`). kube-proxy's nftables chains sit at -110, -100, 0 and 100. IPVS
-//! (`ip_vs_ops`, net/netfilter/ipvs/ip_vs_core.c) sits at INPUT 98 and 99, OUTPUT -99 and -98,
+//! (`ip_vs_ops`, `net/netfilter/ipvs/ip_vs_core.c`) sits at INPUT 98 and 99, OUTPUT -99 and -98,
 //! FORWARD 99 and 100: directly beside nat, so there is no room for a boundary between the two.
 
-use tracer_ebpf::record::{BOUNDARIES, STAGE_NODE, STAGE_RECEIVE, STAGES, hook, role};
+use tracer_ebpf::record::{BOUNDARIES, STAGE_NODE, STAGE_RECEIVE, hook, role};
 
 /// One probe between two kernel components.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,7 +198,7 @@ pub fn stage_name(stage: u8) -> (&'static str, &'static str) {
 
 /// Every stage's id, in a packet's order.
 pub fn stages() -> impl Iterator<Item = u8> {
-    std::iter::once(STAGE_RECEIVE).chain((0..STAGES as u8).filter(|id| *id != STAGE_RECEIVE))
+    std::iter::once(STAGE_RECEIVE).chain((0..=STAGE_NODE).filter(|id| *id != STAGE_RECEIVE))
 }
 
 /// The hook's name, as the kernel and iptables call it.

@@ -4,14 +4,10 @@
 //!
 //! 6.4 (`BPF_PROG_TYPE_NETFILTER`), with BTF.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::OnceLock;
 
-use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, PerCpuArray, RingBuf};
-use aya::programs::BtfTracePoint;
-use aya::{Ebpf, EbpfLoader, Pod};
+use aya::Pod;
+use aya::maps::{Array, HashMap as BpfHashMap, Map, PerCpuArray, RingBuf};
 use tracer_ebpf::histogram::{CELLS, bounds_of};
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{
@@ -20,8 +16,8 @@ use tracer_ebpf::record::{
 };
 
 use super::catalogue::{self, ALL};
-use super::netfilter::{self, Link, NetfilterError, Place, Template};
-use super::{OBJECT, offsets};
+use super::program::{self, Constants, Kind, Link, Place, ProgramError, Programs};
+use super::{OBJECT, log, offsets};
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::netns::{Netns, NetnsError};
 
@@ -31,20 +27,9 @@ pub enum ProbeError {
     /// No BTF, or a field is missing from it.
     #[error(transparent)]
     Btf(#[from] BtfError),
-    /// A netfilter program.
+    /// A program.
     #[error(transparent)]
-    Netfilter(#[from] NetfilterError),
-    /// Everything that aya loads.
-    #[error("cannot load the probes: {0}")]
-    Load(#[from] aya::EbpfError),
-    /// A tracepoint.
-    #[error("cannot attach to tracepoint {name}: {source}")]
-    Tracepoint {
-        /// The tracepoint's name.
-        name: &'static str,
-        /// What aya says.
-        source: aya::programs::ProgramError,
-    },
+    Program(#[from] ProgramError),
     /// A map.
     #[error("cannot use the probes' map {name}: {source}")]
     Map {
@@ -124,8 +109,10 @@ pub struct Times {
 /// The attached probes; dropping them detaches everything.
 #[derive(Debug)]
 pub struct HooksTier {
-    ebpf: Ebpf,
-    links: Vec<Link>,
+    programs: Programs,
+    messages: Option<log::Reader>,
+    // Held to stay attached.
+    _links: Vec<Link>,
     placed: Vec<Placed>,
 }
 
@@ -149,7 +136,8 @@ impl HooksTier {
     /// The kernel lacks BTF or netfilter links, or the process lacks `CAP_BPF`, `CAP_PERFMON` or
     /// `CAP_NET_ADMIN`.
     pub fn attach(node: &Netns, watch: &Watch) -> Result<Self, ProbeError> {
-        let mut constants: HashMap<&'static str, Vec<u8>> = offsets::offsets(Btf::vmlinux()?)?
+        let btf = Btf::vmlinux()?;
+        let mut constants: Constants = offsets::offsets(btf)?
             .into_iter()
             .map(|(name, value)| (name, value.to_ne_bytes().to_vec()))
             .collect();
@@ -157,31 +145,22 @@ impl HooksTier {
         let netns = node.inode().map_err(ProbeError::Inode)? as u32;
         constants.insert("NETNS", netns.to_ne_bytes().to_vec());
         constants.extend(pod_constants(&watch.pod_cidrs));
-
-        let mut loader = EbpfLoader::new();
-        for (name, bytes) in &constants {
-            loader.override_global(name, bytes.as_slice(), true);
-        }
+        constants.insert(aya_log::LEVEL, vec![log::level()]);
         let room = u32::try_from(watch.targets.len().max(1)).unwrap_or(u32::MAX);
-        loader.map_max_entries("TARGETS4", room);
-        loader.map_max_entries("TARGETS6", room);
-        let mut ebpf = loader.load(OBJECT)?;
-        fill(&mut ebpf, watch)?;
+        let mut programs = Programs::new(OBJECT, &[("TARGETS4", room), ("TARGETS6", room)])?;
+        fill(&mut programs, watch)?;
 
-        let btf = kernel_btf()?;
+        let mut links = Vec::with_capacity(TRACEPOINTS.len() + 2 * ALL.len());
         for name in TRACEPOINTS {
-            attach_tracepoint(&mut ebpf, name, btf)
-                .map_err(|source| ProbeError::Tracepoint { name, source })?;
+            let id = btf.typedef_id(&format!("btf_trace_{name}"))?;
+            let program = programs.load(name, Kind::Tracepoint(id), &constants)?;
+            links.push(program::attach_tracepoint(&program)?);
         }
-
-        let maps = map_fds(&ebpf);
-        let mut links = Vec::with_capacity(2 * ALL.len());
         let mut placed = Vec::with_capacity(2 * ALL.len());
-        let mut template = Template::new(OBJECT, "boundary", &maps)?;
         let _inside = node.enter()?;
         for family in watch.families() {
             for id in 0..ALL.len() {
-                let (link, priority) = attach_boundary(&mut template, id, family, &constants)?;
+                let (link, priority) = attach_boundary(&mut programs, id, family, &constants)?;
                 links.push(link);
                 placed.push(Placed {
                     boundary: id,
@@ -191,15 +170,16 @@ impl HooksTier {
             }
         }
         Ok(Self {
-            ebpf,
-            links,
+            programs,
+            messages: log::reader("kfree_skb"),
+            _links: links,
             placed,
         })
     }
 
     /// Number of netfilter links.
     pub fn links(&self) -> usize {
-        self.links.len()
+        self.placed.len()
     }
 
     /// Where each boundary is.
@@ -280,8 +260,11 @@ impl HooksTier {
 
     /// Takes everything out of the ring buffer.
     pub fn drain(&mut self) -> Result<Vec<Record>, ProbeError> {
+        if let Some(messages) = &mut self.messages {
+            messages.flush();
+        }
         let map = self
-            .ebpf
+            .programs
             .map_mut("RECORDS")
             .ok_or_else(|| missing("RECORDS"))?;
         let mut ring = RingBuf::try_from(map).map_err(map_error("RECORDS"))?;
@@ -300,19 +283,9 @@ impl HooksTier {
     where
         T: TryFrom<&'a Map, Error = aya::maps::MapError>,
     {
-        let map = self.ebpf.map(name).ok_or_else(|| missing(name))?;
+        let map = self.programs.map(name).ok_or_else(|| missing(name))?;
         T::try_from(map).map_err(map_error(name))
     }
-}
-
-/// The kernel's types as aya wants them, read once.
-fn kernel_btf() -> Result<&'static aya::Btf, ProbeError> {
-    static READ: OnceLock<aya::Btf> = OnceLock::new();
-    if let Some(btf) = READ.get() {
-        return Ok(btf);
-    }
-    let btf = aya::Btf::from_sys_fs().map_err(aya::EbpfError::BtfError)?;
-    Ok(READ.get_or_init(|| btf))
 }
 
 fn missing(name: &'static str) -> ProbeError {
@@ -357,7 +330,7 @@ fn pod_constants(cidrs: &[(IpAddr, u8)]) -> Vec<(&'static str, Vec<u8>)> {
     constants
 }
 
-fn fill(ebpf: &mut Ebpf, watch: &Watch) -> Result<(), ProbeError> {
+fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
     let mut ports = vec![0_u8; PORT_BITS];
     for (address, _, target) in &watch.targets {
         let port = usize::from(address.port());
@@ -367,10 +340,10 @@ fn fill(ebpf: &mut Ebpf, watch: &Watch) -> Result<(), ProbeError> {
         }
     }
     let ports: [u8; PORT_BITS] = ports.try_into().unwrap_or([0; PORT_BITS]);
-    let mut map: Array<_, Plain<[u8; PORT_BITS]>> = map_mut(ebpf, "PORTS")?;
+    let mut map: Array<_, Plain<[u8; PORT_BITS]>> = map_mut(programs, "PORTS")?;
     map.set(0, Plain(ports), 0).map_err(map_error("PORTS"))?;
 
-    let mut targets4: BpfHashMap<_, Plain<Key4>, u32> = map_mut(ebpf, "TARGETS4")?;
+    let mut targets4: BpfHashMap<_, Plain<Key4>, u32> = map_mut(programs, "TARGETS4")?;
     for (address, protocol, target) in &watch.targets {
         if let IpAddr::V4(ip) = address.ip() {
             let key = Key4 {
@@ -384,7 +357,7 @@ fn fill(ebpf: &mut Ebpf, watch: &Watch) -> Result<(), ProbeError> {
                 .map_err(map_error("TARGETS4"))?;
         }
     }
-    let mut targets6: BpfHashMap<_, Plain<Key6>, u32> = map_mut(ebpf, "TARGETS6")?;
+    let mut targets6: BpfHashMap<_, Plain<Key6>, u32> = map_mut(programs, "TARGETS6")?;
     for (address, protocol, target) in &watch.targets {
         if let IpAddr::V6(ip) = address.ip() {
             let key = Key6 {
@@ -401,13 +374,13 @@ fn fill(ebpf: &mut Ebpf, watch: &Watch) -> Result<(), ProbeError> {
     for address in &watch.node_addresses {
         match address {
             IpAddr::V4(ip) => {
-                let mut nodes: BpfHashMap<_, [u8; 4], u32> = map_mut(ebpf, "NODES4")?;
+                let mut nodes: BpfHashMap<_, [u8; 4], u32> = map_mut(programs, "NODES4")?;
                 nodes
                     .insert(ip.octets(), 1, 0)
                     .map_err(map_error("NODES4"))?;
             }
             IpAddr::V6(ip) => {
-                let mut nodes: BpfHashMap<_, [u8; 16], u32> = map_mut(ebpf, "NODES6")?;
+                let mut nodes: BpfHashMap<_, [u8; 16], u32> = map_mut(programs, "NODES6")?;
                 nodes
                     .insert(ip.octets(), 1, 0)
                     .map_err(map_error("NODES6"))?;
@@ -417,26 +390,12 @@ fn fill(ebpf: &mut Ebpf, watch: &Watch) -> Result<(), ProbeError> {
     Ok(())
 }
 
-fn map_mut<'a, T>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<T, ProbeError>
+fn map_mut<'a, T>(programs: &'a mut Programs, name: &'static str) -> Result<T, ProbeError>
 where
     T: TryFrom<&'a mut Map, Error = aya::maps::MapError>,
 {
-    let map = ebpf.map_mut(name).ok_or_else(|| missing(name))?;
+    let map = programs.map_mut(name).ok_or_else(|| missing(name))?;
     T::try_from(map).map_err(map_error(name))
-}
-
-fn attach_tracepoint(
-    ebpf: &mut Ebpf,
-    name: &'static str,
-    btf: &aya::Btf,
-) -> Result<(), aya::programs::ProgramError> {
-    let program: &mut BtfTracePoint = ebpf
-        .program_mut(name)
-        .ok_or(aya::programs::ProgramError::NotLoaded)?
-        .try_into()?;
-    program.load(name, btf)?;
-    program.attach()?;
-    Ok(())
 }
 
 /// How many priorities above its wish a boundary tries.
@@ -444,10 +403,10 @@ const TRIES: i32 = 8;
 
 /// Loads and attaches one boundary, moving up from its wish while the place is taken.
 fn attach_boundary(
-    template: &mut Template,
+    programs: &mut Programs,
     id: usize,
     family: u8,
-    constants: &HashMap<&'static str, Vec<u8>>,
+    constants: &Constants,
 ) -> Result<(Link, i32), ProbeError> {
     let boundary = &ALL[id];
     let mut constants = constants.clone();
@@ -457,7 +416,7 @@ fn attach_boundary(
     set("ROLE", catalogue::role_of(id));
     set("HOOK", boundary.hook);
     set("FAMILY", family.into());
-    let program = template.load(&constants)?;
+    let program = programs.load("boundary", Kind::Netfilter, &constants)?;
     let end = boundary.limit.min(boundary.priority.saturating_add(TRIES));
     for priority in boundary.priority..=end {
         let place = Place {
@@ -465,7 +424,7 @@ fn attach_boundary(
             hook: boundary.hook,
             priority,
         };
-        match netfilter::attach(&program, place) {
+        match program::attach_netfilter(&program, place) {
             Ok(link) => return Ok((link, priority)),
             Err(error) if error.is_occupied() => {}
             Err(error) => return Err(error.into()),
@@ -475,19 +434,4 @@ fn attach_boundary(
         hook: catalogue::hook_name(boundary.hook),
         stage: boundary.stage,
     })
-}
-
-fn map_fds(ebpf: &Ebpf) -> HashMap<String, RawFd> {
-    ebpf.maps()
-        .filter_map(|(name, map)| Some((name.to_owned(), data_of(map)?.fd().as_fd().as_raw_fd())))
-        .collect()
-}
-
-fn data_of(map: &Map) -> Option<&MapData> {
-    match map {
-        Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => {
-            Some(data)
-        }
-        _ => None,
-    }
 }

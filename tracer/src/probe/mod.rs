@@ -5,8 +5,9 @@
 
 pub mod catalogue;
 pub mod hooks;
-mod netfilter;
+pub mod log;
 mod offsets;
+pub mod program;
 
 /// The compiled programs, as committed beside their manifest.
 pub const OBJECT: &[u8] = aya::include_bytes_aligned!("../../../tracer-ebpf/prebuilt/probes.bpf.o");

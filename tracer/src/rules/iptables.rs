@@ -8,9 +8,10 @@
 use std::collections::HashSet;
 use std::fmt::Write as _;
 
+use super::NodeView;
 use super::names::{endpoint_hash, service_hash};
 use super::ports::{PortView, Ports};
-use super::{Family, NodeView};
+use crate::cluster::Family;
 
 /// The nfacct object that counts packets dropped as INVALID.
 pub const INVALID_DROPPED: &str = "ct_state_invalid_dropped_pkts";
@@ -122,7 +123,7 @@ pub(super) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> Stri
     let mut filter = String::with_capacity(4096);
 
     push_masquerade_rules(&mut nat, node);
-    if family == Family::Ipv4 {
+    if family == Family::V4 {
         filter.push_str(
             "-A KUBE-FIREWALL -m comment --comment \"block incoming localnet connections\" \
              -d 127.0.0.0/8 ! -s 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT \
@@ -148,7 +149,7 @@ pub(super) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> Stri
         "-A KUBE-SERVICES -m comment --comment \"kubernetes service nodeports; NOTE: this must be \
          the last rule in this chain\" -m addrtype --dst-type LOCAL",
     );
-    if family == Family::Ipv6 {
+    if family == Family::V6 {
         nat.push_str(" ! -d ::1/128");
     }
     nat.push_str(" -j KUBE-NODEPORTS\n");
@@ -317,7 +318,7 @@ impl ServiceRules {
     fn push_node_port(&self, nat: &mut String, port: &PortView<'_>, hash: &str, node_port: u16) {
         let protocol = port.protocol().name();
         let id = &port.id;
-        if self.family == Family::Ipv4 && self.nfacct {
+        if self.family == Family::V4 && self.nfacct {
             let _ = writeln!(
                 nat,
                 "-A KUBE-NODEPORTS -m comment --comment {id} -m {protocol} -p {protocol} \

@@ -8,13 +8,13 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
+use super::NodeView;
 use super::iptables::{
     Invalid, push_all, push_chains, push_forward_rules, push_jumps, push_masquerade_rules,
     push_nat_jumps,
 };
 use super::ports::{PortView, Ports};
-use super::{Family, NodeView};
-use crate::cluster::Protocol;
+use crate::cluster::{Family, Protocol};
 
 /// The dummy link that every ClusterIP is bound to, so that the node takes packets to it.
 pub const LINK: &str = "kube-ipvs0";
@@ -108,8 +108,8 @@ const SETS: [(&str, SetType); 17] = [
 fn set_name(family: Family, name: &str) -> String {
     let mut full = String::with_capacity(SET_NAME_MAX + 1);
     full.push_str(match family {
-        Family::Ipv4 => "KUBE-",
-        Family::Ipv6 => "KUBE-6-",
+        Family::V4 => "KUBE-",
+        Family::V6 => "KUBE-6-",
     });
     full.push_str(name);
     full.truncate(SET_NAME_MAX);
@@ -149,8 +149,8 @@ pub(super) fn render_sets(ports: &Ports<'_>, node: &NodeView, family: Family) ->
             SetType::HashIp => "hash:ip",
         };
         let family = match family {
-            Family::Ipv4 => "inet",
-            Family::Ipv6 => "inet6",
+            Family::V4 => "inet",
+            Family::V6 => "inet6",
         };
         push_all(
             &mut text,
@@ -330,8 +330,8 @@ pub(super) fn render_iptables(ports: &Ports<'_>, node: &NodeView, family: Family
     push_chains(&mut text, &NAT_CHAINS);
     push_nat_jumps(&mut text);
     let loopback = match family {
-        Family::Ipv4 => "127.0.0.0/8",
-        Family::Ipv6 => "::1/128",
+        Family::V4 => "127.0.0.0/8",
+        Family::V6 => "::1/128",
     };
     let _ = writeln!(text, "-A KUBE-SERVICES -s {loopback} -j RETURN");
     if has_local_endpoint {
@@ -420,15 +420,18 @@ pub fn update_servers(current: &str, wanted: &str) -> String {
     text
 }
 
-/// The numbers of virtual and of real servers in what `ipvsadm -Sn` prints.
-pub fn count_servers(current: &str) -> (u64, u64) {
-    let lines = |prefix: &str| {
-        current
-            .lines()
-            .filter(|line| line.starts_with(prefix))
-            .count()
-    };
-    (lines("-A ") as u64, lines("-a ") as u64)
+/// The numbers of virtual and of real servers in `/proc/net/ip_vs` (`ip_vs_info_seq_show`).
+pub fn count_servers(listed: &str) -> (u64, u64) {
+    let (mut servers, mut reals) = (0, 0);
+    for line in listed.lines() {
+        match line.split_whitespace().next() {
+            Some("TCP" | "UDP" | "SCTP" | "FWM") => servers += 1,
+            Some("->") if !line.contains("RemoteAddress") => reals += 1,
+            // The heading.
+            _ => {}
+        }
+    }
+    (servers, reals)
 }
 
 /// What `ipvsadm -Sn` prints.

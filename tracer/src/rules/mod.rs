@@ -11,7 +11,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cidr, Cluster, Family};
 
 pub mod iptables;
 pub mod ipvs;
@@ -100,48 +100,27 @@ impl RuleCounts {
     }
 }
 
-/// An IP family. kube-proxy runs one proxier for each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Family {
-    /// IPv4.
-    Ipv4,
-    /// IPv6.
-    Ipv6,
-}
-
 impl Family {
-    /// Both, in the order in which they are applied.
-    pub const ALL: [Self; 2] = [Self::Ipv4, Self::Ipv6];
-
-    /// Is the address of this family?
-    pub const fn holds(self, address: IpAddr) -> bool {
-        matches!(
-            (self, address),
-            (Self::Ipv4, IpAddr::V4(_)) | (Self::Ipv6, IpAddr::V6(_))
-        )
-    }
-
     /// nft's name of the family: `ip`, `ip6`.
     pub const fn nft(self) -> &'static str {
         match self {
-            Self::Ipv4 => "ip",
-            Self::Ipv6 => "ip6",
+            Self::V4 => "ip",
+            Self::V6 => "ip6",
         }
     }
 
     const fn nft_address(self) -> &'static str {
         match self {
-            Self::Ipv4 => "ipv4_addr",
-            Self::Ipv6 => "ipv6_addr",
+            Self::V4 => "ipv4_addr",
+            Self::V6 => "ipv6_addr",
         }
     }
 
     /// The usual length of `ip:port`.
     const fn socket_capacity(self) -> usize {
         match self {
-            Self::Ipv4 => 24,
-            Self::Ipv6 => 48,
+            Self::V4 => 24,
+            Self::V6 => 48,
         }
     }
 }
@@ -160,10 +139,10 @@ impl Backend {
     /// The name of the tool: `iptables-legacy`, `ip6tables-nft`.
     pub const fn tool(self, family: Family) -> &'static str {
         match (self, family) {
-            (Self::Legacy, Family::Ipv4) => "iptables-legacy",
-            (Self::Legacy, Family::Ipv6) => "ip6tables-legacy",
-            (Self::Nft, Family::Ipv4) => "iptables-nft",
-            (Self::Nft, Family::Ipv6) => "ip6tables-nft",
+            (Self::Legacy, Family::V4) => "iptables-legacy",
+            (Self::Legacy, Family::V6) => "ip6tables-legacy",
+            (Self::Nft, Family::V4) => "iptables-nft",
+            (Self::Nft, Family::V6) => "ip6tables-nft",
         }
     }
 }
@@ -179,41 +158,6 @@ impl Mode {
             Self::IptablesNft | Self::Ipvs => Some(Backend::Nft),
             Self::Nftables => None,
         }
-    }
-}
-
-/// An IP network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Cidr {
-    /// The first address.
-    pub address: IpAddr,
-    /// Length of the prefix in bits.
-    pub prefix: u8,
-}
-
-impl fmt::Display for Cidr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.address, self.prefix)
-    }
-}
-
-/// Text that is no IP network.
-#[derive(Debug, thiserror::Error)]
-#[error("'{0}' is no network: write ADDRESS/PREFIX, such as 10.244.0.0/16")]
-pub struct NotCidr(String);
-
-impl FromStr for Cidr {
-    type Err = NotCidr;
-
-    fn from_str(s: &str) -> Result<Self, Self::Err> {
-        let parse = || {
-            let (address, prefix) = s.split_once('/')?;
-            let address: IpAddr = address.parse().ok()?;
-            let prefix: u8 = prefix.parse().ok()?;
-            let bits = if address.is_ipv4() { 32 } else { 128 };
-            (prefix <= bits).then_some(Self { address, prefix })
-        };
-        parse().ok_or_else(|| NotCidr(s.to_owned()))
     }
 }
 
@@ -245,7 +189,7 @@ impl NodeView {
         self.cluster_cidrs
             .iter()
             .copied()
-            .find(|cidr| family.holds(cidr.address))
+            .find(|cidr| family.holds(cidr.base))
     }
 
     fn addresses_of(&self, family: Family) -> impl Iterator<Item = IpAddr> {

@@ -7,10 +7,11 @@
 use std::collections::HashSet;
 use std::fmt::Write as _;
 
+use super::NodeView;
 use super::iptables::push_all;
 use super::names::nft_service_name;
 use super::ports::{PortView, Ports};
-use super::{Family, NodeView};
+use crate::cluster::Family;
 
 /// Base chains: name, type, hook, priority.
 const BASE_CHAINS: [(&str, &str, &str, &str); 8] = [
@@ -167,8 +168,8 @@ pub(super) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> Stri
         rule(chain, text);
     }
     let loopback = match family {
-        Family::Ipv4 => "127.0.0.0/8",
-        Family::Ipv6 => "::1",
+        Family::V4 => "127.0.0.0/8",
+        Family::V6 => "::1",
     };
     // Without an address of its own in this family, kube-proxy takes any local one.
     let (node_port, node_port_reject) = if primary.is_some() {
@@ -229,7 +230,7 @@ pub(super) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> Stri
     let service_cidrs: Vec<String> = node
         .service_cidrs
         .iter()
-        .filter(|cidr| family.holds(cidr.address))
+        .filter(|cidr| family.holds(cidr.base))
         .map(ToString::to_string)
         .collect();
     if !service_cidrs.is_empty() {

@@ -2,8 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::Family;
-use crate::cluster::{Cluster, Protocol, Service, ServicePort};
+use crate::cluster::{Cluster, Family, Protocol, Service, ServicePort};
 
 /// More endpoints than this (over all `ServicePort`s of a family) make kube-proxy leave out the
 /// comments of endpoint rules: `largeClusterEndpointsThreshold` in
@@ -86,10 +85,10 @@ impl<'a> Ports<'a> {
                         let mut socket = String::with_capacity(family.socket_capacity());
                         // Writing into a String cannot fail.
                         let _ = match family {
-                            Family::Ipv4 => {
+                            Family::V4 => {
                                 write!(socket, "{}:{}", endpoint.address, endpoint.port)
                             }
-                            Family::Ipv6 => {
+                            Family::V6 => {
                                 write!(socket, "[{}]:{}", endpoint.address, endpoint.port)
                             }
                         };

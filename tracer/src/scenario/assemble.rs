@@ -17,28 +17,30 @@ pub enum AssembleError {
     Clocks(String),
 }
 
-/// Joins the parts `DIR/<job id>.json` of a matrix.
+/// Joins the parts `DIR/<group id>.json` of a matrix.
 pub fn assemble(matrix: &Matrix, parts: &Path) -> Result<Measurements, AssembleError> {
     let files: Result<Vec<PartFile>, PartError> = matrix
-        .jobs()
-        .into_iter()
-        .map(|job| PartFile::read(&parts.join(format!("{}.json", job.id()))))
+        .groups()
+        .iter()
+        .map(|group| PartFile::read(&parts.join(format!("{}.json", group.id))))
         .collect();
     join(matrix, files?)
 }
 
-/// Joins the parts of a matrix's jobs, in the jobs' order.
+/// Joins the parts of a matrix's groups, in the groups' order.
 pub fn join(matrix: &Matrix, parts: Vec<PartFile>) -> Result<Measurements, AssembleError> {
     let mut clock = None;
     let mut cells = Vec::new();
     let mut faults = Vec::new();
-    for (job, file) in matrix.jobs().into_iter().zip(parts) {
+    for (group, file) in matrix.groups().into_iter().zip(parts) {
         if *clock.get_or_insert(file.clock) != file.clock {
-            return Err(AssembleError::Clocks(job.id()));
+            return Err(AssembleError::Clocks(group.id));
         }
-        match file.part {
-            Part::Cell(cell) => cells.push(*cell),
-            Part::Faults(more) => faults.extend(more),
+        for part in file.parts {
+            match part {
+                Part::Cell(cell) => cells.push(*cell),
+                Part::Faults(more) => faults.extend(more),
+            }
         }
     }
     Ok(Measurements {

@@ -90,6 +90,11 @@ fn plan(matrix: &Matrix) -> TrafficPlan {
                 path,
                 per_second: PER_SECOND,
                 flows: matrix.flows_per_path,
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    reason = "a fraction of a period, which is a few milliseconds"
+                )]
                 start_ns: (period * i as f64 / 6.0) as u64,
             })
             .collect(),

@@ -1,10 +1,11 @@
-//! Runs one job and keeps its result as a part of a run.
+//! Runs jobs and keeps their results as parts of a run.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::matrix::{Job, JobKind, Matrix};
+use super::matrix::{Group, Job, JobKind, Matrix};
 use super::node::{self, NodeError};
 use super::{cell, fault};
 use crate::record::run::{Cell, Clock, Fault};
@@ -19,14 +20,14 @@ pub enum Part {
     Faults(Vec<Fault>),
 }
 
-/// A part file: what was measured and on which clock.
+/// A group's file: what was measured, job by job, and on which clock.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PartFile {
     /// The clock of every time in it.
     pub clock: Clock,
-    /// What was measured.
-    pub part: Part,
+    /// What was measured, in the group's order.
+    pub parts: Vec<Part>,
 }
 
 /// Tells how far a job is: a share from 0 to 1 and what is happening.
@@ -44,6 +45,61 @@ pub async fn run(job: Job, matrix: &Matrix, progress: &Progress<'_>) -> Result<P
         JobKind::Flush => Part::Faults(fault::flush(job, matrix, progress).await?),
         JobKind::Switch(to) => Part::Faults(vec![fault::switch(job, to, matrix, progress).await?]),
     })
+}
+
+/// Runs a group's jobs one after the other, each on a node of its own and each when the kernel has
+/// finished taking down the node before.
+pub async fn run_group(
+    group: &Group,
+    matrix: &Matrix,
+    progress: &Progress<'_>,
+) -> Result<Vec<Part>, NodeError> {
+    let all = group.weight();
+    let mut done = 0.0;
+    let mut parts = Vec::new();
+    for job in &group.jobs {
+        if !parts.is_empty() {
+            quiet().await;
+        }
+        let (title, weight) = (job.title(), job.weight());
+        let within = |share: f64, what: &str| {
+            progress((done + share * weight) / all, &format!("{title}: {what}"));
+        };
+        parts.push(run(*job, matrix, &within).await?);
+        done += weight;
+    }
+    Ok(parts)
+}
+
+/// How long to wait for a quiet machine: on one that others use, it may never be.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a machine must have been idle to be called quiet.
+const IDLE: Duration = Duration::from_millis(100);
+
+/// Waits until the CPUs are idle: namespaces, links and rules are taken down in the background.
+async fn quiet() {
+    let begin = tokio::time::Instant::now();
+    let mut before = busy_ticks();
+    while begin.elapsed() < PATIENCE {
+        tokio::time::sleep(IDLE).await;
+        let now = busy_ticks();
+        if now == before {
+            return;
+        }
+        before = now;
+    }
+}
+
+/// Ticks in which any CPU did something (proc(5), /proc/stat: all but idle and iowait).
+fn busy_ticks() -> u64 {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let fields = stat.lines().next().unwrap_or_default().split_whitespace();
+    fields
+        .skip(1)
+        .enumerate()
+        .filter(|(i, _)| *i != 3 && *i != 4)
+        .filter_map(|(_, ticks)| ticks.parse::<u64>().ok())
+        .sum()
 }
 
 /// Why a part file cannot be used.

@@ -75,15 +75,29 @@ pub enum JobKind {
     Switch(Mode),
 }
 
-/// A job as `svcpath bench plan` prints it.
+/// Jobs that run one after the other in one place, each on a node of its own: a mode's cells and
+/// flush, or the switch. A virtual machine boots once for each group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// A stable identifier, also the name of its part file.
+    pub id: String,
+    /// For people.
+    pub title: String,
+    /// In the order in which they run.
+    pub jobs: Vec<Job>,
+}
+
+/// A group as `svcpath bench plan` prints it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct PlannedJob {
+pub struct PlannedGroup {
     /// What `svcpath bench job` takes.
     pub id: String,
     /// For people.
     pub title: String,
-    /// How long it takes, in units of the smallest job.
+    /// How long it takes, in units of a small job.
     pub weight: f64,
+    /// The jobs in it.
+    pub parts: Vec<String>,
 }
 
 impl Matrix {
@@ -155,34 +169,65 @@ impl Matrix {
         }
     }
 
-    /// Every job, cells first.
-    pub fn jobs(&self) -> Vec<Job> {
-        let mut jobs = Vec::new();
-        for mode in &self.modes {
-            for services in self.sizes(*mode) {
-                jobs.push(Job {
-                    kind: JobKind::Cell,
+    /// Every group, in the order of reports.
+    pub fn groups(&self) -> Vec<Group> {
+        let services = self.fault_services();
+        let mut groups: Vec<Group> = self
+            .modes
+            .iter()
+            .map(|mode| {
+                let job = |kind, services| Job {
+                    kind,
                     mode: *mode,
                     services,
-                });
-            }
-        }
-        let services = self.fault_services();
-        for mode in &self.modes {
-            jobs.push(Job {
-                kind: JobKind::Flush,
-                mode: *mode,
-                services,
-            });
-        }
+                };
+                let mut jobs: Vec<Job> = self
+                    .sizes(*mode)
+                    .into_iter()
+                    .map(|size| job(JobKind::Cell, size))
+                    .collect();
+                jobs.push(job(JobKind::Flush, services));
+                Group {
+                    id: mode.name().to_owned(),
+                    title: mode.name().to_owned(),
+                    jobs,
+                }
+            })
+            .collect();
         if self.modes.contains(&Mode::IptablesLegacy) && self.modes.contains(&Mode::Ipvs) {
-            jobs.push(Job {
+            let job = Job {
                 kind: JobKind::Switch(Mode::Ipvs),
                 mode: Mode::IptablesLegacy,
                 services,
+            };
+            groups.push(Group {
+                id: "switch".to_owned(),
+                title: job.title(),
+                jobs: vec![job],
             });
         }
-        jobs
+        groups
+    }
+
+    /// Every job.
+    pub fn jobs(&self) -> Vec<Job> {
+        self.groups()
+            .into_iter()
+            .flat_map(|group| group.jobs)
+            .collect()
+    }
+
+    /// The group with this id, or the job with this id as a group of its own.
+    pub fn group(&self, id: &str) -> Result<Group, MatrixError> {
+        if let Some(group) = self.groups().into_iter().find(|group| group.id == id) {
+            return Ok(group);
+        }
+        let job = self.job(id)?;
+        Ok(Group {
+            id: job.id(),
+            title: job.title(),
+            jobs: vec![job],
+        })
     }
 
     /// The job with this id.
@@ -228,8 +273,7 @@ impl Job {
             Mode::IptablesLegacy => 0.25 * thousands,
             // Quadratic.
             Mode::IptablesNft => 1.5 * thousands + 1.5 * thousands * thousands,
-            Mode::Ipvs => 0.5 * thousands,
-            Mode::Nftables => 0.5 * thousands,
+            Mode::Ipvs | Mode::Nftables => 0.5 * thousands,
         };
         let applied = match self.kind {
             JobKind::Cell => 1.0,
@@ -238,13 +282,21 @@ impl Job {
         };
         1.0 + rules * applied
     }
+}
+
+impl Group {
+    /// How long it takes, in units of a small job.
+    pub fn weight(&self) -> f64 {
+        self.jobs.iter().map(|job| job.weight()).sum()
+    }
 
     /// As `svcpath bench plan` prints it.
-    pub fn planned(self) -> PlannedJob {
-        PlannedJob {
-            id: self.id(),
-            title: self.title(),
+    pub fn planned(&self) -> PlannedGroup {
+        PlannedGroup {
+            id: self.id.clone(),
+            title: self.title.clone(),
             weight: self.weight(),
+            parts: self.jobs.iter().map(|job| job.id()).collect(),
         }
     }
 }

@@ -1,19 +1,19 @@
 //! A node under measurement: laboratory, servers, rules, probes, and what they saw.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use serde::Serialize;
 use tracer_ebpf::path::{Path, Target};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Family, Protocol};
 use crate::kernel::apply::{self, ApplyError};
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::nfacct;
 use crate::kernel::tool::{self, ToolError};
 use crate::lab::Outcome;
-use crate::lab::plan::{self, Family};
+use crate::lab::plan;
 use crate::lab::sink::{SinkError, Sinks};
 use crate::lab::topology::{Lab, LabError, LabOptions};
 use crate::lab::traffic::{self, FlowRecord, TrafficError};
@@ -22,7 +22,7 @@ use crate::record::evidence::Evidence;
 use crate::record::flows::{Seen, Sent};
 use crate::record::run::ProbeHealth;
 use crate::rules::iptables;
-use crate::rules::{Cidr, Mode, NodeView, RuleCounts, RuleSet, render};
+use crate::rules::{Mode, NodeView, RuleCounts, RuleSet, render};
 
 /// Why a job could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -115,14 +115,8 @@ impl TestNode {
         let view = NodeView {
             name: plan::NODE.to_owned(),
             addresses: vec![plan::node_address(Family::V4), plan::LINK_ADDRESS.base],
-            cluster_cidrs: vec![Cidr {
-                address: plan::CLUSTER_CIDR.base,
-                prefix: plan::CLUSTER_CIDR.prefix,
-            }],
-            service_cidrs: vec![Cidr {
-                address: plan::SERVICE_CIDR.base,
-                prefix: plan::SERVICE_CIDR.prefix,
-            }],
+            cluster_cidrs: vec![plan::CLUSTER_CIDR],
+            service_cidrs: vec![plan::SERVICE_CIDR],
             masquerade_bit: NodeView::MASQUERADE_BIT,
             nfacct,
         };
@@ -289,7 +283,7 @@ impl Watched {
         }
         Ok(ProbeHealth {
             links: u32::try_from(self.probes.links()).unwrap_or(u32::MAX),
-            tracepoints: TRACEPOINTS.len() as u32,
+            tracepoints: u32::try_from(TRACEPOINTS.len()).unwrap_or(u32::MAX),
             journeys: stats.journeys,
             transmitted: stats.transmitted,
             delivered_locally: stats.delivered,
@@ -345,19 +339,16 @@ pub struct Check {
 /// What this kernel can do, found out by trying in a namespace of our own.
 pub fn examine() -> Vec<Check> {
     let btf = Btf::vmlinux();
-    // One target a family: boundaries are attached only in families that have something to watch.
-    let watch = Watch {
-        targets: [
-            IpAddr::from(Ipv4Addr::LOCALHOST),
-            IpAddr::from(Ipv6Addr::LOCALHOST),
-        ]
-        .map(|address| (SocketAddr::new(address, 80), 6, Target::ClusterIp))
-        .into(),
-        ..Watch::default()
-    };
     let probes = crate::kernel::netns::Netns::create("doctor")
         .map_err(|e| e.to_string())
         .and_then(|node| {
+            // One address of each family, so that both families' boundaries are tried.
+            let targets = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
+                .map(|ip| (SocketAddr::new(ip, 1), Protocol::Tcp.number(), Target::Pod));
+            let watch = Watch {
+                targets: targets.to_vec(),
+                ..Watch::default()
+            };
             HooksTier::attach(&node, &watch)
                 .map(|tier| tier.links())
                 .map_err(|e| e.to_string())

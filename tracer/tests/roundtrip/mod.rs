@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use tracer::cluster::{Cluster, Endpoint, Protocol, Service, ServicePort};
+use tracer::cluster::{Cluster, Endpoint, Family, Protocol, Service, ServicePort};
 use tracer::kernel::netns::Netns;
 use tracer::kernel::{apply, nfacct, tool};
 use tracer::rules::{Mode, NodeView, RuleCounts, iptables, render};
@@ -111,7 +111,7 @@ fn cluster(services: u16) -> Cluster {
 fn dump(ns: &Netns, mode: Mode) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     if let Some(backend) = mode.backend() {
-        for family in tracer::rules::Family::ALL {
+        for family in Family::ALL {
             let saved = run(ns, &format!("{}-save", backend.tool(family)), &[]);
             let mut table = "";
             for line in saved.lines() {
@@ -179,10 +179,7 @@ pub(crate) fn nft_lines(text: &str) -> Vec<String> {
 /// Rules of somebody else.
 fn add_foreign_rules(ns: &Netns, mode: Mode) {
     if let Some(backend) = mode.backend() {
-        for (family, address) in tracer::rules::Family::ALL
-            .into_iter()
-            .zip(["192.0.2.7", "2001:db8::7"])
-        {
+        for (family, address) in Family::ALL.into_iter().zip(["192.0.2.7", "2001:db8::7"]) {
             let tool = backend.tool(family);
             run(ns, tool, &["-N", "SOMEBODY"]);
             run(ns, tool, &["-A", "SOMEBODY", "-s", address, "-j", "DROP"]);

@@ -1,0 +1,442 @@
+//! Requests to netfilter's subsystems over netlink (`nfnetlink`).
+//!
+//! Layouts are those of `include/uapi/linux/netlink.h` and
+//! `include/uapi/linux/netfilter/nfnetlink.h`.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send,
+    socket,
+};
+
+/// Length of `nlmsghdr`.
+const HEADER: usize = 16;
+/// Length of `nfgenmsg`.
+const GENERIC: usize = 4;
+/// `NLA_TYPE_MASK`: an attribute's type without `NLA_F_NESTED` and `NLA_F_NET_BYTEORDER`.
+const TYPE_MASK: u16 = 0x3fff;
+/// The kernel fills at most 32 KiB in one go (`netlink_recvmsg`), and more only for one message
+/// that needs it.
+const BUFFER: usize = 1 << 18;
+const NLM_F_REQUEST: u16 = 0x01;
+/// Flag of a request: answer when it is done.
+pub const NLM_F_ACK: u16 = 0x04;
+/// Flag of a reply: what is listed changed meanwhile.
+const NLM_F_DUMP_INTR: u16 = 0x10;
+/// Flag of a request: list everything.
+pub const NLM_F_DUMP: u16 = 0x300;
+/// How often a dump is tried that changes of rules interrupt.
+const ATTEMPTS: u32 = 20;
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// The kernel answered with an error.
+    #[error("the kernel refuses: {0}")]
+    Refused(#[source] io::Error),
+    /// The socket failed.
+    #[error("netlink socket: {0}")]
+    Socket(#[from] Errno),
+    /// A request is longer than netlink can say.
+    #[error("a netlink attribute of {0} bytes is too long")]
+    TooLong(usize),
+    /// The answer is not what the protocol says.
+    #[error("a garbled netlink answer: {0}")]
+    Garbled(&'static str),
+    /// Somebody changed rules during each attempt.
+    #[error("rules changed during each of {ATTEMPTS} attempts to list them")]
+    Interrupted,
+}
+
+impl NetlinkError {
+    /// The errno with which the kernel refused.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Refused(error) => error.raw_os_error(),
+            _ => None,
+        }
+    }
+}
+
+/// One request.
+#[derive(Clone, Debug)]
+pub struct Request {
+    kind: u16,
+    flags: u16,
+    /// `nfgenmsg` and attributes.
+    body: Vec<u8>,
+}
+
+impl Request {
+    /// A request of a subsystem (`NFNL_SUBSYS_*`), with flags besides `NLM_F_REQUEST`, for an
+    /// `NFPROTO_*`.
+    pub fn new(subsystem: u8, message: u8, flags: u16, family: u8) -> Self {
+        Self {
+            kind: u16::from_be_bytes([subsystem, message]),
+            flags: flags | NLM_F_REQUEST,
+            // NFNETLINK_V0 and resource 0.
+            body: vec![family, 0, 0, 0],
+        }
+    }
+
+    /// Adds an attribute that holds a string, with its terminating zero.
+    pub fn string(mut self, kind: u16, value: &str) -> Result<Self, NetlinkError> {
+        let length = HEADER_OF_ATTRIBUTE + value.len() + 1;
+        let length = u16::try_from(length).map_err(|_| NetlinkError::TooLong(length))?;
+        self.body.extend(length.to_ne_bytes());
+        self.body.extend(kind.to_ne_bytes());
+        self.body.extend(value.as_bytes());
+        self.body.push(0);
+        self.body.resize(self.body.len().next_multiple_of(4), 0);
+        Ok(self)
+    }
+
+    /// The bytes to send.
+    fn message(&self, sequence: u32) -> Result<Vec<u8>, NetlinkError> {
+        let length = HEADER + self.body.len();
+        let mut message = Vec::with_capacity(length);
+        let length = u32::try_from(length).map_err(|_| NetlinkError::TooLong(length))?;
+        message.extend(length.to_ne_bytes());
+        message.extend(self.kind.to_ne_bytes());
+        message.extend(self.flags.to_ne_bytes());
+        message.extend(sequence.to_ne_bytes());
+        message.extend(0_u32.to_ne_bytes()); // port: the kernel fills it in
+        message.extend(&self.body);
+        Ok(message)
+    }
+}
+
+/// A netlink socket. It stays in the network namespace in which it was opened.
+#[derive(Debug)]
+pub struct Socket {
+    fd: OwnedFd,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl Socket {
+    /// Opens a socket in this thread's network namespace.
+    pub fn open() -> Result<Self, NetlinkError> {
+        let fd = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkNetFilter,
+        )?;
+        // A connected socket takes nothing from anybody but the kernel.
+        connect(fd.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
+        Ok(Self {
+            fd,
+            sequence: 0,
+            buffer: vec![0; BUFFER],
+        })
+    }
+
+    /// Sends a request that changes something and waits until the kernel has done it.
+    pub fn change(&mut self, request: &Request) -> Result<(), NetlinkError> {
+        self.send(request)?;
+        let received = self.receive()?;
+        for message in messages(&self.buffer[..received]) {
+            let message = message?;
+            if message.sequence == self.sequence && message.kind == libc::NLMSG_ERROR {
+                return message.result();
+            }
+        }
+        Err(NetlinkError::Garbled("no acknowledgement"))
+    }
+
+    /// Asks for a list and folds the attributes of each of its messages into `T`.
+    ///
+    /// A list during which rules changed is asked for again, from `T`'s default on.
+    pub fn dump<T: Default>(
+        &mut self,
+        request: &Request,
+        mut each: impl FnMut(&mut T, Attributes<'_>) -> Result<(), NetlinkError>,
+    ) -> Result<T, NetlinkError> {
+        for _ in 0..ATTEMPTS {
+            let mut sum = T::default();
+            match self.dump_once(request, |attributes| each(&mut sum, attributes)) {
+                Ok(true) => return Ok(sum),
+                Ok(false) => {}
+                // The kernel says this of a set that it rebuilt during the dump.
+                Err(error) if matches!(error.errno(), Some(libc::EINTR | libc::EAGAIN)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(NetlinkError::Interrupted)
+    }
+
+    /// Is the list consistent?
+    fn dump_once(
+        &mut self,
+        request: &Request,
+        mut each: impl FnMut(Attributes<'_>) -> Result<(), NetlinkError>,
+    ) -> Result<bool, NetlinkError> {
+        self.send(request)?;
+        // The end of a list must be read even if something is wrong with it: the kernel starts no
+        // other one on this socket before.
+        let mut consistent = true;
+        let mut result = Ok(());
+        loop {
+            let received = self.receive()?;
+            for message in messages(&self.buffer[..received]) {
+                let message = message?;
+                if message.sequence != self.sequence {
+                    continue;
+                }
+                consistent &= message.flags & NLM_F_DUMP_INTR == 0;
+                match message.kind {
+                    libc::NLMSG_NOOP => {}
+                    libc::NLMSG_ERROR => return message.result().map(|()| consistent),
+                    libc::NLMSG_DONE => {
+                        message.result()?;
+                        return result.map(|()| consistent);
+                    }
+                    libc::NLMSG_OVERRUN => return Err(NetlinkError::Garbled("data were lost")),
+                    _ => {
+                        if result.is_ok() {
+                            result = message.attributes().and_then(&mut each);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, request: &Request) -> Result<(), NetlinkError> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let message = request.message(self.sequence)?;
+        send(self.fd.as_raw_fd(), &message, MsgFlags::empty())?;
+        Ok(())
+    }
+
+    /// Fills the buffer and says how far.
+    fn receive(&mut self) -> Result<usize, NetlinkError> {
+        let received = loop {
+            // With MSG_TRUNC the kernel tells the true length, even of what did not fit.
+            match recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_TRUNC) {
+                Err(Errno::EINTR) => {}
+                received => break received?,
+            }
+        };
+        match received {
+            0 => Err(NetlinkError::Garbled("nothing")),
+            received if received > self.buffer.len() => {
+                Err(NetlinkError::Garbled("it is longer than the buffer"))
+            }
+            received => Ok(received),
+        }
+    }
+}
+
+/// One message of an answer.
+#[derive(Debug)]
+struct Message<'a> {
+    kind: i32,
+    flags: u16,
+    sequence: u32,
+    payload: &'a [u8],
+}
+
+impl<'a> Message<'a> {
+    /// What `NLMSG_ERROR` and `NLMSG_DONE` say: a negative errno, or 0.
+    fn result(&self) -> Result<(), NetlinkError> {
+        match self.payload.first_chunk() {
+            None => Err(NetlinkError::Garbled("a result without a number")),
+            Some(code) => match i32::from_ne_bytes(*code) {
+                0 => Ok(()),
+                code @ i32::MIN..0 => Err(NetlinkError::Refused(io::Error::from_raw_os_error(
+                    code.wrapping_neg(),
+                ))),
+                _ => Err(NetlinkError::Garbled("a positive errno")),
+            },
+        }
+    }
+
+    /// The attributes behind `nfgenmsg`.
+    fn attributes(&self) -> Result<Attributes<'a>, NetlinkError> {
+        self.payload
+            .get(GENERIC..)
+            .map(Attributes)
+            .ok_or(NetlinkError::Garbled("a message without nfgenmsg"))
+    }
+}
+
+/// The messages of what one `recv` gave.
+fn messages(mut rest: &[u8]) -> impl Iterator<Item = Result<Message<'_>, NetlinkError>> {
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let read = |rest: &[u8]| {
+            let length = u32::from_ne_bytes(*rest.first_chunk()?);
+            let length = usize::try_from(length).ok()?;
+            (length >= HEADER && length <= rest.len()).then_some(length)
+        };
+        let Some(length) = read(rest) else {
+            rest = &[];
+            return Some(Err(NetlinkError::Garbled("a message of a wrong length")));
+        };
+        let message = &rest[..length];
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(Ok(Message {
+            kind: i32::from(u16::from_ne_bytes([message[4], message[5]])),
+            flags: u16::from_ne_bytes([message[6], message[7]]),
+            sequence: u32::from_ne_bytes([message[8], message[9], message[10], message[11]]),
+            payload: &message[HEADER..],
+        }))
+    })
+}
+
+/// Length of `nlattr`.
+const HEADER_OF_ATTRIBUTE: usize = 4;
+
+/// Attributes one after the other; each is its type and its value.
+#[derive(Clone, Debug)]
+pub struct Attributes<'a>(&'a [u8]);
+
+impl<'a> Attributes<'a> {
+    /// The attributes inside an attribute.
+    pub fn nested(value: &'a [u8]) -> Self {
+        Self(value)
+    }
+
+    /// The value of the first attribute of this type.
+    pub fn find(self, wanted: u16) -> Result<Option<&'a [u8]>, NetlinkError> {
+        for attribute in self {
+            let (kind, value) = attribute?;
+            if kind == wanted {
+                return Ok(Some(value));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The number, in network byte order, of the first attribute of this type.
+    pub fn find_be32(self, wanted: u16) -> Result<Option<u32>, NetlinkError> {
+        match self.find(wanted)? {
+            None => Ok(None),
+            Some(value) => match <[u8; 4]>::try_from(value) {
+                Ok(value) => Ok(Some(u32::from_be_bytes(value))),
+                Err(_) => Err(NetlinkError::Garbled("a number that has not 4 bytes")),
+            },
+        }
+    }
+}
+
+impl<'a> Iterator for Attributes<'a> {
+    type Item = Result<(u16, &'a [u8]), NetlinkError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let header = self.0.first_chunk().map(|&[a, b, c, d]| {
+            (
+                usize::from(u16::from_ne_bytes([a, b])),
+                u16::from_ne_bytes([c, d]),
+            )
+        });
+        match header {
+            Some((length, kind)) if length >= HEADER_OF_ATTRIBUTE && length <= self.0.len() => {
+                let value = &self.0[HEADER_OF_ATTRIBUTE..length];
+                self.0 = self.0.get(length.next_multiple_of(4)..).unwrap_or_default();
+                Some(Ok((kind & TYPE_MASK, value)))
+            }
+            _ => {
+                self.0 = &[];
+                Some(Err(NetlinkError::Garbled("an attribute of a wrong length")))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_what_the_kernel_parses() {
+        let request = Request::new(7, 0, NLM_F_ACK, 2)
+            .string(1, "ab")
+            .expect("short");
+        let message = request.message(5).expect("short");
+        assert_eq!(message.len(), 28);
+        assert_eq!(message[0..4], 28_u32.to_ne_bytes());
+        assert_eq!(message[4..6], 0x0700_u16.to_ne_bytes());
+        assert_eq!(message[6..8], 5_u16.to_ne_bytes());
+        assert_eq!(message[8..12], 5_u32.to_ne_bytes());
+        assert_eq!(message[16..20], [2, 0, 0, 0]);
+        assert_eq!(message[20..22], 7_u16.to_ne_bytes());
+        assert_eq!(&message[24..28], b"ab\0\0");
+        assert!(request.string(1, &"x".repeat(1 << 16)).is_err());
+    }
+
+    /// A message as the kernel sends it.
+    fn message(kind: i32, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(HEADER + payload.len()).expect("short");
+        let kind = u16::try_from(kind).expect("a kind");
+        let mut bytes = length.to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend([0; 10]);
+        bytes.extend(payload);
+        bytes
+    }
+
+    #[test]
+    fn results_are_read() {
+        let result = |payload: &[u8]| {
+            let bytes = message(libc::NLMSG_ERROR, payload);
+            let read = messages(&bytes).next().expect("one").expect("whole");
+            read.result()
+        };
+        assert!(result(&0_i32.to_ne_bytes()).is_ok());
+        let refused = result(&(-16_i32).to_ne_bytes()).expect_err("EBUSY");
+        assert_eq!(refused.errno(), Some(16));
+        assert!(matches!(result(&[0, 0]), Err(NetlinkError::Garbled(_))));
+        assert!(matches!(
+            result(&2_i32.to_ne_bytes()),
+            Err(NetlinkError::Garbled(_))
+        ));
+    }
+
+    #[test]
+    fn short_and_garbled_messages_are_errors() {
+        let mut bytes = message(libc::NLMSG_NOOP, &[1, 2, 3, 4]);
+        bytes.extend(message(libc::NLMSG_DONE, &[0; 4]));
+        assert_eq!(messages(&bytes).flatten().count(), 2);
+        let last = |bytes: &[u8]| messages(bytes).last().expect("one").is_err();
+        assert!(last(&bytes[..bytes.len() - 1]), "cut off in the payload");
+        assert!(last(&bytes[..22]), "cut off in a header");
+        assert!(last(&[0; 16]), "a length of 0 must not go on forever");
+    }
+
+    #[test]
+    fn attributes_are_read() {
+        // A string of 2 bytes with its padding, and a nested number in network byte order.
+        let bytes: Vec<u8> = [
+            &6_u16.to_ne_bytes()[..],
+            &1_u16.to_ne_bytes(),
+            b"ab\0\0",
+            &8_u16.to_ne_bytes(),
+            &0x8002_u16.to_ne_bytes(),
+            &[0, 0, 1, 2],
+        ]
+        .concat();
+        let attributes = Attributes::nested(&bytes);
+        assert_eq!(attributes.clone().find(1).expect("whole"), Some(&b"ab"[..]));
+        assert_eq!(attributes.clone().find_be32(2).expect("whole"), Some(258));
+        assert_eq!(attributes.clone().find(3).expect("whole"), None);
+        assert!(attributes.find_be32(1).is_err(), "not a number");
+        for length in [1, 3, 5, 13, 15] {
+            assert!(
+                Attributes::nested(&bytes[..length]).any(|a| a.is_err()),
+                "cut off at {length}"
+            );
+        }
+        assert_eq!(Attributes::nested(&[0; 8]).count(), 1, "a length of 0");
+    }
+}

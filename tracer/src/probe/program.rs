@@ -1,0 +1,404 @@
+//! Loading and attaching programs: one parse and one relocation, then one load for each set of
+//! constants.
+//!
+//! Netfilter programs (`BPF_PROG_TYPE_NETFILTER`, kernel 6.4 and later) are unknown to aya, and
+//! aya's own loader would read all of the kernel's BTF twice for three tracepoints (a third of the
+//! time that attaching takes). So the object's maps are made through aya, as aya's maps, and this
+//! room relocates the functions against them once: [`Programs::load`] patches the constants into
+//! `.rodata` maps of the program's own and calls `BPF_PROG_LOAD`. A link ends with its file
+//! descriptor, so nothing outlives this process.
+//!
+//! # Safety
+//!
+//! `unsafe` here is the `bpf(2)` system call alone. Each call gets a zeroed `union bpf_attr` of
+//! which only the fields of that command are set, and every pointer in it (instructions, licence,
+//! log, key, value) is to memory that lives until the call returns.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use aya::maps::{Map, MapData};
+use aya_obj::generated::{
+    BPF_PSEUDO_MAP_VALUE, bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_prog_type,
+};
+use aya_obj::{EbpfSectionKind, Object};
+
+/// Why a program could not be loaded or attached.
+#[derive(Debug, thiserror::Error)]
+pub enum ProgramError {
+    /// The object is not what was expected.
+    #[error("the eBPF object is damaged: {0}")]
+    Object(String),
+    /// The kernel refused the program.
+    #[error("the kernel refused the {kind} program {name}: {source}{}", verifier_note(.log))]
+    Load {
+        /// `netfilter` or `tracepoint`.
+        kind: &'static str,
+        /// Its function.
+        name: String,
+        /// What `BPF_PROG_LOAD` answered.
+        source: io::Error,
+        /// The verifier's last words.
+        log: String,
+    },
+    /// A map operation failed.
+    #[error("the kernel refused a map of constants: {0}")]
+    Constants(#[source] io::Error),
+    /// A map could not be made.
+    #[error("the kernel refused the map {name}: {source}")]
+    Map {
+        /// The map's name.
+        name: String,
+        /// What aya says.
+        source: aya::maps::MapError,
+    },
+    /// The kernel refused the tracepoint.
+    #[error("cannot attach to tracepoint {name}: {source}")]
+    Tracepoint {
+        /// The tracepoint's name.
+        name: String,
+        /// What `BPF_RAW_TRACEPOINT_OPEN` answered.
+        source: io::Error,
+    },
+    /// The kernel refused the link.
+    #[error("cannot attach to netfilter hook {hook} at priority {priority}: {source}")]
+    Attach {
+        /// Number of the hook.
+        hook: u32,
+        /// The priority asked for.
+        priority: i32,
+        /// What `BPF_LINK_CREATE` answered.
+        source: io::Error,
+    },
+}
+
+fn verifier_note(log: &str) -> String {
+    if log.is_empty() {
+        return String::new();
+    }
+    let tail: Vec<&str> = log.lines().rev().take(3).collect();
+    let tail: Vec<&str> = tail.into_iter().rev().collect();
+    format!("; the verifier says: {}", tail.join(" | "))
+}
+
+/// What a program is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Kind {
+    /// `BPF_PROG_TYPE_NETFILTER`.
+    Netfilter,
+    /// `tp_btf`: the id of the tracepoint's `btf_trace_` type in vmlinux.
+    Tracepoint(u32),
+}
+
+/// A loaded program.
+#[derive(Debug)]
+pub(super) struct Program {
+    name: &'static str,
+    fd: OwnedFd,
+}
+
+/// An attached program; dropping it detaches.
+#[derive(Debug)]
+pub(super) struct Link {
+    _fd: OwnedFd,
+}
+
+/// Where a link goes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    /// `NFPROTO_IPV4` or `NFPROTO_IPV6`.
+    pub(super) family: u8,
+    /// Number of the hook.
+    pub(super) hook: u32,
+    /// Priority within the hook.
+    pub(super) priority: i32,
+}
+
+/// The constants of a program, by name: native byte order.
+pub(super) type Constants = HashMap<&'static str, Vec<u8>>;
+
+/// The object's maps, made, and its functions, relocated.
+#[derive(Debug)]
+pub(super) struct Programs {
+    object: Object,
+    maps: BTreeMap<String, Map>,
+    /// The maps of constants, and the descriptors that stand for them in the functions.
+    stand_ins: Vec<(String, MapData)>,
+}
+
+impl Programs {
+    /// Parses the object, makes its maps and relocates its functions; `rooms` sets the maximum
+    /// number of entries of some maps.
+    pub(super) fn new(object: &[u8], rooms: &[(&str, u32)]) -> Result<Self, ProgramError> {
+        let mut object = Object::parse(object).map_err(|e| damaged(&e))?;
+        let text_sections = object
+            .functions
+            .keys()
+            .map(|(section, _)| *section)
+            .collect();
+        let mut maps = BTreeMap::new();
+        let mut stand_ins = Vec::new();
+        let mut fds = Vec::new();
+        for (name, map) in &object.maps {
+            let mut map = map.clone();
+            let data = if map.section_kind() == EbpfSectionKind::Rodata {
+                let data = frozen(name, &map)?;
+                let fd = data.fd().as_fd().as_raw_fd();
+                stand_ins.push((name.clone(), data));
+                fd
+            } else {
+                if let Some((_, room)) = rooms.iter().find(|(room, _)| room == name) {
+                    map.set_max_entries(*room);
+                }
+                let made = MapData::create(map.clone(), name, None)
+                    .and_then(|data| {
+                        let fd = data.fd().as_fd().as_raw_fd();
+                        Ok((fd, Map::from_map_data(data)?))
+                    })
+                    .map_err(|source| ProgramError::Map {
+                        name: name.clone(),
+                        source,
+                    })?;
+                maps.insert(name.clone(), made.1);
+                made.0
+            };
+            fds.push((name.clone(), data, map));
+        }
+        object
+            .relocate_maps(
+                fds.iter().map(|(name, fd, map)| (name.as_str(), *fd, map)),
+                &text_sections,
+            )
+            .map_err(|e| damaged(&e))?;
+        object
+            .relocate_calls(&text_sections)
+            .map_err(|e| damaged(&e))?;
+        Ok(Self {
+            object,
+            maps,
+            stand_ins,
+        })
+    }
+
+    /// One of the object's maps.
+    pub(super) fn map(&self, name: &str) -> Option<&Map> {
+        self.maps.get(name)
+    }
+
+    /// One of the object's maps, to write to.
+    pub(super) fn map_mut(&mut self, name: &str) -> Option<&mut Map> {
+        self.maps.get_mut(name)
+    }
+
+    /// Loads a function with these constants.
+    pub(super) fn load(
+        &mut self,
+        function: &'static str,
+        kind: Kind,
+        constants: &Constants,
+    ) -> Result<Program, ProgramError> {
+        self.object
+            .patch_map_data(
+                constants
+                    .iter()
+                    .map(|(name, bytes)| (*name, (bytes.as_slice(), true)))
+                    .collect(),
+            )
+            .map_err(|e| damaged(&e))?;
+        let mut code = self
+            .object
+            .programs
+            .get(function)
+            .and_then(|program| self.object.functions.get(&program.function_key()))
+            .ok_or_else(|| ProgramError::Object(format!("no function {function}")))?
+            .instructions
+            .clone();
+        // The program holds its maps: these descriptors may end with this function.
+        let mut made = Vec::new();
+        for (name, stand_in) in &self.stand_ins {
+            let map = self
+                .object
+                .maps
+                .get(name)
+                .ok_or_else(|| ProgramError::Object(format!("no map {name}")))?;
+            let map = frozen(name, map)?;
+            replace_fd(
+                &mut code,
+                stand_in.fd().as_fd().as_raw_fd(),
+                map.fd().as_fd().as_raw_fd(),
+            );
+            made.push(map);
+        }
+        program_load(function, kind, &code, &self.object.license)
+    }
+}
+
+/// Exchanges the map behind every address of a map's value.
+fn replace_fd(code: &mut [bpf_insn], from: RawFd, to: RawFd) {
+    const LOAD_64: u8 = 0x18; // BPF_LD | BPF_IMM | BPF_DW
+    for instruction in code {
+        if instruction.code == LOAD_64
+            && u32::from(instruction.src_reg()) == BPF_PSEUDO_MAP_VALUE
+            && instruction.imm == from
+        {
+            instruction.imm = to;
+        }
+    }
+}
+
+fn damaged(error: &dyn std::fmt::Display) -> ProgramError {
+    ProgramError::Object(error.to_string())
+}
+
+/// Makes a map of constants, fills it and freezes it: the verifier then knows the values.
+fn frozen(name: &str, map: &aya_obj::Map) -> Result<MapData, ProgramError> {
+    let mut data = map.data().to_vec();
+    let map = MapData::create(map.clone(), name, None)
+        .map_err(|e| ProgramError::Object(e.to_string()))?;
+    let fd = map.fd().as_fd().as_raw_fd().unsigned_abs();
+    let key = 0_u32;
+    let mut attr = zeroed();
+    attr.__bindgen_anon_2.map_fd = fd;
+    attr.__bindgen_anon_2.key = (&raw const key) as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = data.as_mut_ptr() as u64;
+    bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).map_err(ProgramError::Constants)?;
+    let mut attr = zeroed();
+    attr.__bindgen_anon_2.map_fd = fd;
+    bpf(bpf_cmd::BPF_MAP_FREEZE, &mut attr).map_err(ProgramError::Constants)?;
+    Ok(map)
+}
+
+fn program_load(
+    name: &'static str,
+    kind: Kind,
+    code: &[bpf_insn],
+    license: &CString,
+) -> Result<Program, ProgramError> {
+    let (program_type, attach_type, attach_btf_id, word) = match kind {
+        Kind::Netfilter => (
+            bpf_prog_type::BPF_PROG_TYPE_NETFILTER,
+            bpf_attach_type::BPF_NETFILTER,
+            0,
+            "netfilter",
+        ),
+        Kind::Tracepoint(id) => (
+            bpf_prog_type::BPF_PROG_TYPE_TRACING,
+            bpf_attach_type::BPF_TRACE_RAW_TP,
+            id,
+            "tracepoint",
+        ),
+    };
+    let mut attr = zeroed();
+    // SAFETY: writing to a union's field; all fields are plain integers and arrays.
+    let load = unsafe { &mut attr.__bindgen_anon_3 };
+    load.prog_type = program_type as u32;
+    load.expected_attach_type = attach_type as u32;
+    load.attach_btf_id = attach_btf_id;
+    load.insns = code.as_ptr() as u64;
+    load.insn_cnt = u32::try_from(code.len())
+        .map_err(|_| ProgramError::Object("program too long".to_owned()))?;
+    load.license = license.as_ptr() as u64;
+    for (to, from) in load.prog_name.iter_mut().zip(name.bytes().take(15)) {
+        *to = from.cast_signed();
+    }
+    match bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr) {
+        Ok(fd) => Ok(Program {
+            name,
+            fd: fd_of(fd),
+        }),
+        Err(source) => {
+            // Again, for the verifier's reasons.
+            let mut log = vec![0_u8; 1 << 20];
+            // SAFETY: as above.
+            let load = unsafe { &mut attr.__bindgen_anon_3 };
+            load.log_level = 1;
+            load.log_buf = log.as_mut_ptr() as u64;
+            load.log_size = 1 << 20;
+            if let Ok(fd) = bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr) {
+                // It went in after all: the first refusal was a passing one.
+                return Ok(Program {
+                    name,
+                    fd: fd_of(fd),
+                });
+            }
+            let end = log.iter().position(|b| *b == 0).unwrap_or(log.len());
+            Err(ProgramError::Load {
+                kind: word,
+                name: name.to_owned(),
+                source,
+                log: String::from_utf8_lossy(&log[..end]).trim().to_owned(),
+            })
+        }
+    }
+}
+
+/// Attaches a tracepoint program to the tracepoint it was loaded for.
+pub(super) fn attach_tracepoint(program: &Program) -> Result<Link, ProgramError> {
+    let mut attr = zeroed();
+    // A null name means the tracepoint that the program was loaded for.
+    attr.raw_tracepoint.prog_fd = program.fd.as_raw_fd().unsigned_abs();
+    match bpf(bpf_cmd::BPF_RAW_TRACEPOINT_OPEN, &mut attr) {
+        Ok(fd) => Ok(Link { _fd: fd_of(fd) }),
+        Err(source) => Err(ProgramError::Tracepoint {
+            name: program.name.to_owned(),
+            source,
+        }),
+    }
+}
+
+/// Attaches a netfilter program to the network namespace that the calling thread is in.
+pub(super) fn attach_netfilter(program: &Program, place: Place) -> Result<Link, ProgramError> {
+    let mut attr = zeroed();
+    // SAFETY: writing to a union's field; all fields are plain integers.
+    unsafe {
+        let link = &mut attr.link_create;
+        link.__bindgen_anon_1.prog_fd = program.fd.as_raw_fd().unsigned_abs();
+        link.attach_type = bpf_attach_type::BPF_NETFILTER as u32;
+        link.__bindgen_anon_3.netfilter.pf = u32::from(place.family);
+        link.__bindgen_anon_3.netfilter.hooknum = place.hook;
+        link.__bindgen_anon_3.netfilter.priority = place.priority;
+    }
+    match bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr) {
+        Ok(fd) => Ok(Link { _fd: fd_of(fd) }),
+        Err(source) => Err(ProgramError::Attach {
+            hook: place.hook,
+            priority: place.priority,
+            source,
+        }),
+    }
+}
+
+impl ProgramError {
+    /// Is another hook at exactly this priority?
+    pub(super) fn is_occupied(&self) -> bool {
+        matches!(self, Self::Attach { source, .. } if source.raw_os_error() == Some(libc::EBUSY))
+    }
+}
+
+fn zeroed() -> bpf_attr {
+    // SAFETY: every field of the union is an integer or an array of integers.
+    unsafe { std::mem::zeroed() }
+}
+
+fn fd_of(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just made this descriptor for us and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<RawFd> {
+    // SAFETY: attr is a whole, initialised union; see the room's invariant for what it points to.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command as libc::c_long,
+            std::ptr::from_mut(attr),
+            size_of::<bpf_attr>(),
+        )
+    };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    RawFd::try_from(answer).map_err(io::Error::other)
+}
