@@ -572,8 +572,8 @@ unsafe fn count(slot: *const Slot, stage: u8, value: u64) {
         if path >= Path::COUNT || state >= state::COUNT || stage as usize >= STAGES {
             return;
         }
-        let index = histogram_index(path, state, stage as usize);
-        if let Some(histogram) = TIMES.get_ptr_mut(index as u32) {
+        let index = histogram_index(path as u32, state as u32, u32::from(stage));
+        if let Some(histogram) = TIMES.get_ptr_mut(index) {
             (*histogram).sum += value;
             let cell = cell_of(value);
             if cell < CELLS {

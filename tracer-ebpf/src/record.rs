@@ -15,6 +15,8 @@ pub mod state {
     pub const UNTRACKED: u8 = 3;
     /// How many there are.
     pub const COUNT: usize = 4;
+    /// Each of them.
+    pub const ALL: [u8; COUNT] = [NEW, ESTABLISHED, REPLY, UNTRACKED];
     /// Not known yet: conntrack has not seen the packet.
     pub const UNKNOWN: u8 = 0xff;
 }
@@ -34,9 +36,13 @@ pub const HISTOGRAMS: usize = Path::COUNT * state::COUNT * STAGES;
 
 /// Where the histogram of a path, state and stage lies in the map.
 #[inline(always)]
-#[allow(clippy::inline_always, reason = "the kernel programs must not call it")]
-pub const fn histogram_index(path: usize, state: usize, stage: usize) -> usize {
-    (path * state::COUNT + state) * STAGES + stage
+#[allow(
+    clippy::inline_always,
+    clippy::cast_possible_truncation,
+    reason = "the kernel programs must not call it; both factors are small constants"
+)]
+pub const fn histogram_index(path: u32, state: u32, stage: u32) -> u32 {
+    (path * state::COUNT as u32 + state) * STAGES as u32 + stage
 }
 
 /// What a boundary does besides ending one stage and beginning the next.

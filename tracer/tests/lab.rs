@@ -194,7 +194,7 @@ fn it_is_built_and_vanishes() {
     let inodes: BTreeSet<u64> = [lab.node(), lab.external(), lab.node2(), lab.client_pod()]
         .into_iter()
         .chain(lab.server_pods())
-        .map(|netns| netns.inode().expect("an inode"))
+        .map(|netns| netns.number().expect("a number"))
         .collect();
     assert_eq!(inodes.len(), 8);
     let node_links = lab

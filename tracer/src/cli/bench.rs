@@ -60,9 +60,8 @@ enum Command {
         output: String,
     },
     /// One job or group of jobs, on this machine, in namespaces of their own.
-    #[command(after_help = "Examples:\n  \
-        sudo svcpath bench job cell-nftables-1000 --quick -o cell-nftables-1000.json\n  \
-        sudo svcpath bench job nftables --quick -o nftables.json")]
+    #[command(after_help = "Example:\n  \
+        sudo svcpath bench job cell-nftables-1000 --quick -o cell-nftables-1000.json")]
     Job {
         /// As `plan` names it.
         id: String,
@@ -330,33 +329,33 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
     // What the last job lacks should not be found out after hours.
     node::require(&matrix.modes)?;
     let bar = progress_bar(groups.iter().map(Group::weight).sum());
-    let mut files = Vec::with_capacity(groups.len());
+    let mut parts = Vec::with_capacity(groups.len());
     let mut done = 0.0;
     for group in &groups {
         let weight = group.weight();
-        let parts = execute(group, matrix, &|share, what| {
+        let made = execute(group, matrix, &|share, what| {
             bar.set_position(((done + share * weight) * 1000.0) as u64);
             bar.set_message(what.to_owned());
         });
-        let parts = match parts {
-            Ok(parts) => parts,
+        let made = match made {
+            Ok(made) => made,
             Err(error) => {
                 bar.finish_and_clear();
                 return Err(if error.is::<exit::Interrupted>() {
                     error
                 } else {
-                    error.context(format!("job {}", group.id))
+                    error.context(group.title.clone())
                 });
             }
         };
         files.push(PartFile {
             clock: Clock::Wall,
-            parts,
+            parts: made,
         });
         done += weight;
         if bar.is_hidden() {
-            let seconds = started.elapsed().as_secs_f64();
-            say(&format!("{} done, {seconds:.0} s so far", group.title));
+            let (title, seconds) = (&group.title, started.elapsed().as_secs_f64());
+            say(&format!("{title} done, {seconds:.0} s so far"));
         }
     }
     bar.finish_and_clear();

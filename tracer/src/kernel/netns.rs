@@ -80,9 +80,9 @@ impl Netns {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
     }
 
-    /// The namespace's inode number: `net->ns.inum` in the kernel.
-    pub fn inode(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.ino())
+    /// The namespace's number: `net->ns.inum` in the kernel, 32 bits wide (`struct ns_common`).
+    pub fn number(&self) -> io::Result<u32> {
+        u32::try_from(self.file.metadata()?.ino()).map_err(io::Error::other)
     }
 
     /// Moves this thread into the namespace until the guard is dropped.

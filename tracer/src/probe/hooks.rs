@@ -12,7 +12,7 @@ use tracer_ebpf::histogram::{CELLS, bounds_of};
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{
     Cells, IPV4, IPV6, Key4, Key6, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE, Record, Stats,
-    Table, histogram_index,
+    Table, histogram_index, state,
 };
 
 use super::catalogue::{self, ALL};
@@ -84,7 +84,7 @@ impl Watch {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placed {
     /// The boundary's id.
-    pub boundary: usize,
+    pub boundary: u8,
     /// [`IPV4`] or [`IPV6`].
     pub family: u8,
     /// The priority it got.
@@ -141,8 +141,7 @@ impl HooksTier {
             .into_iter()
             .map(|(name, value)| (name, value.to_ne_bytes().to_vec()))
             .collect();
-        // Namespace numbers are 32 bits in the kernel (struct ns_common).
-        let netns = node.inode().map_err(ProbeError::Inode)? as u32;
+        let netns = node.number().map_err(ProbeError::Inode)?;
         constants.insert("NETNS", netns.to_ne_bytes().to_vec());
         constants.extend(pod_constants(&watch.pod_cidrs));
         constants.insert(aya_log::LEVEL, vec![log::level()]);
@@ -159,7 +158,7 @@ impl HooksTier {
         let mut placed = Vec::with_capacity(2 * ALL.len());
         let _inside = node.enter()?;
         for family in watch.families() {
-            for id in 0..ALL.len() {
+            for (id, _) in (0..).zip(ALL) {
                 let (link, priority) = attach_boundary(&mut programs, id, family, &constants)?;
                 links.push(link);
                 placed.push(Placed {
@@ -221,11 +220,12 @@ impl HooksTier {
     pub fn times(&self) -> Result<Vec<Times>, ProbeError> {
         let map: PerCpuArray<_, Plain<Cells>> = self.map("TIMES")?;
         let mut all = Vec::new();
-        for path in Path::ALL {
-            for state in 0..tracer_ebpf::record::state::COUNT as u8 {
+        // A path's index is its position in ALL.
+        for (number, path) in (0..).zip(Path::ALL) {
+            for state in state::ALL {
                 for stage in catalogue::stages() {
-                    let index = histogram_index(path.index(), state.into(), stage.into());
-                    let cpus = map.get(&(index as u32), 0).map_err(map_error("TIMES"))?;
+                    let index = histogram_index(number, state.into(), stage.into());
+                    let cpus = map.get(&index, 0).map_err(map_error("TIMES"))?;
                     let mut sum = 0;
                     let mut cells = vec![0_u64; CELLS];
                     for cpu in cpus.iter() {
@@ -404,16 +404,16 @@ const TRIES: i32 = 8;
 /// Loads and attaches one boundary, moving up from its wish while the place is taken.
 fn attach_boundary(
     programs: &mut Programs,
-    id: usize,
+    id: u8,
     family: u8,
     constants: &Constants,
 ) -> Result<(Link, i32), ProbeError> {
-    let boundary = &ALL[id];
+    let boundary = &ALL[usize::from(id)];
     let mut constants = constants.clone();
     let mut set = |name, value: u32| constants.insert(name, value.to_ne_bytes().to_vec());
-    set("BOUNDARY", id as u32);
-    set("PREVIOUS", id.wrapping_sub(1) as u32);
-    set("ROLE", catalogue::role_of(id));
+    set("BOUNDARY", id.into());
+    set("PREVIOUS", id.wrapping_sub(1).into());
+    set("ROLE", catalogue::role_of(id.into()));
     set("HOOK", boundary.hook);
     set("FAMILY", family.into());
     let program = programs.load("boundary", Kind::Netfilter, &constants)?;

@@ -21,18 +21,18 @@ pub enum AssembleError {
 pub fn assemble(matrix: &Matrix, parts: &Path) -> Result<Measurements, AssembleError> {
     let files: Result<Vec<PartFile>, PartError> = matrix
         .groups()
-        .iter()
+        .into_iter()
         .map(|group| PartFile::read(&parts.join(format!("{}.json", group.id))))
         .collect();
     join(matrix, files?)
 }
 
 /// Joins the parts of a matrix's groups, in the groups' order.
-pub fn join(matrix: &Matrix, parts: Vec<PartFile>) -> Result<Measurements, AssembleError> {
+pub fn join(matrix: &Matrix, files: Vec<PartFile>) -> Result<Measurements, AssembleError> {
     let mut clock = None;
     let mut cells = Vec::new();
     let mut faults = Vec::new();
-    for (group, file) in matrix.groups().into_iter().zip(parts) {
+    for (group, file) in matrix.groups().into_iter().zip(files) {
         if *clock.get_or_insert(file.clock) != file.clock {
             return Err(AssembleError::Clocks(group.id));
         }

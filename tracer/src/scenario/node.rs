@@ -1,12 +1,12 @@
 //! A node under measurement: laboratory, servers, rules, probes, and what they saw.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use serde::Serialize;
 use tracer_ebpf::path::{Path, Target};
 
-use crate::cluster::{Cluster, Family, Protocol};
+use crate::cluster::{Cluster, Family};
 use crate::kernel::apply::{self, ApplyError};
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::clock::monotonic_ns;
@@ -342,13 +342,6 @@ pub fn examine() -> Vec<Check> {
     let probes = crate::kernel::netns::Netns::create("doctor")
         .map_err(|e| e.to_string())
         .and_then(|node| {
-            // One address of each family, so that both families' boundaries are tried.
-            let targets = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
-                .map(|ip| (SocketAddr::new(ip, 1), Protocol::Tcp.number(), Target::Pod));
-            let watch = Watch {
-                targets: targets.to_vec(),
-                ..Watch::default()
-            };
             HooksTier::attach(&node, &watch)
                 .map(|tier| tier.links())
                 .map_err(|e| e.to_string())
