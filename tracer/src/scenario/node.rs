@@ -339,6 +339,16 @@ pub struct Check {
 /// What this kernel can do, found out by trying in a namespace of our own.
 pub fn examine() -> Vec<Check> {
     let btf = Btf::vmlinux();
+    // One target a family: boundaries are attached only in families that have something to watch.
+    let watch = Watch {
+        targets: [
+            IpAddr::from(Ipv4Addr::LOCALHOST),
+            IpAddr::from(Ipv6Addr::LOCALHOST),
+        ]
+        .map(|address| (SocketAddr::new(address, 80), 6, Target::ClusterIp))
+        .into(),
+        ..Watch::default()
+    };
     let probes = crate::kernel::netns::Netns::create("doctor")
         .map_err(|e| e.to_string())
         .and_then(|node| {
