@@ -60,8 +60,9 @@ enum Command {
         output: String,
     },
     /// One job or group of jobs, on this machine, in namespaces of their own.
-    #[command(after_help = "Example:\n  \
-        sudo svcpath bench job cell-nftables-1000 --quick -o cell-nftables-1000.json")]
+    #[command(after_help = "Examples:\n  \
+        sudo svcpath bench job cell-nftables-1000 --quick -o cell-nftables-1000.json\n  \
+        sudo svcpath bench job nftables --quick -o nftables.json")]
     Job {
         /// As `plan` names it.
         id: String,
@@ -334,7 +335,7 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
     for group in &groups {
         let weight = group.weight();
         let made = execute(group, matrix, &|share, what| {
-            bar.set_position(((done + share * weight) * 1000.0) as u64);
+            bar.set_position(bar_units(done + share * weight));
             bar.set_message(what.to_owned());
         });
         let made = match made {
@@ -399,8 +400,18 @@ pub(crate) fn terminal_table(run: &Run, colour: bool) -> String {
     report::terminal::render(run, columns.unwrap_or(110), colour)
 }
 
+/// The bar counts in whole numbers.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "weights are small and positive"
+)]
+fn bar_units(weight: f64) -> u64 {
+    (weight * 1000.0) as u64
+}
+
 fn progress_bar(weight: f64) -> ProgressBar {
-    let bar = ProgressBar::new((weight * 1000.0) as u64);
+    let bar = ProgressBar::new(bar_units(weight));
     let style = ProgressStyle::with_template("[{bar:26}]  {msg} · {eta} left")
         .map(|style| style.progress_chars("#>-"));
     if let Ok(style) = style {
