@@ -191,7 +191,7 @@ fn it_is_built_and_vanishes() {
             .collect()
     };
     assert!(outside().is_empty(), "nothing appears outside");
-    let inodes: BTreeSet<u64> = [lab.node(), lab.external(), lab.node2(), lab.client_pod()]
+    let inodes: BTreeSet<u32> = [lab.node(), lab.external(), lab.node2(), lab.client_pod()]
         .into_iter()
         .chain(lab.server_pods())
         .map(|netns| netns.number().expect("a number"))

@@ -410,16 +410,6 @@ fn bar_units(weight: f64) -> u64 {
     (weight * 1000.0) as u64
 }
 
-/// Steps of the bar for a weight.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "weights are small and positive"
-)]
-fn steps(weight: f64) -> u64 {
-    (weight * 1000.0) as u64
-}
-
 fn progress_bar(weight: f64) -> ProgressBar {
     let bar = ProgressBar::new(bar_units(weight));
     let style = ProgressStyle::with_template("[{bar:26}]  {msg} · {eta} left")
