@@ -4,7 +4,7 @@
 //! clock: where time is an instruction count, two runs of one plan are the same run.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::task::{JoinSet, LocalSet};
-use tracer_ebpf::path::{Origin, Path};
+use tracer_ebpf::path::{Origin, Path, Target};
 
 use super::established::{Established as LongFlow, EstablishedRecord};
 use super::flow::{self, Conversation, Outcome, Times};
@@ -257,13 +257,66 @@ pub async fn prepare<'a>(
     plan: &'a TrafficPlan,
 ) -> Result<Prepared<'a>, TrafficError> {
     check(plan)?;
-    let flows =
-        schedule::flows(cluster, plan.family, &plan.streams, plan.seed).map_err(|path| {
-            TrafficError::NoTarget {
-                path,
-                family: plan.family,
-            }
-        })?;
+    let flows = planned(cluster, plan)?;
+    prepare_flows(lab, cluster, plan, flows).await
+}
+
+/// The flows of the plan's streams.
+fn planned(cluster: &Cluster, plan: &TrafficPlan) -> Result<Vec<Planned>, TrafficError> {
+    schedule::flows(cluster, plan.family, &plan.streams, plan.seed).map_err(|path| {
+        TrafficError::NoTarget {
+            path,
+            family: plan.family,
+        }
+    })
+}
+
+/// Visits every Service address that the plan will ask, `visits` times each, so that the node has
+/// met all that it will be measured with: IPVS looks up the route to an endpoint when it first
+/// sends there, which on a node in use was long ago. The result counts nowhere.
+pub async fn rehearse(
+    lab: &Lab,
+    cluster: &Cluster,
+    plan: &TrafficPlan,
+    visits: u32,
+    per_second: f64,
+) -> Result<TrafficResult, TrafficError> {
+    let mut met = BTreeSet::new();
+    let addresses: Vec<Planned> = planned(cluster, plan)?
+        .into_iter()
+        .filter(|flow| flow.path.target != Target::Pod)
+        .filter(|flow| met.insert((flow.protocol, flow.destination)))
+        .collect();
+    let rehearsal = TrafficPlan {
+        established: None,
+        later: 0,
+        streams: vec![Stream {
+            path: Path::SERVICE[0],
+            per_second,
+            flows: 1,
+            start_ns: 0,
+        }],
+        ..plan.clone()
+    };
+    check(&rehearsal)?;
+    let times = std::iter::repeat_n(addresses, visits as usize).flatten();
+    let flows = (0..)
+        .zip(times)
+        .map(|(n, flow)| Planned {
+            at_ns: schedule::due_ns(&rehearsal.streams[0], n),
+            ..flow
+        })
+        .collect();
+    let prepared = prepare_flows(lab, cluster, &rehearsal, flows).await?;
+    prepared.run(monotonic_ns() + 1_000_000).await
+}
+
+async fn prepare_flows<'a>(
+    lab: &'a Lab,
+    cluster: &'a Cluster,
+    plan: &'a TrafficPlan,
+    flows: Vec<Planned>,
+) -> Result<Prepared<'a>, TrafficError> {
     let long = plan_established(cluster, plan)?;
     let files = files_needed(plan, &flows, long.len());
     raise_file_limit(files)?;

@@ -30,10 +30,11 @@ pub(super) async fn run(
     let applied = node.apply(job.mode).await?;
     progress(0.4, "warming up");
     node.warm_up(matrix.seed).await?;
+    let plan = plan(matrix);
+    node.rehearse(&plan).await?;
     progress(0.45, "attaching probes");
     let mut watched = node.watch()?;
     progress(0.5, "traffic");
-    let plan = plan(matrix);
     let prepared = traffic::prepare(&node.lab, &node.cluster, &plan).await?;
     let origin = monotonic_ns() + LEAD_NS;
     let result = {

@@ -6,6 +6,8 @@ use std::time::Duration;
 use serde::Serialize;
 use tracer_ebpf::path::{Path, Target};
 
+use super::matrix::ENDPOINTS;
+
 use crate::cluster::{Cluster, Family};
 use crate::kernel::apply::{self, ApplyError};
 use crate::kernel::btf::{Btf, BtfError};
@@ -16,7 +18,7 @@ use crate::lab::Outcome;
 use crate::lab::plan;
 use crate::lab::sink::{SinkError, Sinks};
 use crate::lab::topology::{Lab, LabError, LabOptions};
-use crate::lab::traffic::{self, FlowRecord, TrafficError};
+use crate::lab::traffic::{self, FlowRecord, TrafficError, TrafficPlan};
 use crate::probe::hooks::{HooksTier, ProbeError, TRACEPOINTS, Times, Watch};
 use crate::record::evidence::Evidence;
 use crate::record::flows::{Seen, Sent};
@@ -160,6 +162,19 @@ impl TestNode {
         })
     }
 
+    /// Visits everything that the plan will ask, once for each endpoint.
+    pub async fn rehearse(&self, plan: &TrafficPlan) -> Result<(), NodeError> {
+        traffic::rehearse(
+            &self.lab,
+            &self.cluster,
+            plan,
+            ENDPOINTS,
+            REHEARSAL_PER_SECOND,
+        )
+        .await?;
+        Ok(())
+    }
+
     /// Sends a few flows by every path, so that routes are cached and code is warm.
     pub async fn warm_up(&self, seed: u64) -> Result<(), NodeError> {
         let paths: Vec<Path> = Path::SERVICE.into_iter().chain(Path::FLOOR).collect();
@@ -234,6 +249,9 @@ pub struct Watched {
 
 /// Flows by each path before anything is measured.
 const WARM_UP_FLOWS: u32 = 20;
+
+/// Flows a second of a rehearsal.
+const REHEARSAL_PER_SECOND: f64 = 400.0;
 
 /// From deciding on a start of the traffic to the start, ns.
 pub const LEAD_NS: u64 = 10_000_000;
