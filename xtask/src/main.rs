@@ -1,6 +1,7 @@
 //! The project's own tasks: run, test, vm, build-ebpf, bench.
 
 mod channel;
+mod cpu;
 mod ebpf;
 mod guest;
 mod initramfs;

@@ -22,6 +22,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use crate::channel::{self, Event, Job, PORT, Ready, Receiver};
+use crate::cpu;
 use crate::guest::{HOME, JOB};
 use crate::initramfs::Archive;
 use crate::interrupt::{self, Guarded};
@@ -257,6 +258,9 @@ impl Vm {
             // Ctrl-C is xtask's to handle, which then ends the VM.
             .process_group(0);
         let start = Instant::now();
+        let pinned = (self.accelerator == Accelerator::Icount)
+            .then(cpu::pin)
+            .flatten();
         let mut qemu = Guarded::spawn(&mut command, Signal::SIGKILL)?;
         let mut talk = Conversation {
             lines,
@@ -268,6 +272,7 @@ impl Vm {
         let stream = qemu.child().stdout.take().context("QEMU has no output")?;
         self.listen(stream, start, &mut talk, stop, console)?;
         let status = qemu.wait()?;
+        drop(pinned);
         if let (Some(exit), Some((ready, boot))) = (talk.exit, talk.ready) {
             ensure!(
                 self.accelerator != Accelerator::Icount || ready.clocksource.starts_with("tsc"),
