@@ -192,10 +192,11 @@ pub fn drops_equal_the_kernels_own_counter() {
             patience: std::time::Duration::from_millis(300),
             ..TrafficPlan::default()
         };
-        let origin = tracer::kernel::clock::monotonic_ns() + 10_000_000;
-        let result = traffic::run(&node.lab, &node.cluster, &plan, origin)
+        let prepared = traffic::prepare(&node.lab, &node.cluster, &plan)
             .await
-            .expect("sends");
+            .expect("prepares");
+        let origin = tracer::kernel::clock::monotonic_ns() + 10_000_000;
+        let result = prepared.run(origin).await.expect("sends");
         watched.settle().await.expect("settles");
         let counter = tool::run(
             netns,
@@ -245,10 +246,11 @@ pub fn every_service_and_endpoint_answers(mode: Mode) {
             family: Family::V4,
             ..TrafficPlan::default()
         };
-        let origin = tracer::kernel::clock::monotonic_ns() + 10_000_000;
-        let result = traffic::run(&node.lab, &node.cluster, &plan, origin)
+        let prepared = traffic::prepare(&node.lab, &node.cluster, &plan)
             .await
-            .expect("sends");
+            .expect("prepares");
+        let origin = tracer::kernel::clock::monotonic_ns() + 10_000_000;
+        let result = prepared.run(origin).await.expect("sends");
         let mut answered: BTreeMap<(usize, SocketAddr), u32> = BTreeMap::new();
         let mut reached: BTreeMap<(Path4, usize), u32> = BTreeMap::new();
         for flow in &result.flows {

@@ -1,8 +1,8 @@
 //! One CPU for one virtual machine on the virtual clock.
 //!
-//! QEMU's two threads hand the virtual clock to each other whenever the guest is idle. On two CPUs
-//! of a busy machine they were seen to do so in another order about once in ten runs, and a timer
-//! interrupt then came a few guest instructions later; on one CPU they take turns.
+//! QEMU's two threads hand the virtual clock to each other whenever the guest is idle. With both free
+//! to run on two CPUs of a machine under load, some runs came out a few instructions different in
+//! a few places; on one CPU the threads take turns, and none has been seen to differ.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
