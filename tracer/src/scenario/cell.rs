@@ -13,6 +13,7 @@ use crate::lab::traffic::{self, Stream, TrafficPlan, TrafficResult};
 use crate::record::flows::{self, Sent};
 use crate::record::run::{Cell, Histogram, PathResult};
 use crate::record::times;
+use crate::rules::Mode;
 
 /// New flows a second on each of the six paths: far below what one CPU can carry in any mode, so
 /// that stages are timed and not queues.
@@ -31,7 +32,11 @@ pub(super) async fn run(
     progress(0.4, "warming up");
     node.warm_up(matrix.seed).await?;
     let plan = plan(matrix);
-    node.rehearse(&plan).await?;
+    if job.mode == Mode::Ipvs {
+        // Only IPVS remembers a route for each endpoint of each virtual server: without this the
+        // first visits would be measured, and more of them the more Services there are.
+        node.rehearse(&plan).await?;
+    }
     progress(0.45, "attaching probes");
     let mut watched = node.watch()?;
     progress(0.5, "traffic");
