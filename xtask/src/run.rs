@@ -883,7 +883,7 @@ mod tests {
         };
         let run = Run {
             svcpath: &svcpath,
-            flags: words(&["--quick"]),
+            flags: words(&["--quick", "--place", "host"]),
             decision: &decision,
             parts,
         };
@@ -897,9 +897,9 @@ mod tests {
 case "$2" in
 plan) [ "$*" = "bench plan --quick --place host --output json" ] || exit 2
       echo '{"jobs":[{"id":"one","title":"One","weight":1},{"id":"two","title":"Two","weight":2}]}' ;;
-job)  [ "$4 $5 $6 $7" = "--quick --clock wall -o" ] || exit 2
-      echo "progress 0.5 half" >&2; echo "part of $3" > "$8" ;;
-assemble) mkdir -p "$9" && cat "$4/one.json" "$4/two.json" "$7" > "$9/run.json" ;;
+job)  [ "$4 $5 $6 $7 $8 $9" = "--quick --place host --clock wall -o" ] || exit 2
+      echo "progress 0.5 half" >&2; echo "part of $3" > "${10}" ;;
+assemble) mkdir -p "${11}" && cat "$4/one.json" "$4/two.json" "$9" > "${11}/run.json" ;;
 esac"#;
         with_stand_in(script, |run, directory| {
             let plan = run.plan().expect("a plan");
