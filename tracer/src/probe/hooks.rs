@@ -331,7 +331,7 @@ fn pod_constants(cidrs: &[(IpAddr, u8)]) -> Vec<(&'static str, Vec<u8>)> {
 }
 
 fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
-    let mut ports = vec![0_u8; PORT_BITS];
+    let mut ports = [0_u8; PORT_BITS];
     for (address, _, target) in &watch.targets {
         let port = usize::from(address.port());
         ports[port / 4] |= PORT_IS_DESTINATION << (port % 4 * 2);
@@ -339,53 +339,70 @@ fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
             ports[port / 4] |= PORT_IS_SOURCE << (port % 4 * 2);
         }
     }
-    let ports: [u8; PORT_BITS] = ports.try_into().unwrap_or([0; PORT_BITS]);
     let mut map: Array<_, Plain<[u8; PORT_BITS]>> = map_mut(programs, "PORTS")?;
     map.set(0, Plain(ports), 0).map_err(map_error("PORTS"))?;
 
-    let mut targets4: BpfHashMap<_, Plain<Key4>, u32> = map_mut(programs, "TARGETS4")?;
-    for (address, protocol, target) in &watch.targets {
-        if let IpAddr::V4(ip) = address.ip() {
-            let key = Key4 {
-                address: ip.octets(),
-                port: address.port().to_be_bytes(),
-                protocol: *protocol,
-                pad: 0,
-            };
-            targets4
-                .insert(Plain(key), *target as u32, 0)
-                .map_err(map_error("TARGETS4"))?;
-        }
-    }
-    let mut targets6: BpfHashMap<_, Plain<Key6>, u32> = map_mut(programs, "TARGETS6")?;
-    for (address, protocol, target) in &watch.targets {
-        if let IpAddr::V6(ip) = address.ip() {
-            let key = Key6 {
-                address: ip.octets(),
-                port: address.port().to_be_bytes(),
-                protocol: *protocol,
-                pad: 0,
-            };
-            targets6
-                .insert(Plain(key), *target as u32, 0)
-                .map_err(map_error("TARGETS6"))?;
-        }
-    }
-    for address in &watch.node_addresses {
-        match address {
-            IpAddr::V4(ip) => {
-                let mut nodes: BpfHashMap<_, [u8; 4], u32> = map_mut(programs, "NODES4")?;
-                nodes
-                    .insert(ip.octets(), 1, 0)
-                    .map_err(map_error("NODES4"))?;
-            }
-            IpAddr::V6(ip) => {
-                let mut nodes: BpfHashMap<_, [u8; 16], u32> = map_mut(programs, "NODES6")?;
-                nodes
-                    .insert(ip.octets(), 1, 0)
-                    .map_err(map_error("NODES6"))?;
-            }
-        }
+    let targets = || watch.targets.iter();
+    insert_all(
+        programs,
+        "TARGETS4",
+        targets().filter_map(|(address, protocol, target)| match address.ip() {
+            IpAddr::V4(ip) => Some((
+                Key4 {
+                    address: ip.octets(),
+                    port: address.port().to_be_bytes(),
+                    protocol: *protocol,
+                    pad: 0,
+                },
+                *target as u32,
+            )),
+            IpAddr::V6(_) => None,
+        }),
+    )?;
+    insert_all(
+        programs,
+        "TARGETS6",
+        targets().filter_map(|(address, protocol, target)| match address.ip() {
+            IpAddr::V6(ip) => Some((
+                Key6 {
+                    address: ip.octets(),
+                    port: address.port().to_be_bytes(),
+                    protocol: *protocol,
+                    pad: 0,
+                },
+                *target as u32,
+            )),
+            IpAddr::V4(_) => None,
+        }),
+    )?;
+    let nodes = || watch.node_addresses.iter();
+    insert_all(
+        programs,
+        "NODES4",
+        nodes().filter_map(|address| match address {
+            IpAddr::V4(ip) => Some((ip.octets(), 1)),
+            IpAddr::V6(_) => None,
+        }),
+    )?;
+    insert_all(
+        programs,
+        "NODES6",
+        nodes().filter_map(|address| match address {
+            IpAddr::V6(ip) => Some((ip.octets(), 1)),
+            IpAddr::V4(_) => None,
+        }),
+    )
+}
+
+/// Puts every entry into one of the hash maps, which is looked up once.
+fn insert_all<K: Copy + 'static>(
+    programs: &mut Programs,
+    name: &'static str,
+    entries: impl Iterator<Item = (K, u32)>,
+) -> Result<(), ProbeError> {
+    let mut map: BpfHashMap<_, Plain<K>, u32> = map_mut(programs, name)?;
+    for (key, value) in entries {
+        map.insert(Plain(key), value, 0).map_err(map_error(name))?;
     }
     Ok(())
 }
