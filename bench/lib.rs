@@ -33,8 +33,7 @@ pub fn node_view() -> NodeView {
         addresses: vec![plan::NODE_ADDRESS.base, plan::LINK_ADDRESS.base],
         cluster_cidrs: vec![plan::CLUSTER_CIDR],
         service_cidrs: vec![plan::SERVICE_CIDR],
-        masquerade_bit: NodeView::MASQUERADE_BIT,
-        nfacct: true,
+        ..NodeView::default()
     }
 }
 

@@ -201,9 +201,13 @@ pub fn cluster(services: u32, endpoints: u32, dual_stack: bool) -> Result<Cluste
             name: format!("svc-{index:05}"),
             cluster_ips: families.iter().map(|f| cluster_ip(index, *f)).collect(),
             ports: vec![port],
+            ..Service::default()
         });
     }
-    Ok(Cluster { services: made })
+    Ok(Cluster {
+        services: made,
+        ..Cluster::default()
+    })
 }
 
 /// Endpoint number `k` of a cluster: every third on node2, the others on the server pods in turn;
@@ -223,11 +227,11 @@ fn endpoint(k: u32, family: Family) -> Option<Endpoint> {
     let port = u16::try_from(n / addresses)
         .ok()
         .filter(|port| *port < TARGET_PORTS)?;
-    Some(Endpoint {
-        address: range.nth(FIRST_SERVER_OFFSET + n % addresses),
-        port: FIRST_TARGET_PORT + port,
-        node: node.to_owned(),
-    })
+    Some(Endpoint::ready(
+        range.nth(FIRST_SERVER_OFFSET + n % addresses),
+        FIRST_TARGET_PORT + port,
+        node,
+    ))
 }
 
 #[cfg(test)]

@@ -11,14 +11,18 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::{Cidr, Cluster, Family};
+use crate::cluster::{Cluster, Family};
 
+pub mod check;
 pub mod iptables;
 pub mod ipvs;
 pub mod names;
 pub mod nftables;
+mod node;
 mod ports;
+pub mod walk;
 
+pub use node::{NodePortAddresses, NodeView};
 use ports::Ports;
 
 /// How a node's Services are implemented.
@@ -158,50 +162,6 @@ impl Mode {
             Self::IptablesNft | Self::Ipvs => Some(Backend::Nft),
             Self::Nftables => None,
         }
-    }
-}
-
-/// What kube-proxy knows of the node it runs on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NodeView {
-    /// The node's name: endpoints on it are local.
-    pub name: String,
-    /// The node's own addresses but for loopback ones. IPVS mode makes a virtual server for each
-    /// of them and NodePort; nftables mode takes NodePort traffic to the first of each family (the
-    /// node's primary addresses), iptables mode to any local address.
-    pub addresses: Vec<IpAddr>,
-    /// `--cluster-cidr`: where pods live. Traffic to a ClusterIP from elsewhere is masqueraded.
-    pub cluster_cidrs: Vec<Cidr>,
-    /// The cluster's `ServiceCIDR`s, of which nftables mode drops what no Service has.
-    pub service_cidrs: Vec<Cidr>,
-    /// The bit of the mark that asks for masquerading: `--iptables-masquerade-bit`.
-    pub masquerade_bit: u8,
-    /// Can the kernel count with nfacct? If so, iptables mode counts two things with it.
-    pub nfacct: bool,
-}
-
-impl NodeView {
-    /// kube-proxy's default masquerade bit.
-    pub const MASQUERADE_BIT: u8 = 14;
-
-    /// The first `--cluster-cidr` of the family.
-    fn cluster_cidr(&self, family: Family) -> Option<Cidr> {
-        self.cluster_cidrs
-            .iter()
-            .copied()
-            .find(|cidr| family.holds(cidr.base))
-    }
-
-    fn addresses_of(&self, family: Family) -> impl Iterator<Item = IpAddr> {
-        self.addresses
-            .iter()
-            .copied()
-            .filter(move |address| family.holds(*address))
-    }
-
-    /// Go's `%#08x` of the mark.
-    fn mark(&self) -> String {
-        format!("{:#010x}", 1_u32 << (u32::from(self.masquerade_bit) % 32))
     }
 }
 

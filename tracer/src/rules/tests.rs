@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use proptest::prelude::*;
 
 use super::*;
-use crate::cluster::{Endpoint, Protocol, Service, ServicePort};
+use crate::cluster::{Cidr, Endpoint, Protocol, Service, ServicePort};
 
 fn real_cluster() -> Cluster {
     serde_json::from_str(include_str!("fixtures/cluster.json")).expect("fixtures/cluster.json")
@@ -22,8 +22,7 @@ fn node(addresses: &[&str]) -> NodeView {
             .collect(),
         cluster_cidrs: cidrs(&["10.244.0.0/16", "fd00:10:244::/56"]),
         service_cidrs: cidrs(&["10.96.0.0/12", "fd00:10:96::/108"]),
-        masquerade_bit: NodeView::MASQUERADE_BIT,
-        nfacct: true,
+        ..NodeView::default()
     }
 }
 
@@ -666,11 +665,7 @@ fn cluster_of(services: &[(Protocol, Option<u16>, u16)]) -> Cluster {
                 let node = format!("worker-{}", n % 2);
                 let v4 = IpAddr::from([10, 244, high, low]);
                 let v6 = IpAddr::from([0xfd00, 0x10, 0x244, 0, 0, 0, 0, n]);
-                [v4, v6].map(|address| Endpoint {
-                    address,
-                    port: 8000 + index,
-                    node: node.clone(),
-                })
+                [v4, v6].map(|address| Endpoint::ready(address, 8000 + index, &node))
             });
             let [high, low] = index.to_be_bytes();
             Service {
@@ -687,10 +682,12 @@ fn cluster_of(services: &[(Protocol, Option<u16>, u16)]) -> Cluster {
                     node_port: *node_port,
                     endpoints: endpoints.collect(),
                 }],
+                ..Service::default()
             }
         });
     Cluster {
         services: services.collect(),
+        ..Cluster::default()
     }
 }
 

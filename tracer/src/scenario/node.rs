@@ -119,8 +119,8 @@ impl TestNode {
             addresses: vec![plan::node_address(Family::V4), plan::LINK_ADDRESS.base],
             cluster_cidrs: vec![plan::CLUSTER_CIDR],
             service_cidrs: vec![plan::SERVICE_CIDR],
-            masquerade_bit: NodeView::MASQUERADE_BIT,
             nfacct,
+            ..NodeView::default()
         };
         Ok(Self {
             lab,

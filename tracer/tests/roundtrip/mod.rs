@@ -61,8 +61,8 @@ pub(crate) fn node(ns: &Netns, addresses: &[&str]) -> NodeView {
         service_cidrs: ["10.96.0.0/12", "fd00:10:96::/108"]
             .map(|c| c.parse().expect("CIDR"))
             .into(),
-        masquerade_bit: NodeView::MASQUERADE_BIT,
         nfacct: nfacct::supported(ns, &objects).expect("nfacct"),
+        ..NodeView::default()
     }
 }
 
@@ -73,11 +73,7 @@ fn cluster(services: u16) -> Cluster {
         let endpoints = (1..=index % 4).flat_map(|n| {
             let v4 = IpAddr::from([10, 244, 0, u8::try_from(n).expect("few endpoints")]);
             let v6 = IpAddr::from([0xfd00, 0x10, 0x244, 0, 0, 0, 0, n]);
-            [v4, v6].map(|address| Endpoint {
-                address,
-                port: 8000 + index,
-                node: "worker-0".to_owned(),
-            })
+            [v4, v6].map(|address| Endpoint::ready(address, 8000 + index, "worker-0"))
         });
         let [high, low] = (index + 1).to_be_bytes();
         Service {
@@ -98,10 +94,12 @@ fn cluster(services: u16) -> Cluster {
                 node_port: (index % 2 == 1).then_some(30_000 + index),
                 endpoints: endpoints.collect(),
             }],
+            ..Service::default()
         }
     });
     Cluster {
         services: services.collect(),
+        ..Cluster::default()
     }
 }
 

@@ -8,13 +8,13 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use super::NodeView;
-use super::iptables::{
+use crate::cluster::{Family, Protocol};
+use crate::rules::NodeView;
+use crate::rules::iptables::{
     Invalid, push_all, push_chains, push_forward_rules, push_jumps, push_masquerade_rules,
     push_nat_jumps,
 };
-use super::ports::{PortView, Ports};
-use crate::cluster::{Family, Protocol};
+use crate::rules::ports::{PortView, Ports};
 
 /// The dummy link that every ClusterIP is bound to, so that the node takes packets to it.
 pub const LINK: &str = "kube-ipvs0";
@@ -117,7 +117,7 @@ fn set_name(family: Family, name: &str) -> String {
 }
 
 /// The addresses to bind to [`LINK`]: every ClusterIP of the family, once.
-pub(super) fn virtual_addresses(ports: &Ports<'_>, family: Family) -> Vec<IpAddr> {
+pub(in crate::rules) fn virtual_addresses(ports: &Ports<'_>, family: Family) -> Vec<IpAddr> {
     let mut seen = HashSet::new();
     ports
         .list
@@ -134,7 +134,7 @@ pub(super) fn virtual_addresses(ports: &Ports<'_>, family: Family) -> Vec<IpAddr
 }
 
 /// The input of `ipset restore`: every set of the family and its entries.
-pub(super) fn render_sets(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
+pub(in crate::rules) fn render_sets(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
     let mut text = String::with_capacity(4096 + 300 * ports.list.len());
     for (name, set_type) in SETS {
         push_all(&mut text, &["create ", &set_name(family, name)]);
@@ -231,7 +231,11 @@ const fn node_port_set(protocol: Protocol) -> &'static str {
 
 /// The input of `ipvsadm -R`: a virtual server for each ClusterIP and port, and for each address
 /// of the node and NodePort.
-pub(super) fn render_servers(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
+pub(in crate::rules) fn render_servers(
+    ports: &Ports<'_>,
+    node: &NodeView,
+    family: Family,
+) -> String {
     let mut text = String::with_capacity(240 * ports.list.len());
     let mut server = String::new();
     let node_addresses: Vec<IpAddr> = node.addresses_of(family).collect();
@@ -281,7 +285,11 @@ fn push_server(text: &mut String, server: &str, port: &PortView<'_>) {
 
 /// The `iptables-restore --noflush` input of one family: the same few rules for any number of
 /// Services.
-pub(super) fn render_iptables(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
+pub(in crate::rules) fn render_iptables(
+    ports: &Ports<'_>,
+    node: &NodeView,
+    family: Family,
+) -> String {
     let has_node_port = |protocol: Protocol| {
         ports
             .list

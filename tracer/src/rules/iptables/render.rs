@@ -8,10 +8,10 @@
 use std::collections::HashSet;
 use std::fmt::Write as _;
 
-use super::NodeView;
-use super::names::{endpoint_hash, service_hash};
-use super::ports::{PortView, Ports};
 use crate::cluster::Family;
+use crate::rules::NodeView;
+use crate::rules::names::{endpoint_hash, service_hash};
+use crate::rules::ports::{PortView, Ports};
 
 /// The nfacct object that counts packets dropped as INVALID.
 pub const INVALID_DROPPED: &str = "ct_state_invalid_dropped_pkts";
@@ -117,7 +117,7 @@ const SERVICE_CHAIN_PREFIXES: [&str; 5] = [
 ];
 
 /// The `iptables-restore --noflush` input of one family.
-pub(super) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
+pub(in crate::rules) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
     let mut nat_chains = String::with_capacity(200 * ports.list.len());
     let mut nat = String::with_capacity(1400 * ports.list.len() + 4096);
     let mut filter = String::with_capacity(4096);
@@ -174,14 +174,14 @@ pub(super) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> Stri
 }
 
 /// Declares chains; with `--noflush` that also empties them.
-pub(super) fn push_chains(text: &mut String, chains: &[&str]) {
+pub(in crate::rules) fn push_chains(text: &mut String, chains: &[&str]) {
     for chain in chains {
         push_all(text, &[":", chain, " - [0:0]\n"]);
     }
 }
 
 /// Prepends jumps to base chains.
-pub(super) fn push_jumps(text: &mut String, jumps: &[(&str, &str, &str, &str)]) {
+pub(in crate::rules) fn push_jumps(text: &mut String, jumps: &[(&str, &str, &str, &str)]) {
     for (base, matches, comment, chain) in jumps {
         push_all(text, &["-I ", base, " ", matches]);
         if !comment.is_empty() {
@@ -192,12 +192,12 @@ pub(super) fn push_jumps(text: &mut String, jumps: &[(&str, &str, &str, &str)]) 
 }
 
 /// The jumps of the nat table.
-pub(super) fn push_nat_jumps(text: &mut String) {
+pub(in crate::rules) fn push_nat_jumps(text: &mut String) {
     push_jumps(text, &NAT_JUMPS);
 }
 
 /// `KUBE-POSTROUTING` and `KUBE-MARK-MASQ`.
-pub(super) fn push_masquerade_rules(nat: &mut String, node: &NodeView) {
+pub(in crate::rules) fn push_masquerade_rules(nat: &mut String, node: &NodeView) {
     let mark = node.mark();
     // Writing into a String cannot fail, here and below.
     let _ = write!(
@@ -212,7 +212,7 @@ pub(super) fn push_masquerade_rules(nat: &mut String, node: &NodeView) {
 
 /// What `KUBE-FORWARD` does with packets that conntrack calls INVALID.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Invalid {
+pub(in crate::rules) enum Invalid {
     /// iptables mode drops them (kubernetes issue 74839).
     Drop,
     /// IPVS mode lets them pass.
@@ -220,7 +220,7 @@ pub(super) enum Invalid {
 }
 
 /// `KUBE-FORWARD`.
-pub(super) fn push_forward_rules(filter: &mut String, node: &NodeView, invalid: Invalid) {
+pub(in crate::rules) fn push_forward_rules(filter: &mut String, node: &NodeView, invalid: Invalid) {
     let mark = node.mark();
     if invalid == Invalid::Drop {
         filter.push_str("-A KUBE-FORWARD -m conntrack --ctstate INVALID");
@@ -411,7 +411,7 @@ fn push_probability(text: &mut String, left: usize) {
     let _ = write!(text, "{:.10}", 1.0 / left as f64);
 }
 
-pub(super) fn push_all(text: &mut String, parts: &[&str]) {
+pub(in crate::rules) fn push_all(text: &mut String, parts: &[&str]) {
     for part in parts {
         text.push_str(part);
     }

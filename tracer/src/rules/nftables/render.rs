@@ -7,11 +7,11 @@
 use std::collections::HashSet;
 use std::fmt::Write as _;
 
-use super::NodeView;
-use super::iptables::push_all;
-use super::names::nft_service_name;
-use super::ports::{PortView, Ports};
 use crate::cluster::Family;
+use crate::rules::NodeView;
+use crate::rules::iptables::push_all;
+use crate::rules::names::nft_service_name;
+use crate::rules::ports::{PortView, Ports};
 
 /// Base chains: name, type, hook, priority.
 const BASE_CHAINS: [(&str, &str, &str, &str); 8] = [
@@ -119,7 +119,7 @@ struct Elements {
 
 /// The `nft -f` script of one family: one transaction, over no table, a flushed table (whose
 /// sets keep their elements) or a full one.
-pub(super) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
+pub(in crate::rules) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
     let ip = family.nft();
     let table = format!("{ip} kube-proxy");
     let mark = node.mark();

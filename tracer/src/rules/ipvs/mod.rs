@@ -1,0 +1,7 @@
+//! kube-proxy's IPVS mode: virtual servers, ipsets, the addresses of `kube-ipvs0`, and a constant
+//! number of iptables rules.
+
+mod render;
+
+pub use render::{LINK, count_entries, count_servers, set_names, update_servers, update_sets};
+pub(super) use render::{render_iptables, render_servers, render_sets, virtual_addresses};

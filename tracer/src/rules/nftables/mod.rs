@@ -1,0 +1,6 @@
+//! kube-proxy's nftables mode: the tables `ip kube-proxy` and `ip6 kube-proxy`.
+
+pub(super) use render::render;
+pub use render::update;
+
+mod render;
