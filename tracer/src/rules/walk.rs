@@ -501,9 +501,10 @@ impl<'a> Journey<'_, 'a> {
         for (layer, component) in &oracle.hooks[hook as usize] {
             let waiting = std::mem::take(&mut branches);
             for branch in waiting {
-                let settled = match at_source {
-                    true => branch.source_settled || branch.masqueraded,
-                    false => branch.destination_settled || branch.translated,
+                let settled = if at_source {
+                    branch.source_settled || branch.masqueraded
+                } else {
+                    branch.destination_settled || branch.translated
                 };
                 let asked = component.nature == Nature::Filter
                     || (branch.state == State::New && hook != Hook::Forward && !settled);
@@ -524,9 +525,10 @@ impl<'a> Journey<'_, 'a> {
             }
         }
         for branch in &mut branches {
-            match at_source {
-                true => branch.source_settled = true,
-                false => branch.destination_settled |= hook != Hook::Forward,
+            if at_source {
+                branch.source_settled = true;
+            } else {
+                branch.destination_settled |= hook != Hook::Forward;
             }
         }
         branches
