@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::cluster::{Cluster, Family};
 
 pub mod check;
+pub mod dump;
 pub mod iptables;
 pub mod ipvs;
 pub mod names;
