@@ -128,7 +128,7 @@ pub struct Service {
     pub namespace: String,
     /// Name.
     pub name: String,
-    /// ClusterIPs, at most one of each family. A Service without one (headless, ExternalName) is
+    /// ClusterIPs, at most one of each family. A Service without one (headless, `ExternalName`) is
     /// nothing to kube-proxy.
     pub cluster_ips: Vec<IpAddr>,
     /// `spec.externalIPs`.
@@ -165,7 +165,7 @@ impl Service {
 pub struct Node {
     /// Name.
     pub name: String,
-    /// `status.addresses` of type InternalIP, then of type ExternalIP.
+    /// `status.addresses` of type `InternalIP`, then of type `ExternalIP`.
     pub addresses: Vec<IpAddr>,
     /// The label `topology.kubernetes.io/zone`.
     pub zone: Option<String>,

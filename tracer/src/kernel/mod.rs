@@ -3,6 +3,7 @@
 pub mod apply;
 pub mod btf;
 pub mod clock;
+pub mod dump;
 pub mod link;
 pub mod netlink;
 pub mod netns;
