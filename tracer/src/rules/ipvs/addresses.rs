@@ -80,6 +80,9 @@ impl Addresses {
             } else {
                 let ours =
                     parse_link(text).ok_or_else(|| error("no link, as ip addr prints them"))?;
+                if ours && addresses.link {
+                    return Err(error("kube-ipvs0 stands there twice"));
+                }
                 link = Some(ours);
                 addresses.link |= ours;
             }
@@ -269,6 +272,7 @@ mod tests {
                 2,
                 "no address",
             ),
+            (head, 2, "twice"),
             ("garbage\n", 2, "no link"),
         ] {
             let error = Addresses::parse(&format!("{head}{tail}")).expect_err(tail);

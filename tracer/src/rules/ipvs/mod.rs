@@ -4,6 +4,7 @@
 use std::fmt;
 
 mod addresses;
+pub mod check;
 mod render;
 mod servers;
 mod sets;

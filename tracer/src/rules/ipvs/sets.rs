@@ -232,14 +232,12 @@ impl Entry {
 
 /// ipset leaves out the length of a whole address.
 fn parse_net(text: &str) -> Option<Cidr> {
-    match text.parse() {
-        Ok(cidr) => Some(cidr),
-        Err(_) => {
-            let base: IpAddr = text.parse().ok()?;
-            let prefix = if base.is_ipv4() { 32 } else { 128 };
-            Some(Cidr { base, prefix })
-        }
+    if text.contains('/') {
+        return text.parse().ok();
     }
+    let base: IpAddr = text.parse().ok()?;
+    let prefix = if base.is_ipv4() { 32 } else { 128 };
+    Some(Cidr { base, prefix })
 }
 
 impl fmt::Display for Entry {
@@ -355,20 +353,17 @@ impl Sets {
             };
             match verb {
                 "create" => {
-                    let known = match Role::of(name) {
-                        Some((family, role)) => {
-                            let set = parse_set(family, role, rest, line).map_err(error)?;
-                            sets.list.push(set);
-                            Known::Ours(sets.list.len() - 1)
-                        }
-                        None => {
-                            sets.foreign.push(ForeignSet {
-                                name: name.to_owned(),
-                                kind: rest.split(' ').next().unwrap_or_default().to_owned(),
-                                entries: 0,
-                            });
-                            Known::Foreign(sets.foreign.len() - 1)
-                        }
+                    let known = if let Some((family, role)) = Role::of(name) {
+                        let set = parse_set(family, role, rest, line).map_err(error)?;
+                        sets.list.push(set);
+                        Known::Ours(sets.list.len() - 1)
+                    } else {
+                        sets.foreign.push(ForeignSet {
+                            name: name.to_owned(),
+                            kind: rest.split(' ').next().unwrap_or_default().to_owned(),
+                            entries: 0,
+                        });
+                        Known::Foreign(sets.foreign.len() - 1)
                     };
                     by_name.entry(name).or_insert(known);
                 }
