@@ -8,6 +8,7 @@ pub mod check;
 mod render;
 mod servers;
 mod sets;
+pub mod walk;
 
 pub use addresses::{Addresses, Bound};
 pub use render::{LINK, count_entries, count_servers, set_names, update_servers, update_sets};
