@@ -1,8 +1,10 @@
 //! Everything that touches the kernel besides the probes.
 
+pub mod addresses;
 pub mod apply;
 pub mod btf;
 pub mod clock;
+pub mod ipvs;
 pub mod link;
 pub mod netlink;
 pub mod netns;
@@ -10,6 +12,7 @@ pub mod nfacct;
 pub mod nft;
 pub mod sysctl;
 pub mod tool;
+pub mod usage;
 
 /// The running kernel's release, as `uname -r` prints it.
 pub fn release() -> String {
