@@ -3,6 +3,7 @@
 //! Layouts are those of `include/uapi/linux/rtnetlink.h`, `if_link.h` and `if_addr.h`.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::net::IpAddr;
 
 use nix::net::if_::if_nametoindex;
@@ -58,6 +59,33 @@ pub struct AddressChange {
     pub address: IpAddr,
     /// Bind it, or let it go?
     pub bind: bool,
+}
+
+/// The change as arguments of `ip`.
+impl fmt::Display for AddressChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = if self.bind { "add" } else { "delete" };
+        write!(f, "address {verb} {}", self.address)
+    }
+}
+
+impl AddressChange {
+    /// What helps when the kernel refuses this with `errno` (`inet_rtm_newaddr`,
+    /// `inet6_rtm_newaddr` and their counterparts).
+    pub fn remedy(self, errno: i32) -> &'static str {
+        match errno {
+            libc::EACCES if self.address.is_ipv6() => {
+                "IPv6 is off on the link: set net.ipv6.conf.all.disable_ipv6 to 0"
+            }
+            libc::EOPNOTSUPP | libc::EAFNOSUPPORT => "the kernel lacks this address family",
+            libc::EEXIST => "it is on the link already: apply again",
+            libc::EADDRNOTAVAIL if self.bind => "it is no address that a link can have",
+            libc::EADDRNOTAVAIL => "somebody else took it away meanwhile: apply again",
+            libc::EPERM => "run as root (CAP_NET_ADMIN)",
+            libc::ENODEV => "somebody else deleted the link meanwhile: apply again",
+            _ => "see the kernel's log (dmesg)",
+        }
+    }
 }
 
 /// A dummy link in a namespace.

@@ -228,15 +228,17 @@ impl Change<'_> {
         };
         let server = self.server();
         let whole = matches!(self, Self::Add(_) | Self::Edit(_));
-        let request = Request::generic(family, command, IPVS_VERSION, 0)
-            .nested(IPVS_CMD_ATTR_SERVICE, |into| {
+        let request = Request::generic(family, command, IPVS_VERSION, 0).nested(
+            IPVS_CMD_ATTR_SERVICE,
+            |into| {
                 let into = put_key(into, server.key)?;
                 if whole {
                     put_scheduling(into, &server.scheduling)
                 } else {
                     Ok(into)
                 }
-            })?;
+            },
+        )?;
         match real {
             None => Ok(request),
             Some(real) => request.nested(IPVS_CMD_ATTR_DEST, |into| put_real(into, real)),
@@ -261,7 +263,11 @@ impl fmt::Display for Change<'_> {
                 write!(f, " -s {}", server.scheduling.scheduler)
             }
             Self::AddReal(_, real) | Self::EditReal(_, real) | Self::DeleteReal(_, real) => {
-                write!(f, " -r {}", std::net::SocketAddr::new(real.address, real.port))
+                write!(
+                    f,
+                    " -r {}",
+                    std::net::SocketAddr::new(real.address, real.port)
+                )
             }
             Self::Delete(_) => Ok(()),
         }
@@ -380,8 +386,7 @@ impl<'a> Ipvs<'a> {
     /// Every virtual server that is known by its address; those of a firewall mark, which
     /// kube-proxy never makes, are left out.
     pub fn servers(&mut self) -> Result<Vec<Server>, IpvsError> {
-        let request =
-            Request::generic(self.family, IPVS_CMD_GET_SERVICE, IPVS_VERSION, NLM_F_DUMP);
+        let request = Request::generic(self.family, IPVS_CMD_GET_SERVICE, IPVS_VERSION, NLM_F_DUMP);
         let servers = self
             .socket
             .dump(&request, |servers: &mut Vec<Server>, attributes| {
@@ -391,17 +396,16 @@ impl<'a> Ipvs<'a> {
         let mut servers = servers.map_err(|source| self.error("list", source))?;
         for server in &mut servers {
             let request =
-                Request::generic(self.family, IPVS_CMD_GET_DEST, IPVS_VERSION, NLM_F_DUMP).nested(
-                    IPVS_CMD_ATTR_SERVICE,
-                    |into| put_key(into, server.key),
-                );
+                Request::generic(self.family, IPVS_CMD_GET_DEST, IPVS_VERSION, NLM_F_DUMP)
+                    .nested(IPVS_CMD_ATTR_SERVICE, |into| put_key(into, server.key));
             let family = family_of(server.key.address);
             server.reals = request
                 .and_then(|request| {
-                    self.socket.dump(&request, |reals: &mut Vec<Real>, attributes| {
-                        reals.push(read_real(attributes, family)?);
-                        Ok(())
-                    })
+                    self.socket
+                        .dump(&request, |reals: &mut Vec<Real>, attributes| {
+                            reals.push(read_real(attributes, family)?);
+                            Ok(())
+                        })
                 })
                 .map_err(|source| self.error("list", source))?;
         }
@@ -448,7 +452,12 @@ pub fn difference<'a>(current: &'a [Server], wanted: &'a [Server]) -> Vec<Change
         kept.insert(server.key);
         let Some(found) = existing.get(&server.key) else {
             changes.push(Change::Add(server));
-            changes.extend(server.reals.iter().map(|real| Change::AddReal(server, real)));
+            changes.extend(
+                server
+                    .reals
+                    .iter()
+                    .map(|real| Change::AddReal(server, real)),
+            );
             continue;
         };
         if !same_scheduling(&found.scheduling, &server.scheduling) {
@@ -504,7 +513,9 @@ fn read_server(attributes: Attributes<'_>) -> Result<Option<Server>, NetlinkErro
     let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
         .into_iter()
         .find(|known| Some(u16::from(known.number())) == protocol)
-        .ok_or(NetlinkError::Garbled("an IPVS service of an unknown protocol"))?;
+        .ok_or(NetlinkError::Garbled(
+            "an IPVS service of an unknown protocol",
+        ))?;
     let scheduler = service
         .clone()
         .find(IPVS_SVC_ATTR_SCHED_NAME)?
@@ -789,7 +800,10 @@ mod tests {
             let add = bytes(Change::Add(&server));
             let read = read_server(Attributes::nested(&add[4..])).expect("whole");
             let read = read.expect("no firewall mark");
-            assert_eq!((read.key, &read.scheduling), (server.key, &server.scheduling));
+            assert_eq!(
+                (read.key, &read.scheduling),
+                (server.key, &server.scheduling)
+            );
             for real in &server.reals {
                 let add = bytes(Change::AddReal(&server, real));
                 let family = family_of(server.key.address);

@@ -1,6 +1,7 @@
 //! Everything that touches the kernel besides the probes.
 
 pub mod addresses;
+pub mod applied;
 pub mod apply;
 pub mod btf;
 pub mod clock;
