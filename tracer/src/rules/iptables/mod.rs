@@ -1,9 +1,11 @@
 //! kube-proxy's iptables mode, and what IPVS mode shares with it.
 
 mod render;
+mod sync;
 
 pub use render::{INVALID_DROPPED, LOCALHOST_NODE_PORTS, count, removal, update};
 pub(super) use render::{
     Invalid, push_all, push_chains, push_forward_rules, push_jumps, push_masquerade_rules,
     push_nat_jumps, render,
 };
+pub(super) use sync::sync;

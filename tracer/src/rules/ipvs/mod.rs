@@ -2,6 +2,8 @@
 //! number of iptables rules.
 
 mod render;
+mod sync;
 
+pub(super) use render::Plan;
 pub use render::{LINK, count_entries, count_servers, set_names, update_servers, update_sets};
-pub(super) use render::{render_iptables, render_servers, render_sets, virtual_addresses};
+pub(super) use sync::sync;

@@ -2,5 +2,7 @@
 
 pub(super) use render::render;
 pub use render::update;
+pub(super) use sync::sync;
 
 mod render;
+mod sync;
