@@ -9,3 +9,4 @@ pub mod json;
 mod render;
 pub mod table;
 mod text;
+pub mod walk;
