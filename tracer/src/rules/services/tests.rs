@@ -181,6 +181,7 @@ fn as_nftables(service: &FoundService) -> FoundService {
             frontend.kind = FrontendKind::External;
         }
     }
+    service.frontends.sort_unstable();
     service
 }
 
@@ -545,7 +546,7 @@ fn told(service: &Service, family: Family) -> FoundService {
     let uses_local = internal_local || (external_local && accessible);
     let has_endpoints = !all.is_empty();
     let ranges = service.source_ranges.iter();
-    let ranges = ranges.filter(|range| has_endpoints && range.family() == family);
+    let ranges = ranges.filter(|range| range.family() == family);
     let mut told = FoundService {
         name: Some(service.port_name(port)),
         mode: Mode::IptablesNft.name(),
@@ -570,6 +571,9 @@ fn told(service: &Service, family: Family) -> FoundService {
 /// What has no endpoints has only a rule that refuses, which does not say what it was.
 fn as_iptables(service: &FoundService) -> FoundService {
     let mut service = service.clone();
+    if service.internal_policy.is_none() {
+        service.source_ranges.clear();
+    }
     for frontend in &mut service.frontends {
         let external = matches!(
             frontend.kind,
@@ -579,6 +583,7 @@ fn as_iptables(service: &FoundService) -> FoundService {
             frontend.kind = FrontendKind::External;
         }
     }
+    service.frontends.sort_unstable();
     service
 }
 
