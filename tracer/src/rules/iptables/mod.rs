@@ -3,6 +3,7 @@
 mod parse;
 mod render;
 pub mod rule;
+mod sync;
 
 pub use parse::{ParseError, Problem, parse};
 pub use render::{INVALID_DROPPED, LOCALHOST_NODE_PORTS, count, removal, update};
@@ -10,3 +11,4 @@ pub(super) use render::{
     Invalid, push_all, push_chains, push_forward_rules, push_jumps, push_masquerade_rules,
     push_nat_jumps, render,
 };
+pub(super) use sync::sync;
