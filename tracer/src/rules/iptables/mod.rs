@@ -6,6 +6,7 @@ mod effect;
 mod parse;
 mod render;
 pub mod rule;
+pub mod walk;
 
 pub use check::{check, uses_nfacct};
 pub use parse::{ParseError, Problem, parse};
