@@ -115,7 +115,7 @@ impl Layer for Chains<'_> {
 
 /// The most random choices and jumps that are followed at one hook: rules of hostile dumps can make
 /// endlessly many.
-const MOST: u32 = 1 << 16;
+const MOST: u32 = 1 << 17;
 
 /// The most chains that wait for the end of another, as the kernel's jump stack has a bound.
 const DEEPEST: usize = 128;
@@ -659,7 +659,7 @@ mod tests {
             assert_eq!(
                 nat,
                 [
-                    ("KUBE-SERVICES", 13, 12),
+                    ("KUBE-SERVICES", 11, 10),
                     ("KUBE-SVC-67NZLRHBNDSAWJRO", 3, 2),
                     ("KUBE-SEP-GGIGR6VVAOCSQD2H", 2, 1),
                 ]
