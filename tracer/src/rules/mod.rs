@@ -15,6 +15,7 @@ use crate::cluster::{Cluster, Family};
 
 pub mod check;
 pub mod dump;
+mod files;
 pub mod iptables;
 pub mod ipvs;
 pub mod names;
@@ -23,6 +24,7 @@ mod node;
 mod ports;
 pub mod walk;
 
+pub use files::RuleFile;
 pub use node::{NodePortAddresses, NodeView};
 use ports::Ports;
 
