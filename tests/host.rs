@@ -5,6 +5,7 @@ use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
     drops_equal_the_kernels_own_counter, every_service_and_endpoint_answers,
 };
+use tests::oracle::walk_agrees_with_the_kernel;
 use tracer::rules::Mode;
 
 #[test]
@@ -55,4 +56,25 @@ fn iptables_nft_reaches_everything() {
 #[test]
 fn nftables_reaches_everything() {
     every_service_and_endpoint_answers(Mode::Nftables);
+}
+
+#[test]
+fn iptables_legacy_walk() {
+    let tally = walk_agrees_with_the_kernel(Mode::IptablesLegacy, 20, 500);
+    assert_eq!((tally.packets, tally.right), (10_000, 10_000));
+    assert!(tally.choices >= 20);
+}
+
+#[test]
+fn iptables_nft_walk() {
+    let tally = walk_agrees_with_the_kernel(Mode::IptablesNft, 20, 500);
+    assert_eq!((tally.packets, tally.right), (10_000, 10_000));
+    assert!(tally.choices >= 20);
+}
+
+#[test]
+fn nftables_walk() {
+    let tally = walk_agrees_with_the_kernel(Mode::Nftables, 20, 500);
+    assert_eq!((tally.packets, tally.right), (10_000, 10_000));
+    assert!(tally.choices >= 20);
 }

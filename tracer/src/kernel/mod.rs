@@ -11,6 +11,7 @@ pub mod nfacct;
 pub mod nft;
 pub mod sysctl;
 pub mod tool;
+pub mod tun;
 
 /// The running kernel's release, as `uname -r` prints it.
 pub fn release() -> String {

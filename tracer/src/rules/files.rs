@@ -31,7 +31,10 @@ impl RuleSet {
                     continue;
                 }
                 Step::Accounting(name) => {
-                    let _ = writeln!(script, "nfacct get {name} > /dev/null 2>&1 || nfacct add {name}");
+                    let _ = writeln!(
+                        script,
+                        "nfacct get {name} > /dev/null 2>&1 || nfacct add {name}"
+                    );
                     continue;
                 }
                 Step::Iptables {
