@@ -2,5 +2,9 @@
 
 pub(super) use render::render;
 pub use render::update;
+pub use text::{ParseError, apply, parse};
 
+pub mod json;
 mod render;
+pub mod table;
+mod text;
