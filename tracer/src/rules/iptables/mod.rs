@@ -1,7 +1,10 @@
 //! kube-proxy's iptables mode, and what IPVS mode shares with it.
 
+mod parse;
 mod render;
+pub mod rule;
 
+pub use parse::{ParseError, Problem, parse};
 pub use render::{INVALID_DROPPED, LOCALHOST_NODE_PORTS, count, removal, update};
 pub(super) use render::{
     Invalid, push_all, push_chains, push_forward_rules, push_jumps, push_masquerade_rules,
