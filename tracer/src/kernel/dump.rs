@@ -45,10 +45,14 @@ fn dump_family(ns: &Netns, family: Family) -> Result<FamilyTexts, ToolError> {
         .push(ask(ns, &save_tool(Backend::Nft, family), &[])?);
     let table = format!("table {} kube-proxy", family.nft());
     let tables = tool::run(ns, "nft", &["list", "tables", family.nft()], "")?;
-    if tables.lines().any(|line| line == table) {
-        let args = ["list", "table", family.nft(), "kube-proxy"];
-        texts.nft = Some(ask(ns, "nft", &args)?);
-    }
+    texts.nft = Some(if tables.lines().any(|line| line == table) {
+        ask(ns, "nft", &["list", "table", family.nft(), "kube-proxy"])?
+    } else {
+        Source {
+            origin: format!("nft list tables {}", family.nft()),
+            text: String::new(),
+        }
+    });
     Ok(texts)
 }
 

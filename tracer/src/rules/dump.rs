@@ -1,9 +1,15 @@
 //! What a node's rules are, as text: a folder of dumps, or what the tools print now.
 
+use std::collections::HashSet;
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read as _};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use super::check::{CheckError, ruleset, saves};
+use super::walk::{Layer, Oracle, Place};
+use super::{RuleSet, Step, iptables, ipvs, nftables};
 use crate::cluster::Family;
 
 /// The files of a dump folder, and the command that makes each.
@@ -122,6 +128,46 @@ impl Texts {
             return Err(DumpError::Empty(folder.to_owned()));
         }
         Ok(texts)
+    }
+
+    /// What was rendered, as if it had been dumped.
+    pub fn rendered(rules: &RuleSet) -> Self {
+        let source = |text: &str| Source {
+            origin: "what was rendered".to_owned(),
+            text: text.to_owned(),
+        };
+        let mut texts = Self::default();
+        for step in &rules.steps {
+            match step {
+                Step::Sysctl(_) | Step::Accounting(_) => {}
+                Step::Iptables { family, text, .. } => {
+                    texts.of_mut(*family).iptables.push(source(text));
+                }
+                Step::Nft { family, text } => texts.of_mut(*family).nft = Some(source(text)),
+                Step::Servers { text } => texts.servers = Some(source(text)),
+                Step::Sets { text } => texts.sets = Some(source(text)),
+                Step::Addresses { addresses } => {
+                    let mut text = format!("1: {}: <BROADCAST,NOARP> mtu 1500\n", ipvs::LINK);
+                    for address in addresses {
+                        let (family, length) = match address {
+                            IpAddr::V4(_) => ("inet", 32),
+                            IpAddr::V6(_) => ("inet6", 128),
+                        };
+                        // Writing into a String cannot fail.
+                        let _ = writeln!(text, "    {family} {address}/{length} scope global");
+                    }
+                    texts.addresses = Some(source(&text));
+                }
+            }
+        }
+        texts
+    }
+
+    const fn of_mut(&mut self, family: Family) -> &mut FamilyTexts {
+        match family {
+            Family::V4 => &mut self.v4,
+            Family::V6 => &mut self.v6,
+        }
     }
 
     /// The dumps of a family.
