@@ -6,6 +6,7 @@ use tests::{
     drops_equal_the_kernels_own_counter, every_service_and_endpoint_answers,
 };
 use tests::oracle::walk_agrees_with_the_kernel;
+use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
 use tracer::rules::Mode;
 
 #[test]
@@ -77,4 +78,22 @@ fn nftables_walk() {
     let tally = walk_agrees_with_the_kernel(Mode::Nftables, 20, 500);
     assert_eq!((tally.packets, tally.right), (10_000, 10_000));
     assert!(tally.choices >= 20);
+}
+
+#[test]
+fn iptables_legacy_rules_are_kube_proxys() {
+    the_real_cluster_is_clean(Mode::IptablesLegacy);
+    random_clusters_are_clean(Mode::IptablesLegacy, 0..3, 300);
+}
+
+#[test]
+fn iptables_nft_rules_are_kube_proxys() {
+    the_real_cluster_is_clean(Mode::IptablesNft);
+    random_clusters_are_clean(Mode::IptablesNft, 0..3, 300);
+}
+
+#[test]
+fn nftables_rules_are_kube_proxys() {
+    the_real_cluster_is_clean(Mode::Nftables);
+    random_clusters_are_clean(Mode::Nftables, 0..3, 300);
 }

@@ -2,6 +2,7 @@
 //! this machine, `vm.rs` in a virtual machine with every mode.
 
 pub mod oracle;
+pub mod rules;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

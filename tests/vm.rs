@@ -77,3 +77,9 @@ fn ipvs_walk() {
     assert_eq!((tally.packets, tally.right), (10_000, 10_000));
     assert!(tally.choices >= 20);
 }
+
+#[test]
+fn ipvs_rules_are_kube_proxys() {
+    tests::rules::the_real_cluster_is_clean(Mode::Ipvs);
+    tests::rules::random_clusters_are_clean(Mode::Ipvs, 0..2, 100);
+}

@@ -223,7 +223,7 @@ fn check_iptables(
         let (index, tables) = found
             .iter()
             .enumerate()
-            .max_by_key(|(index, tables)| (iptables::chain_count(tables), usize::MAX - index))
+            .max_by_key(|(index, tables)| (chain_count(tables), usize::MAX - index))
             .ok_or_else(|| no_save(rules.mode, family))?;
         differences.extend(iptables::check(&expected, tables, rules.mode));
         chosen = Some(index);
@@ -235,6 +235,12 @@ fn check_iptables(
         }
     }
     Ok(())
+}
+
+/// How many chains named as kube-proxy names them there are.
+fn chain_count(tables: &Tables<'_>) -> usize {
+    let chains = tables.list.iter().flat_map(|table| &table.chains);
+    chains.filter(|chain| chain.name.starts_with("KUBE-")).count()
 }
 
 fn no_save(mode: Mode, family: Family) -> CheckError {

@@ -1,7 +1,6 @@
 //! What a node's rules are, as text: a folder of dumps, or what the tools print now.
 
 use std::collections::HashSet;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::net::IpAddr;
@@ -9,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::check::{CheckError, ruleset, saves};
 use super::walk::{Layer, Oracle, Place};
+use super::files::address_listing;
 use super::{RuleSet, Step, iptables, ipvs, nftables};
 use crate::cluster::Family;
 
@@ -147,16 +147,7 @@ impl Texts {
                 Step::Servers { text } => texts.servers = Some(source(text)),
                 Step::Sets { text } => texts.sets = Some(source(text)),
                 Step::Addresses { addresses } => {
-                    let mut text = format!("1: {}: <BROADCAST,NOARP> mtu 1500\n", ipvs::LINK);
-                    for address in addresses {
-                        let (family, length) = match address {
-                            IpAddr::V4(_) => ("inet", 32),
-                            IpAddr::V6(_) => ("inet6", 128),
-                        };
-                        // Writing into a String cannot fail.
-                        let _ = writeln!(text, "    {family} {address}/{length} scope global");
-                    }
-                    texts.addresses = Some(source(&text));
+                    texts.addresses = Some(source(&address_listing(addresses)));
                 }
             }
         }

@@ -2,6 +2,7 @@
 //! and walked like a dump.
 
 use std::fmt::Write as _;
+use std::net::IpAddr;
 
 use super::{RuleSet, Step, Sysctl, ipvs};
 use crate::cluster::Family;
@@ -69,6 +70,10 @@ impl RuleSet {
                 }
                 Step::Addresses { addresses } => {
                     script.push_str("ip -batch ip-addr.batch\n");
+                    files.push(RuleFile {
+                        name: "ip-addr.txt",
+                        text: address_listing(addresses),
+                    });
                     let mut text = format!("link add {} type dummy\n", ipvs::LINK);
                     for address in addresses {
                         let _ = writeln!(text, "address add {address} dev {}", ipvs::LINK);
@@ -98,4 +103,18 @@ impl RuleSet {
         });
         files
     }
+}
+
+/// Addresses of `kube-ipvs0` as `ip addr` shows them.
+pub(super) fn address_listing(addresses: &[IpAddr]) -> String {
+    let mut text = format!("1: {}: <BROADCAST,NOARP> mtu 1500\n", ipvs::LINK);
+    for address in addresses {
+        let (family, length) = match address {
+            IpAddr::V4(_) => ("inet", 32),
+            IpAddr::V6(_) => ("inet6", 128),
+        };
+        // Writing into a String cannot fail.
+        let _ = writeln!(text, "    {family} {address}/{length} scope global");
+    }
+    text
 }
