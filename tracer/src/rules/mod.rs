@@ -22,6 +22,7 @@ pub mod names;
 pub mod nftables;
 mod node;
 mod ports;
+pub mod services;
 pub mod walk;
 
 pub use files::RuleFile;

@@ -13,9 +13,9 @@ use serde_json::{Map, Value as Json};
 use crate::cluster::Family;
 
 use super::table::{
-    Base, Chain, ChainKind, DataType, Destination, Element, Field, Hook, Key, Mapped, MarkChange,
+    Base, Chain, ChainKind, DataType, Destination, Element, Field, Key, Mapped, MarkChange,
     Masquerade, Operand, Range, Ranges, Rule, Ruleset, Set, Statement, Table, Target, Text, Value,
-    Verdict, VerdictMap, parse_protocol,
+    Verdict, VerdictMap, hook, parse_protocol,
 };
 use super::text::{named_type, ours, reject_with};
 
@@ -209,7 +209,7 @@ fn add_chain(table: &mut Table, body: &Json) -> Result<(), Fault> {
         let kind = ChainKind::ALL
             .into_iter()
             .find(|known| known.name() == kind);
-        let hook = Hook::ALL.into_iter().find(|known| known.name() == hook);
+        let hook = self::hook(hook);
         let priority = body.get("prio").and_then(Json::as_i64);
         let priority = priority.and_then(|priority| i32::try_from(priority).ok());
         let accepts = match body.get("policy").and_then(Json::as_str) {
@@ -276,9 +276,6 @@ fn add_set(table: &mut Table, body: &Json) -> Result<(), Fault> {
         if let Some(value) = body.get(unused) {
             set.others.push(format!("{unused} {}", bare(value)).into());
         }
-    }
-    if set.flags.dynamic && set.size.is_none() {
-        set.size = Some(Set::DYNAMIC_SIZE);
     }
     add_elements(&mut set, body)?;
     match table.sets.insert(name.into(), set) {

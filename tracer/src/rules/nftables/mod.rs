@@ -4,6 +4,7 @@ pub(super) use render::render;
 pub use render::update;
 pub use text::{ParseError, apply, parse};
 
+pub mod check;
 pub mod json;
 mod render;
 pub mod table;
