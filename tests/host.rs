@@ -1,12 +1,12 @@
 //! End-to-end on this machine's kernel, in namespaces of our own: iptables and nftables modes.
 //! Needs root. IPVS runs in `vm.rs`, where every kernel has it.
 
+use tests::oracle::walk_agrees_with_the_kernel;
+use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
 use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
     drops_equal_the_kernels_own_counter, every_service_and_endpoint_answers,
 };
-use tests::oracle::walk_agrees_with_the_kernel;
-use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
 use tracer::rules::Mode;
 
 #[test]

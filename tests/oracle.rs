@@ -355,7 +355,11 @@ fn read(bytes: &[u8], sent: &Packet, id: u32) -> Option<Seen> {
     if protocol == 1 || protocol == 58 {
         return read_icmp(protocol == 58, rest);
     }
-    assert_eq!(protocol, sent.protocol.number(), "an unknown packet came out");
+    assert_eq!(
+        protocol,
+        sent.protocol.number(),
+        "an unknown packet came out"
+    );
     let at = match sent.protocol {
         Protocol::Tcp => 4,
         Protocol::Udp => 8,
@@ -624,7 +628,11 @@ fn one_cluster(mode: Mode, seed: u64, count: u32, tally: &mut Tally) {
         let oracle = rules.oracle(&place);
         let mut packets = Packets::new(&cluster, family, seed);
         // Two thirds of the Services are IPv4's.
-        let share = if number == 0 { count - count / 4 } else { count / 4 };
+        let share = if number == 0 {
+            count - count / 4
+        } else {
+            count / 4
+        };
         let mut choice: Option<(Packet, Via)> = None;
         for id in 0..share {
             let (packet, via) = packets.next();

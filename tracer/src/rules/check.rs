@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::dump::{Source, Texts};
+use super::dump::{self, Texts, Unreadable};
 use super::iptables::rule::Tables;
 use super::nftables::table::Ruleset;
 use super::{Mode, NodeView, RuleSet, Step, iptables, ipvs, nftables, render};
@@ -95,20 +95,8 @@ pub enum CheckError {
         command: &'static str,
     },
     /// A dump cannot be read.
-    #[error("{origin}: {source}")]
-    Parse {
-        /// Where the text is from.
-        origin: String,
-        /// What is wrong with it.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-}
-
-impl CheckError {
-    fn parse(origin: &str) -> impl FnOnce(Box<dyn std::error::Error + Send + Sync>) -> Self {
-        let origin = origin.to_owned();
-        move |source| Self::Parse { origin, source }
-    }
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
 }
 
 /// Compares the rules that `cluster` calls for on `node` with a node's dumps, in both families.
@@ -143,63 +131,27 @@ pub fn check(
 /// Everything that the dumps hold, for each family of [`Family::ALL`].
 struct Found<'a> {
     iptables: [Vec<Tables<'a>>; 2],
-    nft: [Option<(Ruleset, nftables::Form)>; 2],
+    nft: [Option<(Ruleset, nftables::check::Form)>; 2],
     ipvs: ipvs::check::Found,
 }
 
 impl<'a> Found<'a> {
-    fn parse(texts: &'a Texts) -> Result<Self, CheckError> {
+    fn parse(texts: &'a Texts) -> Result<Self, Unreadable> {
         let [v4, v6] = Family::ALL;
-        let ipvs = ipvs::check::Found {
-            servers: parsed(texts.servers.as_ref(), ipvs::Servers::parse)?,
-            sets: parsed(texts.sets.as_ref(), ipvs::Sets::parse)?,
-            addresses: parsed(texts.addresses.as_ref(), ipvs::Addresses::parse)?,
-        };
         Ok(Self {
-            iptables: [saves(texts, v4)?, saves(texts, v6)?],
-            nft: [ruleset(texts, v4)?, ruleset(texts, v6)?],
-            ipvs,
+            iptables: [dump::saves(texts, v4)?, dump::saves(texts, v6)?],
+            nft: [dump::ruleset(texts, v4)?, dump::ruleset(texts, v6)?],
+            ipvs: dump::ipvs_state(texts)?,
         })
     }
 }
 
-/// A dump's value, or an empty one if there is no such dump.
-fn parsed<T: Default, E: std::error::Error + Send + Sync + 'static>(
-    source: Option<&Source>,
-    parse: impl FnOnce(&str) -> Result<T, E>,
-) -> Result<T, CheckError> {
-    let Some(source) = source else {
-        return Ok(T::default());
-    };
-    parse(&source.text).map_err(|error| CheckError::parse(&source.origin)(error.into()))
-}
-
-/// The tables of every `iptables-save` of a family.
-pub(super) fn saves(texts: &Texts, family: Family) -> Result<Vec<Tables<'_>>, CheckError> {
-    let mut all = Vec::new();
-    for save in &texts.of(family).iptables {
-        let tables = iptables::parse(&save.text, family)
-            .map_err(|error| CheckError::parse(&save.origin)(error.into()))?;
-        all.push(tables);
-    }
-    Ok(all)
-}
-
-/// What `nft list` showed of a family, and as what.
-pub(super) fn ruleset(
-    texts: &Texts,
-    family: Family,
-) -> Result<Option<(Ruleset, nftables::Form)>, CheckError> {
-    let texts = texts.of(family);
-    if let Some(source) = &texts.nft {
-        let ruleset = parsed(Some(source), nftables::parse)?;
-        return Ok(Some((ruleset, nftables::Form::Text)));
-    }
-    let Some(source) = &texts.nft_json else {
-        return Ok(None);
-    };
-    let ruleset = parsed(Some(source), nftables::json::parse)?;
-    Ok(Some((ruleset, nftables::Form::Json)))
+/// That what was rendered cannot be read would be a fault of ours; it is said like any other.
+fn ours<T, E: Into<dump::Cause>>(result: Result<T, E>) -> Result<T, Unreadable> {
+    result.map_err(|cause| Unreadable {
+        origin: "what was rendered".to_owned(),
+        cause: cause.into(),
+    })
 }
 
 /// The tables of kube-proxy's back end against what is called for; those of the other back end, and
@@ -218,8 +170,7 @@ fn check_iptables(
     });
     let mut chosen = None;
     if let Some(text) = text {
-        let expected = iptables::parse(text, family)
-            .map_err(|error| CheckError::parse("what was rendered")(error.into()))?;
+        let expected = ours(iptables::parse(text, family))?;
         let (index, tables) = found
             .iter()
             .enumerate()
@@ -240,7 +191,9 @@ fn check_iptables(
 /// How many chains named as kube-proxy names them there are.
 fn chain_count(tables: &Tables<'_>) -> usize {
     let chains = tables.list.iter().flat_map(|table| &table.chains);
-    chains.filter(|chain| chain.name.starts_with("KUBE-")).count()
+    chains
+        .filter(|chain| chain.name.starts_with("KUBE-"))
+        .count()
 }
 
 fn no_save(mode: Mode, family: Family) -> CheckError {
@@ -258,17 +211,18 @@ fn no_save(mode: Mode, family: Family) -> CheckError {
 fn check_nftables(
     rules: &RuleSet,
     family: Family,
-    found: &Option<(Ruleset, nftables::Form)>,
+    found: &Option<(Ruleset, nftables::check::Form)>,
     differences: &mut Vec<Finding>,
 ) -> Result<(), CheckError> {
     let text = rules.steps.iter().find_map(|step| match step {
         Step::Nft { family: of, text } if *of == family => Some(text),
         _ => None,
     });
-    let table = found.as_ref().and_then(|(ruleset, _)| ruleset.table(family));
+    let table = found
+        .as_ref()
+        .and_then(|(ruleset, _)| ruleset.table(family));
     if let Some(text) = text {
-        let expected = nftables::parse(text)
-            .map_err(|error| CheckError::parse("what was rendered")(error.into()))?;
+        let expected = ours(nftables::parse(text))?;
         let Some((_, form)) = found else {
             let (file, command) = match family {
                 Family::V4 => ("nft-ip.txt", "nft list table ip kube-proxy"),
@@ -281,7 +235,7 @@ fn check_nftables(
             });
         };
         if let Some(expected) = expected.table(family) {
-            differences.extend(nftables::check(expected, table, *form));
+            differences.extend(nftables::check::check(expected, table, *form));
         }
     } else if let Some(table) = table {
         differences.push(Finding {
@@ -296,9 +250,10 @@ fn check_nftables(
             found: None,
             line: None,
             service: None,
-            effect: "nftables mode was not cleaned up: its table still decides where new flows go, \
+            effect:
+                "nftables mode was not cleaned up: its table still decides where new flows go, \
                      with the Services and endpoints of the time it was written"
-                .to_owned(),
+                    .to_owned(),
         });
     }
     Ok(())
@@ -326,8 +281,7 @@ fn check_ipvs(
                 });
             }
         }
-        let wanted = ipvs::check::Wanted::of(rules)
-            .map_err(|error| CheckError::parse("what was rendered")(error.into()))?;
+        let wanted = ours(ipvs::check::Wanted::of(rules))?;
         differences.extend(ipvs::check::check(cluster, &wanted, &found));
         return Ok(());
     }
