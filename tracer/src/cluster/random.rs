@@ -53,7 +53,7 @@ fn node(index: u16) -> Node {
             IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, index + 1]),
         ],
         zone: Some(zone(index)),
-        pod_cidrs: Vec::new(),
+        ..Node::default()
     }
 }
 

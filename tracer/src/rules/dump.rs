@@ -2,12 +2,11 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-
-
 use super::files::address_listing;
+use super::iptables::rule::Tables;
+use super::nftables::table::Ruleset;
 use super::{RuleSet, Step, iptables, ipvs, nftables};
 use crate::cluster::Family;
 

@@ -136,7 +136,12 @@ struct Flags {
     )]
     masquerade_bit: u8,
     /// The scheduler of virtual servers.
-    #[arg(long, visible_alias = "scheduler", value_name = "NAME", default_value = "rr")]
+    #[arg(
+        long,
+        visible_alias = "scheduler",
+        value_name = "NAME",
+        default_value = "rr"
+    )]
     ipvs_scheduler: String,
     /// The node runs with `nf_conntrack_tcp_be_liberal`, so that iptables mode drops no INVALID
     /// packets.
@@ -190,7 +195,9 @@ fn node_port_addresses(words: &[String]) -> anyhow::Result<NodePortAddresses> {
         words => {
             let networks: Result<Vec<Cidr>, _> = words.iter().map(|word| word.parse()).collect();
             Ok(NodePortAddresses::Within(networks.map_err(|error| {
-                Usage(format!("--node-port-addresses: {error}, or `primary` alone"))
+                Usage(format!(
+                    "--node-port-addresses: {error}, or `primary` alone"
+                ))
             })?))
         }
     }

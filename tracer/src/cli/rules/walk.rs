@@ -10,8 +10,8 @@ use std::str::FromStr;
 use clap::ValueEnum;
 use serde_json::json;
 use tracer::cluster::{Family, Protocol};
-use tracer::rules::dump::Texts;
 use tracer::rules::dump::Rules;
+use tracer::rules::dump::Texts;
 use tracer::rules::walk::{Action, Fate, Origin, Outcome, Packet, State, Visited};
 use tracer::rules::{Mode, render};
 
