@@ -1,7 +1,11 @@
 //! What is read back is what the real dumps were made of.
 
+use proptest::prelude::*;
+
 use super::*;
+use crate::cluster::{Cidr, Cluster, Endpoint, Service, ServicePort};
 use crate::rules::dump::FamilyTexts;
+use crate::rules::{NodeView, RuleSet, Step, render};
 
 macro_rules! dump {
     ($file:literal) => {
@@ -177,6 +181,7 @@ fn as_nftables(service: &FoundService) -> FoundService {
             frontend.kind = FrontendKind::External;
         }
     }
+    service.frontends.sort_unstable();
     service
 }
 
@@ -401,4 +406,329 @@ fn what_was_found_is_shown() {
         text.contains("10.96.10.5:80 rejected: no endpoints\n"),
         "{text}"
     );
+}
+
+/// What a Service of a generated cluster has.
+#[derive(Clone, Debug)]
+struct Features {
+    protocol: Protocol,
+    /// On which node each endpoint is: this one or another.
+    endpoints: Vec<bool>,
+    node_port: bool,
+    external_ip: bool,
+    load_balancer: bool,
+    source_range: bool,
+    internal_local: bool,
+    external_local: bool,
+    affinity: bool,
+}
+
+const HERE: &str = "worker-0";
+
+fn any_features() -> impl Strategy<Value = Vec<Features>> {
+    let protocol = prop_oneof![
+        Just(Protocol::Tcp),
+        Just(Protocol::Udp),
+        Just(Protocol::Sctp)
+    ];
+    let endpoints = proptest::collection::vec(any::<bool>(), 0..5);
+    let features = (protocol, endpoints, any::<[bool; 7]>());
+    let features = features.prop_map(|(protocol, endpoints, bits)| Features {
+        protocol,
+        endpoints,
+        node_port: bits[0],
+        external_ip: bits[1],
+        load_balancer: bits[2],
+        source_range: bits[3],
+        internal_local: bits[4],
+        external_local: bits[5],
+        affinity: bits[6],
+    });
+    proptest::collection::vec(features, 0..8)
+}
+
+fn policy(local: bool) -> TrafficPolicy {
+    if local {
+        TrafficPolicy::Local
+    } else {
+        TrafficPolicy::Cluster
+    }
+}
+
+fn service_of(index: u8, features: &Features) -> Service {
+    let v6 = |net: u16, last: u16| IpAddr::from([0xfd00, net, 0, 0, 0, 0, index.into(), last]);
+    let both = |wanted: bool, net: u8| {
+        let addresses = [IpAddr::from([net, 0, 2, index]), v6(net.into(), 1)];
+        addresses.into_iter().filter(|_| wanted).collect::<Vec<_>>()
+    };
+    let accessible = features.node_port || features.external_ip || features.load_balancer;
+    let endpoints = (1_u8..).zip(&features.endpoints).flat_map(|(last, here)| {
+        let node = if *here { HERE } else { "elsewhere" };
+        [IpAddr::from([10, 244, index, last]), v6(0x244, last.into())]
+            .map(|address| Endpoint::ready(address, 8080, node))
+    });
+    Service {
+        namespace: "ns".to_owned(),
+        name: format!("s{index}"),
+        cluster_ips: both(true, 10),
+        external_ips: both(features.external_ip, 192),
+        load_balancer_ips: both(features.load_balancer, 198),
+        source_ranges: if features.load_balancer && features.source_range {
+            vec![
+                Cidr::v4(203, 0, 113, 0, 25),
+                Cidr::v6([0x2001, 0xdb8, 0, 1], [0; 4], 64),
+            ]
+        } else {
+            Vec::new()
+        },
+        internal_policy: policy(features.internal_local),
+        external_policy: policy(features.external_local && accessible),
+        affinity: features.affinity.then_some(600),
+        health_check_node_port: (features.load_balancer && features.external_local)
+            .then_some(31_000 + u16::from(index)),
+        ports: vec![ServicePort {
+            name: "p".to_owned(),
+            protocol: features.protocol,
+            port: 80,
+            node_port: features.node_port.then_some(30_000 + u16::from(index)),
+            endpoints: endpoints.collect(),
+        }],
+    }
+}
+
+/// What the rules of a Service say, if they say all.
+fn told(service: &Service, family: Family) -> FoundService {
+    let port = &service.ports[0];
+    let mut all: Vec<SocketAddr> = Vec::new();
+    let mut local = Vec::new();
+    for endpoint in &port.endpoints {
+        if family.holds(endpoint.address) {
+            let socket = SocketAddr::new(endpoint.address, endpoint.port);
+            all.push(socket);
+            if endpoint.node == HERE {
+                local.push(socket);
+            }
+        }
+    }
+    let internal_local = service.internal_policy == TrafficPolicy::Local;
+    let external_local = service.external_policy == TrafficPolicy::Local;
+    let refusal = |is_local: bool| match (all.is_empty(), is_local && local.is_empty()) {
+        (true, _) => Some(Refusal::Reject),
+        (false, true) => Some(Refusal::Drop),
+        (false, false) => None,
+    };
+    let mut frontends = Vec::new();
+    for (kind, addresses) in [
+        (FrontendKind::ClusterIp, &service.cluster_ips),
+        (FrontendKind::ExternalIp, &service.external_ips),
+        (FrontendKind::LoadBalancer, &service.load_balancer_ips),
+    ] {
+        let is_local = match kind {
+            FrontendKind::ClusterIp => internal_local,
+            _ => external_local,
+        };
+        let addresses = addresses.iter().filter(|address| family.holds(**address));
+        frontends.extend(addresses.map(|address| Frontend {
+            kind,
+            address: Some(*address),
+            port: port.port,
+            refusal: refusal(is_local),
+        }));
+    }
+    frontends.extend(port.node_port.map(|port| Frontend {
+        kind: FrontendKind::NodePort,
+        address: None,
+        port,
+        refusal: refusal(external_local),
+    }));
+    let accessible = frontends.len() > 1;
+    let uses_cluster = !internal_local || accessible;
+    let uses_local = internal_local || (external_local && accessible);
+    let has_endpoints = !all.is_empty();
+    let ranges = service.source_ranges.iter();
+    let ranges = ranges.filter(|range| range.family() == family);
+    let mut told = FoundService {
+        name: Some(service.port_name(port)),
+        mode: Mode::IptablesNft.name(),
+        family,
+        protocol: port.protocol,
+        frontends,
+        endpoints: if uses_cluster { all } else { Vec::new() },
+        local_endpoints: if uses_local { local } else { Vec::new() },
+        internal_policy: has_endpoints.then_some(service.internal_policy),
+        external_policy: (has_endpoints && accessible).then_some(service.external_policy),
+        affinity: None,
+        source_ranges: ranges.map(Cidr::to_string).collect(),
+        health_check_node_port: service.health_check_node_port,
+    };
+    // Affinity is in the balancing chains, so that without endpoints there is none.
+    if !told.endpoints.is_empty() || !told.local_endpoints.is_empty() {
+        told.affinity = service.affinity;
+    }
+    told
+}
+
+/// What has no endpoints has only a rule that refuses, which does not say what it was.
+fn as_iptables(service: &FoundService) -> FoundService {
+    let mut service = service.clone();
+    if service.internal_policy.is_none() {
+        service.source_ranges.clear();
+    }
+    for frontend in &mut service.frontends {
+        let external = matches!(
+            frontend.kind,
+            FrontendKind::ExternalIp | FrontendKind::LoadBalancer
+        );
+        if external && frontend.refusal == Some(Refusal::Reject) {
+            frontend.kind = FrontendKind::External;
+        }
+    }
+    service.frontends.sort_unstable();
+    service
+}
+
+/// In IPVS mode each frontend stands for itself, and never drops.
+fn told_by_ipvs(service: &FoundService, affinity: Option<u32>) -> Vec<FoundService> {
+    let of_frontend = |frontend: &Frontend| {
+        let internal = frontend.kind == FrontendKind::ClusterIp;
+        let policy = if internal {
+            service.internal_policy
+        } else {
+            service.external_policy
+        };
+        let local = policy == Some(TrafficPolicy::Local) && !service.local_endpoints.is_empty();
+        let endpoints = if local {
+            service.local_endpoints.clone()
+        } else {
+            service.endpoints.clone()
+        };
+        let refusal = endpoints.is_empty().then_some(Refusal::Reject);
+        FoundService {
+            name: None,
+            mode: Mode::Ipvs.name(),
+            frontends: vec![Frontend {
+                refusal,
+                ..*frontend
+            }],
+            endpoints,
+            local_endpoints: Vec::new(),
+            internal_policy: None,
+            affinity,
+            source_ranges: Vec::new(),
+            health_check_node_port: None,
+            ..service.clone()
+        }
+    };
+    service.frontends.iter().map(of_frontend).collect()
+}
+
+fn rendered(rules: &RuleSet) -> Texts {
+    let mut texts = Texts::default();
+    for step in &rules.steps {
+        let source = |text: &String| Source {
+            origin: "rendered with iptables-nft".to_owned(),
+            text: text.clone(),
+        };
+        match step {
+            Step::Iptables { family, text, .. } => {
+                let texts = match family {
+                    Family::V4 => &mut texts.v4,
+                    Family::V6 => &mut texts.v6,
+                };
+                texts.iptables.push(source(text));
+            }
+            Step::Nft { family, text } => match family {
+                Family::V4 => texts.v4.nft = Some(source(text)),
+                Family::V6 => texts.v6.nft = Some(source(text)),
+            },
+            Step::Servers { text } => texts.servers = Some(source(text)),
+            Step::Sets { text } => texts.sets = Some(source(text)),
+            Step::Sysctl(_) | Step::Accounting(_) | Step::Addresses { .. } => {}
+        }
+    }
+    texts
+}
+
+proptest! {
+    /// What was rendered is read back, as far as the rules of the mode tell it.
+    #[test]
+    fn what_is_rendered_is_read_back(features in any_features()) {
+        let services = (1_u8..).zip(&features);
+        let cluster = Cluster {
+            services: services.map(|(index, features)| service_of(index, features)).collect(),
+            ..Cluster::default()
+        };
+        let node = NodeView {
+            name: HERE.to_owned(),
+            addresses: vec![[172, 31, 255, 2].into(), [0xfd00, 1, 0, 0, 0, 0, 0, 2].into()],
+            cluster_cidrs: vec![Cidr::v4(10, 244, 0, 0, 16)],
+            ..NodeView::default()
+        };
+        let found = |mode| {
+            read(&rendered(&render(&cluster, &node, mode))).expect("what was rendered")
+        };
+        let told: Vec<_> = Family::ALL
+            .into_iter()
+            .flat_map(|family| cluster.services.iter().map(move |service| told(service, family)))
+            .collect();
+        let iptables: Vec<_> = told.iter().map(as_iptables).collect();
+        prop_assert_eq!(found(Mode::IptablesNft).services, iptables);
+        let nftables: Vec<_> = told.iter().map(as_nftables).collect();
+        prop_assert_eq!(found(Mode::Nftables).services, nftables);
+
+        let affinity = |told: &FoundService| {
+            let mut services = cluster.services.iter();
+            let named = |service: &&Service| Some(service.port_name(&service.ports[0])) == told.name;
+            services.find(named).and_then(|service| service.affinity)
+        };
+        let key = |service: &FoundService| (service.family, service.frontends.clone());
+        let mut ipvs: Vec<_> = told
+            .iter()
+            .flat_map(|service| told_by_ipvs(service, affinity(service)))
+            .collect();
+        ipvs.sort_by_key(key);
+        let mut servers = found(Mode::Ipvs).services;
+        servers.sort_by_key(key);
+        for server in &mut servers {
+            // What the sets say more is checked against the real dump.
+            server.source_ranges.clear();
+            if server.frontends[0].refusal.is_some() {
+                server.external_policy = None;
+            }
+        }
+        for server in &mut ipvs {
+            if server.frontends[0].kind == FrontendKind::ClusterIp
+                || server.frontends[0].refusal.is_some()
+            {
+                server.external_policy = None;
+            }
+        }
+        prop_assert_eq!(servers, ipvs);
+    }
+
+    #[test]
+    fn nothing_makes_it_panic(
+        family in 0_usize..3,
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..20),
+    ) {
+        let mut texts = nft_texts(dump!("nftables/nft-ip.txt"), dump!("nftables/nft-ip6.txt"));
+        texts.v4.iptables.push(dump!("iptables-nft/iptables.save"));
+        texts.servers = Some(dump!("ipvs/ipvsadm.save"));
+        texts.sets = Some(dump!("ipvs/ipset.save"));
+        let source = match family {
+            0 => texts.v4.iptables.first_mut(),
+            1 => texts.v4.nft.as_mut(),
+            _ => texts.sets.as_mut(),
+        };
+        let source = source.expect("a dump");
+        let mut bytes = source.text.clone().into_bytes();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        source.text = String::from_utf8_lossy(&bytes).into_owned();
+        if let Ok(found) = read(&texts) {
+            prop_assert!(!found.to_string().is_empty());
+        }
+    }
 }
