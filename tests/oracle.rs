@@ -23,7 +23,7 @@ use tracer::cluster::{Cluster, Family, Protocol, ServicePort, random};
 use tracer::kernel::netns::Netns;
 use tracer::kernel::tun::Tun;
 use tracer::kernel::{apply, dump, nfacct, sysctl, tool};
-use tracer::rules::dump::Rules;
+use tracer::rules::oracle::Rules;
 use tracer::rules::walk::{Fate, Origin, Outcome, Packet, State};
 use tracer::rules::{Mode, NodeView, iptables, render};
 
@@ -511,10 +511,14 @@ impl<'a> Packets<'a> {
             9 => service
                 .health_check_node_port
                 .map(|number| (node[0], number)),
-            10 => self
-                .pick(&port.endpoints)
-                .filter(|e| family.holds(e.address))
-                .map(|e| (e.address, e.port)),
+            10 => {
+                let endpoints = port.endpoints.iter();
+                let sockets: Vec<(IpAddr, u16)> = endpoints
+                    .filter(|e| family.holds(e.address))
+                    .map(|e| (e.address, e.port))
+                    .collect();
+                self.pick(&sockets)
+            }
             _ => None,
         };
         chosen.unwrap_or((cluster_ip, port.port))
@@ -625,7 +629,8 @@ fn one_cluster(mode: Mode, seed: u64, count: u32, tally: &mut Tally) {
         let rules = Rules::parse(&texts, family).expect("they are understood");
         let local = view.addresses.iter().copied().collect();
         let place = rules.place(local, cluster.virtual_ips().collect());
-        let oracle = rules.oracle(&place);
+        let layers = rules.layers();
+        let oracle = layers.oracle(&place);
         let mut packets = Packets::new(&cluster, family, seed);
         // Two thirds of the Services are IPv4's.
         let share = if number == 0 {

@@ -11,7 +11,7 @@ use crate::cluster::Family;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleFile {
     /// Its name.
-    pub name: &'static str,
+    pub name: String,
     /// What it holds.
     pub text: String,
 }
@@ -50,28 +50,28 @@ impl RuleSet {
                     let tool = backend.tool(*family);
                     let _ = writeln!(script, "{tool}-restore --noflush < {name}");
                     RuleFile {
-                        name,
+                        name: name.to_owned(),
                         text: text.clone(),
                     }
                 }
                 Step::Servers { text } => {
                     script.push_str("ipvsadm -R < ipvsadm.save\n");
                     RuleFile {
-                        name: "ipvsadm.save",
+                        name: "ipvsadm.save".to_owned(),
                         text: text.clone(),
                     }
                 }
                 Step::Sets { text } => {
                     script.push_str("ipset restore < ipset.save\n");
                     RuleFile {
-                        name: "ipset.save",
+                        name: "ipset.save".to_owned(),
                         text: text.clone(),
                     }
                 }
                 Step::Addresses { addresses } => {
                     script.push_str("ip -batch ip-addr.batch\n");
                     files.push(RuleFile {
-                        name: "ip-addr.txt",
+                        name: "ip-addr.txt".to_owned(),
                         text: address_listing(addresses),
                     });
                     let mut text = format!("link add {} type dummy\n", ipvs::LINK);
@@ -79,15 +79,16 @@ impl RuleSet {
                         let _ = writeln!(text, "address add {address} dev {}", ipvs::LINK);
                     }
                     RuleFile {
-                        name: "ip-addr.batch",
+                        name: "ip-addr.batch".to_owned(),
                         text,
                     }
                 }
                 Step::Nft { family, text } => {
-                    let name = match family {
-                        Family::V4 => "nft-ip.txt",
-                        Family::V6 => "nft-ip6.txt",
-                    };
+                    // What a partial sync deletes, it deletes in a second transaction.
+                    let mut name = format!("nft-{}.txt", family.nft());
+                    if files.iter().any(|file| file.name == name) {
+                        name = format!("nft-{}-then.txt", family.nft());
+                    }
                     let _ = writeln!(script, "nft -f {name}");
                     RuleFile {
                         name,
@@ -98,7 +99,7 @@ impl RuleSet {
             files.push(file);
         }
         files.push(RuleFile {
-            name: "load.sh",
+            name: "load.sh".to_owned(),
             text: script,
         });
         files

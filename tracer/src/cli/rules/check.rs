@@ -4,8 +4,7 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use comfy_table::{Cell, Table};
-use tracer::rules::check::{Report, check};
+use tracer::rules::check::{Finding, Report, check};
 
 use super::super::exit;
 use super::{ClusterArgs, Output, Rules, read_cluster};
@@ -67,29 +66,31 @@ fn show(report: &Report, seconds: f64, limit: usize) -> String {
         report.services, report.endpoints
     );
     let shown = if limit == 0 { count } else { limit.min(count) };
-    let mut table = Table::new();
-    table.load_preset(comfy_table::presets::NOTHING);
     for finding in report.differences.iter().take(shown) {
-        let subject = finding.service.as_deref().unwrap_or("all Services");
-        let mut rule = finding.rule.clone();
-        if let Some(found) = &finding.found {
-            let _ = write!(rule, "\nis: {found}");
-        }
-        let _ = write!(rule, "\n{subject}: {}", finding.effect);
-        table.add_row([
-            Cell::new(finding.kind),
-            Cell::new(format!("{} {}", finding.family, finding.place)),
-            Cell::new(rule),
-        ]);
-    }
-    if shown > 0 {
-        let _ = writeln!(text, "{table}");
+        show_finding(&mut text, finding);
     }
     if shown < count {
         let _ = writeln!(text, "  and {} more: --limit 0 shows all", count - shown);
     }
-    for note in &report.notes {
-        let _ = writeln!(text, "note: {note}");
-    }
     text
+}
+
+/// Three or four lines: where, what, what is there instead, and what it does to whom.
+fn show_finding(text: &mut String, finding: &Finding) {
+    let line = finding.line.map(|line| format!(", line {line}"));
+    // Writing into a String cannot fail, here and below.
+    let _ = writeln!(
+        text,
+        "  {:<8}  {} {}{}\n            {}",
+        finding.kind,
+        finding.family,
+        finding.place,
+        line.unwrap_or_default(),
+        finding.rule
+    );
+    if let Some(found) = &finding.found {
+        let _ = writeln!(text, "       is:  {found}");
+    }
+    let service = finding.service.as_deref().unwrap_or("all Services");
+    let _ = writeln!(text, "            {service}: {}", finding.effect);
 }

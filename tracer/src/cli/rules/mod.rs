@@ -162,7 +162,7 @@ fn read_cluster(path: &std::path::Path) -> anyhow::Result<Cluster> {
         read::read_file(path)?
     };
     for warning in &read.warnings {
-        super::exit::warn(&warning.to_string());
+        super::exit::say(&format!("warning: {warning}"));
     }
     Ok(read.cluster)
 }

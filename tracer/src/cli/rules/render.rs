@@ -59,13 +59,13 @@ fn write_files(set: &RuleSet, folder: &std::path::Path, force: bool) -> anyhow::
         .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     let files = set.files();
     for file in &files {
-        write::check_file(&folder.join(file.name), force)?;
+        write::check_file(&folder.join(&file.name), force)?;
     }
     let mut written = String::new();
     for file in &files {
-        write::write_file(&folder.join(file.name), file.text.as_bytes(), force)?;
+        write::write_file(&folder.join(&file.name), file.text.as_bytes(), force)?;
         let _ = write!(written, " {}", file.name);
     }
-    exit::note(&format!("wrote to {}:{written}", folder.display()));
+    exit::say(&format!("wrote to {}:{written}", folder.display()));
     Ok(())
 }

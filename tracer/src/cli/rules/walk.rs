@@ -10,8 +10,9 @@ use std::str::FromStr;
 use clap::ValueEnum;
 use serde_json::json;
 use tracer::cluster::{Family, Protocol};
-use tracer::rules::dump::Rules;
 use tracer::rules::dump::Texts;
+use tracer::rules::oracle::Rules;
+use tracer::rules::services;
 use tracer::rules::walk::{Action, Fate, Origin, Outcome, Packet, State, Visited};
 use tracer::rules::{Mode, render};
 
@@ -149,7 +150,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             StateArg::Invalid => State::Invalid,
         },
     };
-    let outcomes = rules.oracle(&place).walk(&packet);
+    let layers = rules.layers();
+    let outcomes = layers.oracle(&place).walk(&packet);
     let text = match args.output {
         Output::Json => {
             let answer = json!({
@@ -183,15 +185,17 @@ fn sources(args: &Args) -> anyhow::Result<(Texts, HashSet<IpAddr>, HashSet<IpAdd
         return Ok((texts, cluster.virtual_ips().collect(), local));
     }
     if let Some(folder) = &args.dump {
-        return Ok((Texts::read(folder)?, HashSet::new(), HashSet::new()));
+        let texts = Texts::read(folder)?;
+        let virtual_ips = services::read(&texts)?.virtual_ips().collect();
+        return Ok((texts, virtual_ips, HashSet::new()));
     }
     if !args.live {
         let what = "say which rules: --cluster FILE with --node and --mode, --dump DIR, or --live";
         return Err(Usage(what.to_owned()).into());
     }
     let texts = live()?;
-    let local = tracer::kernel::dump::local_addresses()?;
-    Ok((texts, HashSet::new(), local.into_iter().collect()))
+    let virtual_ips = services::read(&texts)?.virtual_ips().collect();
+    Ok((texts, virtual_ips, HashSet::new()))
 }
 
 fn origin(args: &Args, is_local: impl Fn(IpAddr) -> bool) -> Origin {

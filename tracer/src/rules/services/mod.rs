@@ -33,6 +33,14 @@ pub struct Found {
     pub foreign: Vec<Foreign>,
 }
 
+impl Found {
+    /// Every address of a Service that the rules name.
+    pub fn virtual_ips(&self) -> impl Iterator<Item = IpAddr> {
+        let frontends = self.services.iter().flat_map(|service| &service.frontends);
+        frontends.filter_map(|frontend| frontend.address)
+    }
+}
+
 /// One `ServicePort` of one family, as far as the rules tell. In IPVS mode, which groups nothing,
 /// one address and port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
