@@ -17,7 +17,7 @@ use crate::cluster::Family;
 pub struct Rules<'a> {
     tables: Vec<Tables<'a>>,
     table: Option<Table>,
-    director: Director,
+    director: Option<Director>,
     sets: SetTable,
     /// The addresses of `kube-ipvs0`, and those of other links as far as the dump shows them.
     local: Vec<IpAddr>,
@@ -34,7 +34,7 @@ impl<'a> Rules<'a> {
             table: ruleset.and_then(|(ruleset, _)| ruleset.table(family).cloned()),
             sets: SetTable::new(&ipvs.sets),
             local: bound.chain(ipvs.addresses.others).collect(),
-            director: Director::new(ipvs.servers),
+            director: (!ipvs.servers.list.is_empty()).then(|| Director::new(ipvs.servers)),
         })
     }
 
@@ -53,7 +53,7 @@ impl<'a> Rules<'a> {
                 .map(|tables| Chains::new(tables, &self.sets))
                 .collect(),
             table: self.table.as_ref().map(TableWalk::new),
-            director: &self.director,
+            director: self.director.as_ref(),
         }
     }
 }
@@ -62,7 +62,7 @@ impl<'a> Rules<'a> {
 pub struct Layers<'r> {
     chains: Vec<Chains<'r>>,
     table: Option<TableWalk<'r>>,
-    director: &'r Director,
+    director: Option<&'r Director>,
 }
 
 impl Layers<'_> {
@@ -75,7 +75,9 @@ impl Layers<'_> {
         if let Some(table) = &self.table {
             layers.push(table);
         }
-        layers.push(self.director);
+        if let Some(director) = self.director {
+            layers.push(director);
+        }
         Oracle::new(place, &layers)
     }
 }
