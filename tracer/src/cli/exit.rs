@@ -81,9 +81,11 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
 fn code_of_node(error: &NodeError) -> Option<u8> {
     match error {
         NodeError::LostRecords(_) => Some(INVALID_RUN),
+        NodeError::Apply(error) if matches!(error.cause(), ApplyError::NoSysctl { .. }) => {
+            Some(KERNEL_LACKS)
+        }
         NodeError::Lacks { .. }
         | NodeError::Btf(_)
-        | NodeError::Apply(ApplyError::NoSysctl { .. })
         | NodeError::Probe(ProbeError::Btf(_) | ProbeError::Program(_)) => Some(KERNEL_LACKS),
         _ => None,
     }

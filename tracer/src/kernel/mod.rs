@@ -1,9 +1,12 @@
 //! Everything that touches the kernel besides the probes.
 
+pub mod addresses;
+pub mod applied;
 pub mod apply;
 pub mod btf;
 pub mod clock;
 pub mod dump;
+pub mod ipvs;
 pub mod link;
 pub mod netlink;
 pub mod netns;
@@ -11,6 +14,7 @@ pub mod nfacct;
 pub mod nft;
 pub mod sysctl;
 pub mod tool;
+pub mod usage;
 
 /// The running kernel's release, as `uname -r` prints it.
 pub fn release() -> String {

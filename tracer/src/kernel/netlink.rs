@@ -1,7 +1,8 @@
-//! Requests to netfilter's subsystems over netlink (`nfnetlink`).
+//! Requests to the kernel over netlink: to netfilter's subsystems (`nfnetlink`), to routing
+//! (`rtnetlink`) and to generic families, one by one or in batches.
 //!
-//! Layouts are those of `include/uapi/linux/netlink.h` and
-//! `include/uapi/linux/netfilter/nfnetlink.h`.
+//! Layouts are those of `include/uapi/linux/netlink.h`, `genetlink.h`, `rtnetlink.h` and
+//! `netfilter/nfnetlink.h`.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,8 +15,13 @@ use nix::sys::socket::{
 
 /// Length of `nlmsghdr`.
 const HEADER: usize = 16;
-/// Length of `nfgenmsg`.
-const GENERIC: usize = 4;
+/// `NLA_F_NESTED`.
+const NESTED: u16 = 0x8000;
+/// Messages in one `send` of a batch.
+///
+/// The kernel carries all of them out before `send` returns, so the answers must fit into the
+/// socket's receive buffer (`net.core.rmem_default`, 208 KiB), in which each takes about 1 KiB.
+const BATCH: usize = 64;
 /// `NLA_TYPE_MASK`: an attribute's type without `NLA_F_NESTED` and `NLA_F_NET_BYTEORDER`.
 const TYPE_MASK: u16 = 0x3fff;
 /// The kernel fills at most 32 KiB in one go (`netlink_recvmsg`), and more only for one message
@@ -28,6 +34,8 @@ pub const NLM_F_ACK: u16 = 0x04;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 /// Flag of a request: list everything.
 pub const NLM_F_DUMP: u16 = 0x300;
+/// Flags of a request: make it, and refuse if it is there.
+pub const NLM_F_CREATE_EXCL: u16 = 0x600;
 /// How often a dump is tried that changes of rules interrupt.
 const ATTEMPTS: u32 = 20;
 
@@ -66,7 +74,9 @@ impl NetlinkError {
 pub struct Request {
     kind: u16,
     flags: u16,
-    /// `nfgenmsg` and attributes.
+    /// Length of the fixed part of the body, in requests and answers.
+    header: usize,
+    /// The fixed part (`nfgenmsg`, `genlmsghdr`, `ifaddrmsg`, ...) and attributes.
     body: Vec<u8>,
 }
 
@@ -74,37 +84,91 @@ impl Request {
     /// A request of a subsystem (`NFNL_SUBSYS_*`), with flags besides `NLM_F_REQUEST`, for an
     /// `NFPROTO_*`.
     pub fn new(subsystem: u8, message: u8, flags: u16, family: u8) -> Self {
+        // NFNETLINK_V0 and resource 0.
+        let kind = u16::from_be_bytes([subsystem, message]);
+        Self::raw(kind, flags, &[family, 0, 0, 0])
+    }
+
+    /// A request of a generic family: its number, a command and the family's version.
+    pub fn generic(family: u16, command: u8, version: u8, flags: u16) -> Self {
+        Self::raw(family, flags, &[command, version, 0, 0])
+    }
+
+    /// A request with a fixed part of its own, as rtnetlink's are (`RTM_*`).
+    pub fn raw(kind: u16, flags: u16, header: &[u8]) -> Self {
         Self {
-            kind: u16::from_be_bytes([subsystem, message]),
+            kind,
             flags: flags | NLM_F_REQUEST,
-            // NFNETLINK_V0 and resource 0.
-            body: vec![family, 0, 0, 0],
+            header: header.len(),
+            body: header.to_vec(),
         }
     }
 
     /// Adds an attribute that holds a string, with its terminating zero.
-    pub fn string(mut self, kind: u16, value: &str) -> Result<Self, NetlinkError> {
-        let length = HEADER_OF_ATTRIBUTE + value.len() + 1;
+    pub fn string(self, kind: u16, value: &str) -> Result<Self, NetlinkError> {
+        let mut bytes = Vec::with_capacity(value.len() + 1);
+        bytes.extend(value.as_bytes());
+        bytes.push(0);
+        self.bytes(kind, &bytes)
+    }
+
+    /// Adds an attribute that holds these bytes.
+    pub fn bytes(mut self, kind: u16, value: &[u8]) -> Result<Self, NetlinkError> {
+        let length = HEADER_OF_ATTRIBUTE + value.len();
         let length = u16::try_from(length).map_err(|_| NetlinkError::TooLong(length))?;
         self.body.extend(length.to_ne_bytes());
         self.body.extend(kind.to_ne_bytes());
-        self.body.extend(value.as_bytes());
-        self.body.push(0);
+        self.body.extend(value);
         self.body.resize(self.body.len().next_multiple_of(4), 0);
         Ok(self)
     }
 
+    /// Adds an attribute that holds the attributes that `fill` adds.
+    pub fn nested(
+        mut self,
+        kind: u16,
+        fill: impl FnOnce(Self) -> Result<Self, NetlinkError>,
+    ) -> Result<Self, NetlinkError> {
+        let from = self.body.len();
+        self.body.extend([0; 2]);
+        self.body.extend((kind | NESTED).to_ne_bytes());
+        let mut filled = fill(self)?;
+        let length = filled.body.len() - from;
+        let length = u16::try_from(length).map_err(|_| NetlinkError::TooLong(length))?;
+        filled.body[from..from + 2].copy_from_slice(&length.to_ne_bytes());
+        Ok(filled)
+    }
+
+    /// The length of the message, in bytes.
+    pub fn size(&self) -> usize {
+        HEADER + self.body.len()
+    }
+
+    /// The fixed part and the attributes.
+    #[cfg(test)]
+    pub(super) fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    /// Writes the message behind those in `to`.
+    fn write(&self, to: &mut Vec<u8>, sequence: u32, flags: u16) -> Result<(), NetlinkError> {
+        let length = self.size();
+        let length = u32::try_from(length).map_err(|_| NetlinkError::TooLong(length))?;
+        to.extend(length.to_ne_bytes());
+        to.extend(self.kind.to_ne_bytes());
+        to.extend((self.flags | flags).to_ne_bytes());
+        to.extend(sequence.to_ne_bytes());
+        to.extend(0_u32.to_ne_bytes()); // port: the kernel fills it in
+        to.extend(&self.body);
+        // A body is whole: each attribute is padded to 4 bytes, and so are fixed parts.
+        to.resize(to.len().next_multiple_of(4), 0);
+        Ok(())
+    }
+
     /// The bytes to send.
     fn message(&self, sequence: u32) -> Result<Vec<u8>, NetlinkError> {
-        let length = HEADER + self.body.len();
-        let mut message = Vec::with_capacity(length);
-        let length = u32::try_from(length).map_err(|_| NetlinkError::TooLong(length))?;
-        message.extend(length.to_ne_bytes());
-        message.extend(self.kind.to_ne_bytes());
-        message.extend(self.flags.to_ne_bytes());
-        message.extend(sequence.to_ne_bytes());
-        message.extend(0_u32.to_ne_bytes()); // port: the kernel fills it in
-        message.extend(&self.body);
+        let mut message = Vec::with_capacity(self.size());
+        self.write(&mut message, sequence, 0)?;
         Ok(message)
     }
 }
@@ -118,13 +182,27 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Opens a socket in this thread's network namespace.
-    pub fn open() -> Result<Self, NetlinkError> {
+    /// Opens a socket to netfilter in this thread's network namespace.
+    pub fn netfilter() -> Result<Self, NetlinkError> {
+        Self::open(SockProtocol::NetlinkNetFilter)
+    }
+
+    /// Opens a socket to generic families in this thread's network namespace.
+    pub fn generic() -> Result<Self, NetlinkError> {
+        Self::open(SockProtocol::NetlinkGeneric)
+    }
+
+    /// Opens a socket to links, addresses and routes in this thread's network namespace.
+    pub fn route() -> Result<Self, NetlinkError> {
+        Self::open(SockProtocol::NetlinkRoute)
+    }
+
+    fn open(protocol: SockProtocol) -> Result<Self, NetlinkError> {
         let fd = socket(
             AddressFamily::Netlink,
             SockType::Raw,
             SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkNetFilter,
+            protocol,
         )?;
         // A connected socket takes nothing from anybody but the kernel.
         connect(fd.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
@@ -148,6 +226,51 @@ impl Socket {
         Err(NetlinkError::Garbled("no acknowledgement"))
     }
 
+    /// Sends many requests, [`BATCH`] at a time. The kernel carries out each, whatever becomes of
+    /// the others: `refused` gets the position and error of each that it refuses, in order.
+    ///
+    /// # Errors
+    ///
+    /// The socket's own; the requests before may have been carried out.
+    pub fn changes(
+        &mut self,
+        requests: &[Request],
+        mut refused: impl FnMut(usize, NetlinkError),
+    ) -> Result<(), NetlinkError> {
+        let mut bytes = Vec::new();
+        for (number, batch) in requests.chunks(BATCH).enumerate() {
+            let first = self.sequence.wrapping_add(1);
+            bytes.clear();
+            for (position, request) in batch.iter().enumerate() {
+                self.sequence = self.sequence.wrapping_add(1);
+                // Errors are always answered; that the last one is answered tells the end.
+                let last = position + 1 == batch.len();
+                request.write(&mut bytes, self.sequence, if last { NLM_F_ACK } else { 0 })?;
+            }
+            send(self.fd.as_raw_fd(), &bytes, MsgFlags::empty())?;
+            let mut done = false;
+            while !done {
+                let received = self.receive()?;
+                for message in messages(&self.buffer[..received]) {
+                    let message = message?;
+                    let position = message.sequence.wrapping_sub(first) as usize;
+                    if message.kind != libc::NLMSG_ERROR || position >= batch.len() {
+                        continue;
+                    }
+                    match message.result() {
+                        Ok(()) => {}
+                        Err(error @ NetlinkError::Refused(_)) => {
+                            refused(number * BATCH + position, error);
+                        }
+                        Err(error) => return Err(error),
+                    }
+                    done |= position + 1 == batch.len();
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Asks for a list and folds the attributes of each of its messages into `T`.
     ///
     /// A list during which rules changed is asked for again, from `T`'s default on.
@@ -156,9 +279,20 @@ impl Socket {
         request: &Request,
         mut each: impl FnMut(&mut T, Attributes<'_>) -> Result<(), NetlinkError>,
     ) -> Result<T, NetlinkError> {
+        self.dump_messages(request, |sum, _, attributes| each(sum, attributes))
+    }
+
+    /// As [`Socket::dump`], with the fixed part of each message (as long as the request's) too.
+    pub fn dump_messages<T: Default>(
+        &mut self,
+        request: &Request,
+        mut each: impl FnMut(&mut T, &[u8], Attributes<'_>) -> Result<(), NetlinkError>,
+    ) -> Result<T, NetlinkError> {
         for _ in 0..ATTEMPTS {
             let mut sum = T::default();
-            match self.dump_once(request, |attributes| each(&mut sum, attributes)) {
+            match self.dump_once(request, |header, attributes| {
+                each(&mut sum, header, attributes)
+            }) {
                 Ok(true) => return Ok(sum),
                 Ok(false) => {}
                 // The kernel says this of a set that it rebuilt during the dump.
@@ -173,7 +307,7 @@ impl Socket {
     fn dump_once(
         &mut self,
         request: &Request,
-        mut each: impl FnMut(Attributes<'_>) -> Result<(), NetlinkError>,
+        mut each: impl FnMut(&[u8], Attributes<'_>) -> Result<(), NetlinkError>,
     ) -> Result<bool, NetlinkError> {
         self.send(request)?;
         // The end of a list must be read even if something is wrong with it: the kernel starts no
@@ -198,7 +332,9 @@ impl Socket {
                     libc::NLMSG_OVERRUN => return Err(NetlinkError::Garbled("data were lost")),
                     _ => {
                         if result.is_ok() {
-                            result = message.attributes().and_then(&mut each);
+                            result = message
+                                .parts(request.header)
+                                .and_then(|(header, attributes)| each(header, attributes));
                         }
                     }
                 }
@@ -256,12 +392,12 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// The attributes behind `nfgenmsg`.
-    fn attributes(&self) -> Result<Attributes<'a>, NetlinkError> {
+    /// The fixed part, of this length, and the attributes behind it.
+    fn parts(&self, header: usize) -> Result<(&'a [u8], Attributes<'a>), NetlinkError> {
         self.payload
-            .get(GENERIC..)
-            .map(Attributes)
-            .ok_or(NetlinkError::Garbled("a message without nfgenmsg"))
+            .split_at_checked(header)
+            .map(|(header, attributes)| (header, Attributes(attributes)))
+            .ok_or(NetlinkError::Garbled("a message without its fixed part"))
     }
 }
 
@@ -313,6 +449,20 @@ impl<'a> Attributes<'a> {
             }
         }
         Ok(None)
+    }
+
+    /// The number, in this machine's byte order, of the first attribute of this type.
+    pub fn find_u32(self, wanted: u16) -> Result<Option<u32>, NetlinkError> {
+        let value = self.find(wanted)?.map(<[u8; 4]>::try_from).transpose();
+        let value = value.map_err(|_| NetlinkError::Garbled("a number that has not 4 bytes"))?;
+        Ok(value.map(u32::from_ne_bytes))
+    }
+
+    /// As [`Attributes::find_u32`], of 2 bytes.
+    pub fn find_u16(self, wanted: u16) -> Result<Option<u16>, NetlinkError> {
+        let value = self.find(wanted)?.map(<[u8; 2]>::try_from).transpose();
+        let value = value.map_err(|_| NetlinkError::Garbled("a number that has not 2 bytes"))?;
+        Ok(value.map(u16::from_ne_bytes))
     }
 
     /// The number, in network byte order, of the first attribute of this type.

@@ -86,5 +86,5 @@ pub fn supported(ns: &Netns, names: &[&str]) -> Result<bool, NfacctError> {
 /// `NFNL_MSG_ACCT_NEW` with a name.
 fn request(name: &str) -> Result<(), NetlinkError> {
     let request = Request::new(NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_NEW, NEW, 0);
-    Socket::open()?.change(&request.string(NFACCT_NAME, name)?)
+    Socket::netfilter()?.change(&request.string(NFACCT_NAME, name)?)
 }

@@ -61,7 +61,7 @@ pub struct TableCounts {
 
 /// Counts a table; one that does not exist holds nothing.
 pub fn count(ns: &Netns, family: Family, table: &str) -> Result<TableCounts, NftError> {
-    ns.run(Socket::open)?
+    ns.run(Socket::netfilter)?
         .and_then(|mut socket| count_table(&mut socket, family, table))
         .map_err(|source| NftError::Netlink {
             family: family.nft(),

@@ -1,9 +1,10 @@
 //! Running the tools that load rules, inside a namespace.
 
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::process::{Output, Stdio};
 
 use super::netns::Netns;
+use super::usage::{self, Usage};
 
 /// Why a tool did not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +28,7 @@ pub enum ToolError {
         source: io::Error,
     },
     /// It refused.
-    #[error("{command} failed in namespace {namespace} ({status}): {said}{input}; {remedy}")]
+    #[error("{command} failed in namespace {namespace} ({status}): {said}{}; {remedy}", shown(input.as_ref()))]
     Failed {
         /// The command line.
         command: String,
@@ -35,10 +36,10 @@ pub enum ToolError {
         namespace: String,
         /// How it ended.
         status: std::process::ExitStatus,
-        /// The first line it wrote to standard error.
+        /// What it wrote to standard error, shortened and on one line.
         said: String,
         /// The line of its input that it complained of, if it named one.
-        input: String,
+        input: Option<InputLine>,
         /// What to do.
         remedy: &'static str,
     },
@@ -50,6 +51,20 @@ pub enum ToolError {
         /// Why.
         reason: String,
     },
+}
+
+/// A line of a tool's input.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InputLine {
+    /// Its number, from 1.
+    pub number: usize,
+    /// The line, without its end.
+    pub text: String,
+}
+
+fn shown(line: Option<&InputLine>) -> String {
+    line.map(|InputLine { number, text }| format!(" (input line {number}: {text})"))
+        .unwrap_or_default()
 }
 
 /// Debian's package of each tool.
@@ -117,19 +132,39 @@ fn remedy(tool: &str, stderr: &str) -> &'static str {
         )
 }
 
-/// The input line that a message means: `iptables-restore: line 12 failed`, nft's
-/// `/dev/stdin:12:1-30: Error`, `ip -batch`'s `Command failed -:12`.
-fn input_line<'a>(stderr: &str, input: &'a str) -> Option<&'a str> {
-    let after = stderr
-        .split_once("line ")
-        .or_else(|| stderr.split_once("/dev/stdin:"))
-        .or_else(|| stderr.split_once("Command failed -:"))
-        .map(|(_, after)| after)?;
-    let digits = after
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(after.len());
-    let number: usize = after[..digits].parse().ok()?;
-    input.lines().nth(number.checked_sub(1)?)
+/// The input line that a message means: `iptables-restore: line 12 failed`, `Error occurred at
+/// line: 12`, `line 12: RULE_APPEND failed`, nft's `/dev/stdin:12:1-30: Error`, `ipset`'s `Error in
+/// line 12`, `ip -batch`'s `Command failed -:12`.
+fn input_line(stderr: &str, input: &str) -> Option<InputLine> {
+    const BEFORE: [&str; 4] = ["line ", "line: ", "/dev/stdin:", "Command failed -:"];
+    let number = stderr.lines().find_map(|said| {
+        BEFORE.iter().find_map(|before| {
+            let (_, after) = said.split_once(before)?;
+            let digits = after.split(|c: char| !c.is_ascii_digit()).next()?;
+            digits.parse::<usize>().ok()
+        })
+    })?;
+    let text = input.lines().nth(number.checked_sub(1)?)?;
+    Some(InputLine {
+        number,
+        text: text.to_owned(),
+    })
+}
+
+/// What a tool said, on one line: at most its first three lines that say something.
+fn said(stderr: &str) -> String {
+    let lines = stderr
+        .lines()
+        .map(str::trim)
+        // iptables-nft-restore's name stands alone on its first line, nft underlines with carets.
+        .filter(|line| !line.is_empty() && !line.ends_with("):") && !line.starts_with('^'))
+        .filter(|line| !line.starts_with("Try `"));
+    let said: Vec<&str> = lines.take(3).collect();
+    if said.is_empty() {
+        "it said nothing".to_owned()
+    } else {
+        said.join("; ")
+    }
 }
 
 /// Is the tool where [`run`] looks for it?
@@ -147,10 +182,20 @@ pub fn find(tool: &str) -> Result<(), ToolError> {
 }
 
 /// Runs `tool` in the namespace with `input` on its standard input; returns what it printed.
-///
-/// Input is written by a thread of its own while output is read, so that neither side waits for
-/// the other whatever the sizes.
 pub fn run(ns: &Netns, tool: &str, args: &[&str], input: &str) -> Result<String, ToolError> {
+    run_measured(ns, tool, args, input).map(|(printed, _)| printed)
+}
+
+/// As [`run`], and says what the tool used.
+///
+/// Input is written and messages are read by threads of their own while output is read, so that
+/// neither side waits for the other whatever the sizes.
+pub fn run_measured(
+    ns: &Netns,
+    tool: &str,
+    args: &[&str],
+    input: &str,
+) -> Result<(String, Usage), ToolError> {
     let command_line = || {
         let mut line = tool.to_owned();
         for arg in args {
@@ -173,33 +218,27 @@ pub fn run(ns: &Netns, tool: &str, args: &[&str], input: &str) -> Result<String,
             }
         }
     };
-    let output = exchange(ns, tool, args, input).map_err(start)?;
+    let (output, usage) = exchange(ns, tool, args, input).map_err(start)?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
-        let said = stderr
-            .lines()
-            .find(|line| !line.trim().is_empty())
-            .unwrap_or("it said nothing")
-            .trim()
-            .to_owned();
         return Err(ToolError::Failed {
             command: command_line(),
             namespace: ns.name().to_owned(),
             status: output.status,
-            input: input_line(&stderr, input)
-                .map(|line| format!(" (input line: {line})"))
-                .unwrap_or_default(),
+            input: input_line(&stderr, input),
             remedy: remedy(tool, &stderr),
-            said,
+            said: said(&stderr),
         });
     }
-    String::from_utf8(output.stdout).map_err(|error| ToolError::Unreadable {
+    let printed = String::from_utf8(output.stdout).map_err(|error| ToolError::Unreadable {
         command: command_line(),
         reason: error.to_string(),
-    })
+    })?;
+    Ok((printed, usage))
 }
 
-fn exchange(ns: &Netns, tool: &str, args: &[&str], input: &str) -> io::Result<Output> {
+fn exchange(ns: &Netns, tool: &str, args: &[&str], input: &str) -> io::Result<(Output, Usage)> {
+    let parent_kib = usage::own_memory_kib();
     let mut child = ns
         .command(tool)
         .args(args)
@@ -209,15 +248,31 @@ fn exchange(ns: &Netns, tool: &str, args: &[&str], input: &str) -> io::Result<Ou
         .stderr(Stdio::piped())
         .spawn()?;
     let stdin = child.stdin.take();
-    std::thread::scope(|scope| {
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    let read = std::thread::scope(|scope| {
         scope.spawn(move || {
             if let Some(mut stdin) = stdin {
                 // A tool that stops reading has failed and will say why itself.
                 let _ = stdin.write_all(input.as_bytes());
             }
         });
-        child.wait_with_output()
-    })
+        let errors = scope.spawn(|| err.map_or(Ok(0), |mut err| err.read_to_end(&mut stderr)));
+        let read = out.map_or(Ok(0), |mut out| out.read_to_end(&mut stdout));
+        let errors = errors
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("a thread that reads panicked")));
+        read.and(errors)
+    });
+    // Whatever became of the pipes, the child must not stay a zombie.
+    let (status, usage) = usage::wait(&child, parent_kib)?;
+    read?;
+    let output = Output {
+        status,
+        stdout,
+        stderr,
+    };
+    Ok((output, usage))
 }
 
 #[cfg(test)]
@@ -227,28 +282,45 @@ mod tests {
     #[test]
     fn the_line_complained_of_is_found() {
         let input = "*nat\n-A X\nCOMMIT\n";
-        assert_eq!(
-            input_line("iptables-restore: line 2 failed", input),
-            Some("-A X")
-        );
-        assert_eq!(
-            input_line("Error occurred at line: 2\nTry", input),
-            None,
-            "only `line N` names a line"
-        );
-        assert_eq!(
-            input_line("/dev/stdin:3:1-6: Error: syntax error", input),
-            Some("COMMIT")
-        );
-        assert_eq!(
-            input_line("ipset v7.17: Error in line 1: Syntax", input),
-            Some("*nat")
-        );
-        assert_eq!(
-            input_line("Error: Unknown device type.\nCommand failed -:1", input),
-            Some("*nat")
-        );
+        for (stderr, number, text) in [
+            ("iptables-restore: line 2 failed", 2, "-A X"),
+            (
+                "iptables-restore v1.8.9 (legacy): unknown option \"--x\"\n\
+                 Error occurred at line: 2\nTry `iptables-restore -h'",
+                2,
+                "-A X",
+            ),
+            (
+                "iptables-nft-restore v1.8.9 (nf_tables): \n\
+                 line 2: RULE_APPEND failed (No such file or directory): rule in chain X",
+                2,
+                "-A X",
+            ),
+            ("/dev/stdin:3:1-6: Error: syntax error", 3, "COMMIT"),
+            ("ipset v7.17: Error in line 1: Syntax", 1, "*nat"),
+            ("Error: Unknown device type.\nCommand failed -:1", 1, "*nat"),
+        ] {
+            let text = text.to_owned();
+            assert_eq!(
+                input_line(stderr, input),
+                Some(InputLine { number, text }),
+                "{stderr}"
+            );
+        }
         assert_eq!(input_line("line 99 failed", input), None);
+        assert_eq!(input_line("line 0 failed", input), None);
+        assert_eq!(input_line("line by line", input), None);
+    }
+
+    #[test]
+    fn what_a_tool_says_is_one_line() {
+        let nft = "iptables-nft-restore v1.8.9 (nf_tables): \nline 2: RULE_APPEND failed\n";
+        assert_eq!(said(nft), "line 2: RULE_APPEND failed");
+        assert_eq!(
+            said("Error: x\nadd rule\n^^^^\nb\nc"),
+            "Error: x; add rule; b"
+        );
+        assert_eq!(said("\n"), "it said nothing");
     }
 
     #[test]

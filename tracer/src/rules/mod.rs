@@ -24,6 +24,7 @@ pub mod names;
 pub mod nftables;
 mod node;
 mod ports;
+pub mod services;
 mod sync;
 pub mod walk;
 
