@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::cluster::{Cluster, Family};
 
+#[cfg(test)]
+pub(crate) mod arbitrary;
 pub mod check;
 pub mod dump;
 mod files;
