@@ -143,7 +143,7 @@ impl<'a> Names<'a> {
             Entry::Port(port) => match role {
                 Role::HealthCheckNodePort => {
                     let service = self.index().health_checks.get(&port)?;
-                    Some(format!("{}/{}", service.namespace, service.name))
+                    Some(service_name(service))
                 }
                 Role::NodePortUdp | Role::NodePortLocalUdp => self.node_port(Protocol::Udp, port),
                 _ => self.node_port(Protocol::Tcp, port),
@@ -192,6 +192,14 @@ impl<'a> Index<'a> {
                 ports.or_default().push((service, port));
             }
         }
+    }
+}
+
+/// `ns/name:port`, or `ns/name` for a Service with several ports.
+fn service_name(service: &Service) -> String {
+    match service.ports.as_slice() {
+        [port] => service.port_name(port),
+        _ => format!("{}/{}", service.namespace, service.name),
     }
 }
 
@@ -740,19 +748,27 @@ const fn stale_entry(role: Role) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::Endpoint;
+    use crate::rules::{Mode, NodeView, render};
 
+    const CLUSTER: &str = include_str!("../fixtures/kube-proxy-1.36.2/cluster.json");
     const SERVERS: &str = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/ipvsadm.save");
     const SETS: &str = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/ipset.save");
     const ADDRESSES: &str = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/ip-addr.txt");
 
-    fn wanted() -> Wanted {
-        let addresses = Addresses::parse(ADDRESSES).expect("a real dump");
-        Wanted {
-            servers: Servers::parse(SERVERS).expect("a real dump"),
-            sets: Sets::parse(SETS).expect("a real dump"),
-            addresses: addresses.bound.iter().map(|bound| bound.address).collect(),
-        }
+    fn cluster() -> Cluster {
+        let read = crate::cluster::read::read(CLUSTER.as_bytes(), "cluster.json");
+        read.expect("a cluster").cluster
+    }
+
+    fn wanted(cluster: &Cluster) -> Wanted {
+        let node = NodeView {
+            name: "worker-0".to_owned(),
+            zone: Some("z1".to_owned()),
+            addresses: vec![[172, 31, 255, 2].into(), [10, 0, 2, 15].into()],
+            cluster_cidrs: vec!["10.244.0.0/16".parse().expect("a network")],
+            ..NodeView::default()
+        };
+        Wanted::of(&render(cluster, &node, Mode::Ipvs)).expect("what was rendered")
     }
 
     fn found(servers: &str, sets: &str, addresses: &str) -> Result<Found, ParseError> {
@@ -763,43 +779,10 @@ mod tests {
         })
     }
 
-    /// The Services that the addresses and ports of the dumps are of, as far as the findings name
-    /// them: a Service a virtual server, named by what it serves.
-    fn cluster() -> Cluster {
-        let mut services: HashMap<IpAddr, Service> = HashMap::new();
-        for server in wanted().servers.list {
-            let ServerKey { protocol, socket } = server.key;
-            let node_port = socket.port() >= 30000;
-            let service = services.entry(socket.ip()).or_default();
-            "ns".clone_into(&mut service.namespace);
-            service.name = format!("of-{}", socket.ip());
-            if !node_port {
-                service.cluster_ips = vec![socket.ip()];
-            }
-            service.ports.push(ServicePort {
-                name: format!("{protocol}-{}", socket.port()),
-                protocol,
-                port: socket.port(),
-                node_port: node_port.then_some(socket.port()),
-                endpoints: server
-                    .real_servers
-                    .iter()
-                    .map(|real| Endpoint::ready(real.socket.ip(), real.socket.port(), ""))
-                    .collect(),
-            });
-            if socket.to_string() == "198.51.100.11:80" {
-                service.health_check_node_port = Some(30191);
-            }
-        }
-        Cluster {
-            services: services.into_values().collect(),
-            ..Cluster::default()
-        }
-    }
-
     fn findings(servers: &str, sets: &str, addresses: &str) -> Vec<Finding> {
         let found = found(servers, sets, addresses).expect("readable");
-        check(&cluster(), &wanted(), &found)
+        let cluster = cluster();
+        check(&cluster, &wanted(&cluster), &found)
     }
 
     fn servers(from: &str, to: &str) -> Vec<Finding> {
@@ -831,7 +814,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dump_against_itself_is_clean_in_any_order() {
+    fn a_real_dump_is_clean_in_any_order() {
         assert_eq!(findings(SERVERS, SETS, ADDRESSES), []);
         let reversed = |text: &str, first: &str| {
             let (mut heads, tails): (Vec<_>, Vec<_>) =
@@ -847,7 +830,7 @@ mod tests {
 
     #[test]
     fn servers_that_differ_say_what_happens() {
-        let web = Some("ns/of-10.96.10.1:tcp-80");
+        let web = Some("shop/web:http");
         let gone = servers(" -r 10.244.1.13:8080", " -r 10.244.9.9:8080");
         assert!(gone.len() > 2);
         one(
@@ -865,7 +848,7 @@ mod tests {
         one(
             &servers("-a -t 10.96.0.1:443 -r 172.31.255.1:6443 -m -w 1\n", ""),
             Kind::Missing,
-            Some("ns/of-10.96.0.1:tcp-443"),
+            Some("default/kubernetes:https"),
             "all are refused",
         );
         let more = "-a -t 10.96.10.1:80 -r 10.244.9.9:8080 -m -w 1\n-A -t 10.96.10.2:80 -s rr\n";
@@ -888,7 +871,7 @@ mod tests {
             ),
             Kind::Extra,
             web,
-            "an endpoint of ns/of-10.96.0.10:tcp-53",
+            "an endpoint of kube-system/kube-dns:dns-tcp",
         );
         one(
             &servers(
@@ -896,13 +879,13 @@ mod tests {
                 "-a -t 10.96.0.1:443 -r 172.31.255.1:6443 -m -w 0",
             ),
             Kind::Altered,
-            Some("ns/of-10.96.0.1:tcp-443"),
+            Some("default/kubernetes:https"),
             "all are refused",
         );
         one(
             &servers("-s rr -p 10800", "-s rr"),
             Kind::Altered,
-            Some("ns/of-10.96.10.4:tcp-9000"),
+            Some("shop/cart:grpc"),
             "staying with one",
         );
         one(
@@ -917,7 +900,7 @@ mod tests {
             (
                 "192.168.7.7:30080",
                 Kind::Extra,
-                Some("ns/of-10.0.2.15:tcp-30080, ns/of-172.31.255.2:tcp-30080"),
+                Some("shop/web-np:http"),
                 "--node-address",
             ),
         ] {
@@ -928,7 +911,7 @@ mod tests {
 
     #[test]
     fn sets_that_differ_say_what_happens() {
-        let web = Some("ns/of-10.96.10.1:tcp-80");
+        let web = Some("shop/web:http");
         one(
             &sets("add KUBE-CLUSTER-IP 10.96.10.1,tcp:80\n", ""),
             Kind::Missing,
@@ -938,13 +921,13 @@ mod tests {
         one(
             &sets("tcp:80,203.0.113.0/25", "tcp:80,203.0.113.0/25 nomatch"),
             Kind::Altered,
-            Some("ns/of-198.51.100.10:tcp-80"),
+            Some("edge/gateway:http"),
             "dropped",
         );
         one(
             &sets("add KUBE-HEALTH-CHECK-NODE-PORT 30191\n", ""),
             Kind::Missing,
-            Some("ns/of-198.51.100.11"),
+            Some("edge/gateway-local:http"),
             "health checks",
         );
         one(
@@ -971,7 +954,7 @@ mod tests {
     fn addresses_that_differ_say_what_happens() {
         let lifetime = "       valid_lft forever preferred_lft forever\n";
         let line = "    inet 10.96.0.1/32 scope global kube-ipvs0\n";
-        let kubernetes = Some("ns/of-10.96.0.1:tcp-443");
+        let kubernetes = Some("default/kubernetes:https");
         one(
             &addresses(&format!("{line}{lifetime}"), ""),
             Kind::Missing,
@@ -1010,7 +993,7 @@ mod tests {
     #[test]
     fn every_change_of_every_line_is_found() {
         let cluster = cluster();
-        let wanted = wanted();
+        let wanted = wanted(&cluster);
         let mut changes = 0;
         for (file, text) in [SERVERS, SETS, ADDRESSES].into_iter().enumerate() {
             let lines: Vec<&str> = text.lines().collect();
