@@ -1,10 +1,15 @@
 //! kube-proxy's iptables mode, and what IPVS mode shares with it.
 
+mod chains;
+mod check;
+mod effect;
 mod parse;
 mod render;
 pub mod rule;
 mod sync;
+pub mod walk;
 
+pub use check::{check, uses_nfacct};
 pub use parse::{ParseError, Problem, parse};
 pub use render::{INVALID_DROPPED, LOCALHOST_NODE_PORTS, count, removal, update};
 pub(super) use render::{

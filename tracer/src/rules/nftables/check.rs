@@ -767,40 +767,33 @@ impl<'t> Checker<'t> {
             .collect();
         let ip = self.expected.family.nft();
         let rule = format!("{ip} daddr {{ ServiceCIDRs }} drop comment \"{UNALLOCATED}\"");
-        let Some((last, rest)) = found.rules.split_last() else {
+        let last = found.rules.split_last();
+        let Some((last, rest, ranges)) =
+            last.and_then(|(last, rest)| Some((last, rest, unallocated(last)?)))
+        else {
             if !cluster_ips.is_empty() {
                 self.report(CLUSTER_IPS_CHECK, missing_unallocated(rule));
             }
             return &found.rules;
         };
-        match unallocated(last) {
-            Some(ranges) => {
-                for outside in cluster_ips.into_iter().filter(|ip| !ranges.contains(*ip)) {
-                    let service = self.services().addresses.get(&outside).cloned();
-                    self.report(
-                        CLUSTER_IPS_CHECK,
-                        Difference {
-                            kind: Kind::Altered,
-                            rule: rule.clone(),
-                            found: Some(last.to_string()),
-                            line: last.line,
-                            service,
-                            effect: format!(
-                                "{outside} lies in none of the networks: new flows to unallocated \
-                                 addresses of its network are not dropped but leave the node"
-                            ),
-                        },
-                    );
-                }
-                rest
-            }
-            None => {
-                if !cluster_ips.is_empty() {
-                    self.report(CLUSTER_IPS_CHECK, missing_unallocated(rule));
-                }
-                &found.rules
-            }
+        for outside in cluster_ips.into_iter().filter(|ip| !ranges.contains(*ip)) {
+            let service = self.services().addresses.get(&outside).cloned();
+            self.report(
+                CLUSTER_IPS_CHECK,
+                Difference {
+                    kind: Kind::Altered,
+                    rule: rule.clone(),
+                    found: Some(last.to_string()),
+                    line: last.line,
+                    service,
+                    effect: format!(
+                        "{outside} lies in none of the networks: new flows to unallocated \
+                         addresses of its network are not dropped but leave the node"
+                    ),
+                },
+            );
         }
+        rest
     }
 }
 
@@ -1104,12 +1097,11 @@ fn moved_shares(
                 .get(key)
                 .is_some_and(|other| (share - other).abs() < NONE)
         });
-        effect = if even {
+        effect.push_str(if even {
             "the endpoints stand in another order: packets fare the same"
         } else {
             "new flows are spread over the endpoints unevenly"
-        }
-        .to_owned();
+        });
     }
     effect
 }

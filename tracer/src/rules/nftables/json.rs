@@ -501,14 +501,10 @@ fn fields(json: &Json) -> Option<Vec<Field>> {
 }
 
 /// The items of an anonymous set, or the one item.
-fn items(json: &Json) -> Option<&[Json]> {
-    match json.get("set") {
-        Some(Json::Array(items)) => Some(items),
-        Some(item) => Some(std::slice::from_ref(item)),
-        None => match json {
-            Json::Array(items) => Some(items),
-            item => Some(std::slice::from_ref(item)),
-        },
+fn items(json: &Json) -> &[Json] {
+    match json.get("set").unwrap_or(json) {
+        Json::Array(items) => items,
+        item => std::slice::from_ref(item),
     }
 }
 
@@ -524,7 +520,7 @@ fn statement(json: &Json) -> Option<Statement> {
             let map = match body.get("data")? {
                 Json::String(name) => VerdictMap::Named(name.strip_prefix('@')?.into()),
                 data => VerdictMap::Inline(
-                    items(data)?
+                    items(data)
                         .iter()
                         .map(|pair| match &pair.as_array()?[..] {
                             [key, value] => Some((key_of(key, &fields)?, verdict(value)?)),
@@ -574,11 +570,11 @@ fn comparison(body: &Json) -> Option<Statement> {
     let operand = match right.as_str().and_then(|text| text.strip_prefix('@')) {
         Some(name) => Operand::Set(name.into()),
         None if matches!(&fields[..], [Field::Source(_) | Field::Destination(_)]) => {
-            let ranges = items(right)?.iter().map(range).collect::<Option<_>>()?;
+            let ranges = items(right).iter().map(range).collect::<Option<_>>()?;
             Operand::Addresses(Ranges::new(ranges))
         }
         None => {
-            let keys = items(right)?.iter().map(|item| key_of(item, &fields));
+            let keys = items(right).iter().map(|item| key_of(item, &fields));
             Operand::keys(keys.collect::<Option<_>>()?)
         }
     };
@@ -644,7 +640,7 @@ fn dnat(body: &Json) -> Option<Target> {
     let Field::Random(modulus) = field(map.get("key")?)? else {
         return None;
     };
-    let mut destinations = items(map.get("data")?)?
+    let mut destinations = items(map.get("data")?)
         .iter()
         .map(|pair| match &pair.as_array()?[..] {
             [index, found] => Some((number(index)?, destination(found)?)),

@@ -11,3 +11,4 @@ mod render;
 mod sync;
 pub mod table;
 mod text;
+pub mod walk;

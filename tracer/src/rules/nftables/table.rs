@@ -98,6 +98,7 @@ impl Table {
 
     /// The table without what `nft -j` of nft 1.0.6 leaves out of a dump: comments of the table
     /// and of chains, and the flag `dynamic` of sets.
+    #[must_use]
     pub fn as_json_shows(&self) -> Self {
         let mut shown = self.clone();
         shown.comment = None;
@@ -259,12 +260,15 @@ impl Value {
 
 /// A decimal or hexadecimal number.
 pub(super) fn parse_number(word: &str) -> Option<u32> {
-    match word.strip_prefix("0x") {
-        Some(hex) if !hex.starts_with('+') => u32::from_str_radix(hex, 16).ok(),
-        Some(_) => None,
-        None if word.bytes().all(|byte| byte.is_ascii_digit()) => word.parse().ok(),
-        None => None,
+    // The standard library also takes a sign.
+    let (digits, radix) = match word.strip_prefix("0x") {
+        Some(digits) => (digits, 16),
+        None => (word, 10),
+    };
+    if digits.starts_with('+') {
+        return None;
     }
+    u32::from_str_radix(digits, radix).ok()
 }
 
 /// `tcp`, `udp` or `sctp`.
@@ -614,14 +618,14 @@ impl Range {
 
     /// An address, a network, or `FIRST-LAST`.
     pub fn parse(word: &str) -> Option<Self> {
-        if let Ok(address) = word.parse() {
-            Self::new(address, address)
-        } else if let Ok(cidr) = word.parse() {
-            Some(Self::of(cidr))
-        } else {
-            let (first, last) = word.split_once('-')?;
-            Self::new(first.parse().ok()?, last.parse().ok()?)
+        if let Ok(address) = word.parse::<IpAddr>() {
+            return Self::new(address, address);
         }
+        if let Ok(cidr) = word.parse::<Cidr>() {
+            return Some(Self::of(cidr));
+        }
+        let (first, last) = word.split_once('-')?;
+        Self::new(first.parse().ok()?, last.parse().ok()?)
     }
 
     /// Does `address` lie in it?
