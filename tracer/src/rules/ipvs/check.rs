@@ -12,7 +12,7 @@ use super::sets::{Entry, Member, Role, Set, Sets};
 use super::{LINK, ParseError};
 use crate::cluster::{Cluster, Family, Protocol, Service, ServicePort};
 use crate::rules::check::{Finding, Kind};
-use crate::rules::{RuleSet, Step};
+use crate::rules::{Mode, NodeView, RuleSet, Step, render};
 
 /// What the cluster calls for, besides iptables rules.
 #[derive(Clone, Debug, Default)]
@@ -54,8 +54,12 @@ pub struct Found {
 
 /// Compares the two; nothing is found if the node holds what is wanted. The sets and firewall marks
 /// of others are left alone.
-pub fn check(cluster: &Cluster, wanted: &Wanted, found: &Found) -> Vec<Finding> {
+///
+/// If several Services want one virtual server, kube-proxy gives it to the one that it comes to
+/// last, in an order that changes with every sync: any of them will do.
+pub fn check(cluster: &Cluster, node: &NodeView, wanted: &Wanted, found: &Found) -> Vec<Finding> {
     let mut checker = Checker {
+        node,
         names: Names::new(cluster),
         bound: found.addresses.bound.iter().map(|b| b.address).collect(),
         findings: Vec::new(),
@@ -113,6 +117,16 @@ impl<'a> Names<'a> {
             Some(ports) => Some(port_names(ports)),
             None => self.address(socket.ip()),
         }
+    }
+
+    /// The Services that want a virtual server.
+    fn claims(&self, key: ServerKey) -> Vec<&'a Service> {
+        let ServerKey { protocol, socket } = key;
+        let index = self.index();
+        let by_socket = index.sockets.get(&(protocol, socket));
+        let by_node_port = index.node_ports.get(&(protocol, socket.port()));
+        let ports = by_socket.into_iter().chain(by_node_port).flatten();
+        ports.map(|(service, _)| *service).collect()
     }
 
     /// The Services of an address.
@@ -216,6 +230,7 @@ fn join(names: impl Iterator<Item = String>) -> String {
 }
 
 struct Checker<'a> {
+    node: &'a NodeView,
     names: Names<'a>,
     /// The addresses that `kube-ipvs0` has.
     bound: HashSet<IpAddr>,
@@ -240,7 +255,9 @@ impl Checker<'_> {
         let mut missing = HashSet::new();
         for server in &wanted.list {
             if let Some(found) = there.remove(&server.key) {
-                self.same_server(server, found);
+                if !is_same(server, found) && !self.is_anothers(found) {
+                    self.same_server(server, found);
+                }
             } else {
                 missing.insert(server.key);
                 let effect = "IPVS does not take its packets: the node answers them itself, with \
@@ -323,6 +340,21 @@ impl Checker<'_> {
             (Kind::Extra, effect.to_owned())
         };
         self.server(kind, server, None, Some(server.line), effect);
+    }
+
+    /// Is the virtual server as one of the Services that want it would have it by itself?
+    fn is_anothers(&self, found: &VirtualServer) -> bool {
+        let claims = self.names.claims(found.key);
+        claims.len() > 1
+            && claims.into_iter().any(|service| {
+                let alone = Cluster {
+                    services: vec![service.clone()],
+                    nodes: self.names.cluster.nodes.clone(),
+                    service_cidrs: Vec::new(),
+                };
+                Wanted::of(&render(&alone, self.node, Mode::Ipvs))
+                    .is_ok_and(|wanted| wanted.servers.list.iter().any(|s| is_same(s, found)))
+            })
     }
 
     /// The same virtual server, wanted and found.
@@ -589,6 +621,18 @@ impl Checker<'_> {
     }
 }
 
+/// The same virtual server with the same real servers?
+fn is_same(a: &VirtualServer, b: &VirtualServer) -> bool {
+    fn sorted(server: &VirtualServer) -> Vec<&RealServer> {
+        let mut real_servers: Vec<&RealServer> = server.real_servers.iter().collect();
+        real_servers.sort_unstable_by_key(|real_server| real_server.socket);
+        real_servers
+    }
+    a.same(b)
+        && a.real_servers.len() == b.real_servers.len()
+        && sorted(a).iter().zip(sorted(b)).all(|(a, b)| a.same(b))
+}
+
 /// The prefix length of a single address.
 const fn whole(address: IpAddr) -> u8 {
     match address {
@@ -748,7 +792,7 @@ const fn stale_entry(role: Role) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rules::{Mode, NodeView, render};
+    use crate::cluster::Endpoint;
 
     const CLUSTER: &str = include_str!("../fixtures/kube-proxy-1.36.2/cluster.json");
     const SERVERS: &str = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/ipvsadm.save");
@@ -760,15 +804,18 @@ mod tests {
         read.expect("a cluster").cluster
     }
 
-    fn wanted(cluster: &Cluster) -> Wanted {
-        let node = NodeView {
+    fn node() -> NodeView {
+        NodeView {
             name: "worker-0".to_owned(),
             zone: Some("z1".to_owned()),
             addresses: vec![[172, 31, 255, 2].into(), [10, 0, 2, 15].into()],
             cluster_cidrs: vec!["10.244.0.0/16".parse().expect("a network")],
             ..NodeView::default()
-        };
-        Wanted::of(&render(cluster, &node, Mode::Ipvs)).expect("what was rendered")
+        }
+    }
+
+    fn wanted(cluster: &Cluster) -> Wanted {
+        Wanted::of(&render(cluster, &node(), Mode::Ipvs)).expect("what was rendered")
     }
 
     fn found(servers: &str, sets: &str, addresses: &str) -> Result<Found, ParseError> {
@@ -782,7 +829,7 @@ mod tests {
     fn findings(servers: &str, sets: &str, addresses: &str) -> Vec<Finding> {
         let found = found(servers, sets, addresses).expect("readable");
         let cluster = cluster();
-        check(&cluster, &wanted(&cluster), &found)
+        check(&cluster, &node(), &wanted(&cluster), &found)
     }
 
     fn servers(from: &str, to: &str) -> Vec<Finding> {
@@ -909,6 +956,73 @@ mod tests {
         }
     }
 
+    /// What a node holds of a cluster.
+    fn held(cluster: &Cluster) -> Found {
+        let Wanted {
+            mut servers,
+            mut sets,
+            addresses,
+        } = wanted(cluster);
+        servers.list.reverse();
+        sets.list.reverse();
+        let bound = addresses.into_iter().map(|address| Bound {
+            address,
+            prefix: whole(address),
+            lifetime: None,
+            line: 1,
+        });
+        let addresses = Addresses {
+            link: true,
+            bound: bound.collect(),
+            others: Vec::new(),
+        };
+        Found {
+            servers,
+            sets,
+            addresses,
+        }
+    }
+
+    #[test]
+    fn of_services_that_want_the_same_any_may_have_it() {
+        let claimant = |name: &str, last: u8| {
+            let endpoint = Endpoint::ready([10, 244, 1, last].into(), 8080, "worker-1");
+            Service {
+                namespace: "ns".to_owned(),
+                name: name.to_owned(),
+                cluster_ips: vec![[10, 96, 9, last].into()],
+                external_ips: vec![[192, 0, 2, 77].into()],
+                ports: vec![ServicePort {
+                    name: String::new(),
+                    protocol: Protocol::Tcp,
+                    port: 80,
+                    node_port: None,
+                    endpoints: vec![endpoint],
+                }],
+                ..Service::default()
+            }
+        };
+        let mut cluster = Cluster {
+            services: vec![claimant("a", 1), claimant("b", 2)],
+            ..Cluster::default()
+        };
+        let mut found = held(&cluster);
+        cluster.services.reverse();
+        let findings = check(&cluster, &node(), &wanted(&cluster), &found);
+        assert_eq!(findings, []);
+        let shared =
+            |server: &&mut VirtualServer| server.key.socket.ip() == IpAddr::from([192, 0, 2, 77]);
+        let server = found.servers.list.iter_mut().find(shared);
+        server.expect("the shared one").real_servers[0]
+            .socket
+            .set_port(8081);
+        let findings = check(&cluster, &node(), &wanted(&cluster), &found);
+        assert_eq!(findings.len(), 2);
+        for finding in &findings {
+            assert_eq!(finding.service.as_deref(), Some("ns/a, ns/b"));
+        }
+    }
+
     #[test]
     fn sets_that_differ_say_what_happens() {
         let web = Some("shop/web:http");
@@ -993,7 +1107,7 @@ mod tests {
     #[test]
     fn every_change_of_every_line_is_found() {
         let cluster = cluster();
-        let wanted = wanted(&cluster);
+        let (node, wanted) = (node(), wanted(&cluster));
         let mut changes = 0;
         for (file, text) in [SERVERS, SETS, ADDRESSES].into_iter().enumerate() {
             let lines: Vec<&str> = text.lines().collect();
@@ -1016,7 +1130,7 @@ mod tests {
                     let Ok(found) = found(&texts[0], &texts[1], &texts[2]) else {
                         continue;
                     };
-                    let findings = check(&cluster, &wanted, &found);
+                    let findings = check(&cluster, &node, &wanted, &found);
                     assert_ne!(findings, [], "{line} -> {new}");
                     let shared = line.starts_with("create");
                     let named = findings.iter().any(|finding| finding.service.is_some());
