@@ -26,7 +26,10 @@ fn nftables_goes_in_and_out() {
 }
 
 fn real_cluster() -> Cluster {
-    serde_json::from_str(include_str!("../src/rules/fixtures/cluster.json")).expect("cluster.json")
+    let text = include_str!("../src/rules/fixtures/kube-proxy-1.36.2/cluster.json");
+    tracer::cluster::read::read(text.as_bytes(), "cluster.json")
+        .expect("a cluster")
+        .cluster
 }
 
 /// Chains and rules in a dump; sorted, because kube-proxy's order of Services is random.
@@ -43,7 +46,7 @@ fn saved(text: &str) -> Vec<String> {
     lines
 }
 
-/// Once in the kernel, our rules read exactly as a real kube-proxy's (`rules/fixtures/README.md`).
+/// Once in the kernel, our rules read exactly as a real kube-proxy's (`rules/fixtures/kube-proxy-1.36.2`).
 #[test]
 fn the_kernel_shows_kube_proxys_iptables_rules() {
     for mode in [Mode::IptablesLegacy, Mode::IptablesNft] {
@@ -57,11 +60,15 @@ fn the_kernel_shows_kube_proxys_iptables_rules() {
         for (family, real) in [
             (
                 Family::V4,
-                include_str!("../src/rules/fixtures/iptables.save"),
+                include_str!(
+                    "../src/rules/fixtures/kube-proxy-1.36.2/iptables-legacy/iptables.save"
+                ),
             ),
             (
                 Family::V6,
-                include_str!("../src/rules/fixtures/ip6tables.save"),
+                include_str!(
+                    "../src/rules/fixtures/kube-proxy-1.36.2/iptables-legacy/ip6tables.save"
+                ),
             ),
         ] {
             let tool = mode.backend().expect("iptables").tool(family);
@@ -80,8 +87,14 @@ fn the_kernel_shows_kube_proxys_nftables_rules() {
     let node = node(&ns, &["172.31.255.2"]);
     apply::apply(&ns, &render(&real_cluster(), &node, Mode::Nftables)).expect("apply");
     for (family, real) in [
-        ("ip", include_str!("../src/rules/fixtures/nft-ip.txt")),
-        ("ip6", include_str!("../src/rules/fixtures/nft-ip6.txt")),
+        (
+            "ip",
+            include_str!("../src/rules/fixtures/kube-proxy-1.36.2/nftables/nft-ip.txt"),
+        ),
+        (
+            "ip6",
+            include_str!("../src/rules/fixtures/kube-proxy-1.36.2/nftables/nft-ip6.txt"),
+        ),
     ] {
         let mut listed = nft_lines(&run(&ns, "nft", &["list", "table", family, "kube-proxy"]));
         let mut real = nft_lines(real);
@@ -159,11 +172,11 @@ fn the_kernel_shows_kube_proxys_ipvs_sets_and_rules() {
         for (family, real) in [
             (
                 Family::V4,
-                include_str!("../src/rules/fixtures/ipvs-iptables.save"),
+                include_str!("../src/rules/fixtures/kube-proxy-1.36.2/ipvs/iptables.save"),
             ),
             (
                 Family::V6,
-                include_str!("../src/rules/fixtures/ipvs-ip6tables.save"),
+                include_str!("../src/rules/fixtures/kube-proxy-1.36.2/ipvs/ip6tables.save"),
             ),
         ] {
             let tool = mode.backend().expect("iptables").tool(family);
@@ -181,7 +194,7 @@ fn the_kernel_shows_kube_proxys_ipvs_sets_and_rules() {
             lines.sort();
             lines
         };
-        let real = include_str!("../src/rules/fixtures/ipset.save");
+        let real = include_str!("../src/rules/fixtures/kube-proxy-1.36.2/ipvs/ipset.save");
         assert_eq!(sets(&run(&ns, "ipset", &["save"])), sets(real));
     }
 }

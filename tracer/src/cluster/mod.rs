@@ -6,8 +6,9 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 mod net;
+pub mod read;
 
-pub use net::{Cidr, Family, NotCidr};
+pub use net::{Cidr, Family, NotCidr, parse_address};
 
 /// A transport protocol that a Service can carry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -128,7 +129,7 @@ pub struct Service {
     pub namespace: String,
     /// Name.
     pub name: String,
-    /// ClusterIPs, at most one of each family. A Service without one (headless, ExternalName) is
+    /// ClusterIPs, at most one of each family. A Service without one (headless, `ExternalName`) is
     /// nothing to kube-proxy.
     pub cluster_ips: Vec<IpAddr>,
     /// `spec.externalIPs`.
@@ -165,8 +166,10 @@ impl Service {
 pub struct Node {
     /// Name.
     pub name: String,
-    /// `status.addresses` of type InternalIP, then of type ExternalIP.
+    /// `status.addresses` of type `InternalIP`.
     pub addresses: Vec<IpAddr>,
+    /// `status.addresses` of type `ExternalIP`, which are not always on one of the node's links.
+    pub external_addresses: Vec<IpAddr>,
     /// The label `topology.kubernetes.io/zone`.
     pub zone: Option<String>,
     /// `spec.podCIDRs`.

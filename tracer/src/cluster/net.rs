@@ -7,12 +7,16 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 /// IPv4 or IPv6. kube-proxy runs one proxier for each.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub enum Family {
     /// IPv4, which the comparison uses.
     #[default]
+    #[serde(rename = "IPv4")]
     V4,
     /// IPv6.
+    #[serde(rename = "IPv6")]
     V6,
 }
 
@@ -86,18 +90,50 @@ impl Cidr {
         }
     }
 
+    /// The network alone: the address without its host bits, which is how Go prints a network.
+    #[must_use]
+    pub fn network(self) -> Self {
+        let base = match self.base {
+            IpAddr::V4(base) => {
+                let host = 32_u32.saturating_sub(self.prefix.into());
+                let mask = u32::MAX.checked_shl(host).unwrap_or(0);
+                Ipv4Addr::from_bits(base.to_bits() & mask).into()
+            }
+            IpAddr::V6(base) => {
+                let host = 128_u32.saturating_sub(self.prefix.into());
+                let mask = u128::MAX.checked_shl(host).unwrap_or(0);
+                Ipv6Addr::from_bits(base.to_bits() & mask).into()
+            }
+        };
+        Self {
+            base,
+            prefix: self.prefix,
+        }
+    }
+
+    /// A network as kube-proxy reads it (`ParseCIDRSloppy` of `k8s.io/utils/net`): leading zeros
+    /// are decimal, spaces around it and host bits are dropped.
+    pub fn parse_sloppy(text: &str) -> Option<Self> {
+        let (address, prefix) = text.trim().split_once('/')?;
+        let base = parse_address(address)?;
+        let is_number = !prefix.is_empty() && prefix.bytes().all(|digit| digit.is_ascii_digit());
+        let prefix: u8 = prefix.parse().ok().filter(|_| is_number)?;
+        let bits = if base.is_ipv4() { 32 } else { 128 };
+        (prefix <= bits).then(|| Self { base, prefix }.network())
+    }
+
     /// Does `address` lie in the range?
     pub fn contains(self, address: IpAddr) -> bool {
         match (self.base, address) {
             (IpAddr::V4(base), IpAddr::V4(address)) => {
                 (base.to_bits() ^ address.to_bits())
-                    .checked_shr(32 - u32::from(self.prefix))
+                    .checked_shr(32_u32.saturating_sub(self.prefix.into()))
                     .unwrap_or(0)
                     == 0
             }
             (IpAddr::V6(base), IpAddr::V6(address)) => {
                 (base.to_bits() ^ address.to_bits())
-                    .checked_shr(128 - u32::from(self.prefix))
+                    .checked_shr(128_u32.saturating_sub(self.prefix.into()))
                     .unwrap_or(0)
                     == 0
             }
@@ -110,6 +146,29 @@ impl fmt::Display for Cidr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.base, self.prefix)
     }
+}
+
+/// An address as kube-proxy reads it (`ParseIPSloppy` of `k8s.io/utils/net`): leading zeros in an
+/// IPv4 address are decimal, and an IPv4 address in IPv6 form (`::ffff:192.0.2.1`) is IPv4.
+pub fn parse_address(text: &str) -> Option<IpAddr> {
+    if text.contains(':') {
+        return Some(text.parse::<Ipv6Addr>().ok()?.to_canonical());
+    }
+    let mut octets = [0; 4];
+    let mut parts = text.split('.');
+    for octet in &mut octets {
+        let part = parts.next()?;
+        if part.is_empty() || !part.bytes().all(|digit| digit.is_ascii_digit()) {
+            return None;
+        }
+        let digits = part.trim_start_matches('0');
+        *octet = if digits.is_empty() {
+            0
+        } else {
+            digits.parse().ok()?
+        };
+    }
+    parts.next().is_none().then(|| IpAddr::from(octets))
 }
 
 /// Text that is no IP network.
@@ -129,5 +188,54 @@ impl FromStr for Cidr {
             (prefix <= bits).then_some(Self { base, prefix })
         };
         parse().ok_or_else(|| NotCidr(s.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_as_kube_proxy_reads_them() {
+        for (text, address) in [
+            ("10.96.0.1", Some("10.96.0.1")),
+            ("010.096.000.001", Some("10.96.0.1")),
+            ("::ffff:192.0.2.1", Some("192.0.2.1")),
+            ("FD00::0001", Some("fd00::1")),
+            ("10.96.0", None),
+            ("10.96.0.256", None),
+            ("10.96.0.1.2", None),
+            ("10.96.0.+1", None),
+            ("10.96.0.1 ", None),
+            ("fe80::1%eth0", None),
+            ("", None),
+        ] {
+            assert_eq!(
+                parse_address(text).map(|address| address.to_string()),
+                address.map(str::to_owned),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn networks_lose_their_host_bits() {
+        for (text, network) in [
+            (" 203.0.113.77/25 ", Some("203.0.113.0/25")),
+            ("010.0.0.1/8", Some("10.0.0.0/8")),
+            ("1.2.3.4/0", Some("0.0.0.0/0")),
+            ("fd00::1/56", Some("fd00::/56")),
+            ("::1/128", Some("::1/128")),
+            ("::1/0", Some("::/0")),
+            ("10.0.0.0/33", None),
+            ("10.0.0.0/+8", None),
+            ("10.0.0.0", None),
+        ] {
+            assert_eq!(
+                Cidr::parse_sloppy(text).map(|network| network.to_string()),
+                network.map(str::to_owned),
+                "{text}"
+            );
+        }
     }
 }

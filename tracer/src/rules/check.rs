@@ -43,7 +43,6 @@ pub struct Finding {
     /// How it differs.
     pub kind: Kind,
     /// The IP family of the rules.
-    #[serde(serialize_with = "family_name")]
     pub family: Family,
     /// Where: table and chain, set, map, virtual server or link, such as `nat KUBE-SERVICES`.
     pub place: String,
@@ -60,8 +59,4 @@ pub struct Finding {
     pub service: Option<String>,
     /// What a packet to the Service suffers, one sentence without a full stop.
     pub effect: String,
-}
-
-fn family_name<S: serde::Serializer>(family: &Family, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(family)
 }

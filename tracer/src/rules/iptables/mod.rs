@@ -1,9 +1,19 @@
 //! kube-proxy's iptables mode, and what IPVS mode shares with it.
 
+mod chains;
+mod check;
+mod effect;
+mod parse;
 mod render;
+pub mod rule;
+mod sync;
+pub mod walk;
 
+pub use check::{check, uses_nfacct};
+pub use parse::{ParseError, Problem, parse};
 pub use render::{INVALID_DROPPED, LOCALHOST_NODE_PORTS, count, removal, update};
 pub(super) use render::{
     Invalid, push_all, push_chains, push_forward_rules, push_jumps, push_masquerade_rules,
     push_nat_jumps, render,
 };
+pub(super) use sync::sync;
