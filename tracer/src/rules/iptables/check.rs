@@ -915,6 +915,82 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "a million rules: for a release build"]
+    fn a_million_rules_are_read_and_compared_within_two_seconds() {
+        use std::time::Duration;
+
+        use nix::time::{ClockId, clock_gettime};
+
+        use crate::cluster::{Cluster, Endpoint, Service, ServicePort};
+        use crate::rules::{NodeView, Step, render};
+
+        let address = |net: u8, n: u32| {
+            let [_, a, b, c] = n.to_be_bytes();
+            std::net::IpAddr::from([net, 64 + a, b, c])
+        };
+        let service = |n: u32| Service {
+            namespace: "default".to_owned(),
+            name: format!("service-{n}"),
+            cluster_ips: vec![address(11, n)],
+            ports: vec![ServicePort {
+                name: "http".to_owned(),
+                protocol: Protocol::Tcp,
+                port: 80,
+                node_port: None,
+                endpoints: (0..8)
+                    .map(|endpoint| Endpoint::ready(address(10, n * 8 + endpoint), 8080, "other"))
+                    .collect(),
+            }],
+            ..Service::default()
+        };
+        let cluster = Cluster {
+            services: (0..30_000).map(service).collect(),
+            ..Cluster::default()
+        };
+        let steps = render(&cluster, &NodeView::default(), NFT).steps;
+        let input = steps.iter().find_map(|step| match step {
+            Step::Iptables { family: Family::V4, text, .. } => Some(text.as_str()),
+            _ => None,
+        });
+        let expected = parse(input.unwrap(), Family::V4).unwrap();
+        let mut save = String::new();
+        for table in &expected.list {
+            save.push_str(&format!("*{}\n", table.name));
+            for base in built_in_chains(table.name) {
+                save.push_str(&format!(":{base} ACCEPT [0:0]\n"));
+            }
+            let chains = table.chains.iter();
+            let own = chains.clone().filter(|chain| chain.name.starts_with("KUBE-"));
+            for chain in own {
+                save.push_str(&format!(":{} - [0:0]\n", chain.name));
+            }
+            for chain in chains {
+                for rule in &chain.rules {
+                    save.push_str(&rule.in_chain(chain.name));
+                    save.push('\n');
+                }
+            }
+            save.push_str("COMMIT\n");
+        }
+
+        // Time on the CPU: others may use it too.
+        let now = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap());
+        let start = now();
+        let found = parse(&save, Family::V4).unwrap();
+        let parsed = now() - start;
+        let findings = check(&expected, &found, NFT);
+        let checked = now() - start;
+        assert_eq!(findings, []);
+        println!(
+            "{} bytes, {} lines: read in {parsed:?}, compared in {:?}",
+            save.len(),
+            save.lines().count(),
+            checked - parsed
+        );
+        assert!(checked < Duration::from_secs(2));
+    }
+
+    #[test]
     fn nfacct_is_seen() {
         let without = V4.replace("-m nfacct --nfacct-name  ct_state_invalid_dropped_pkts ", "");
         assert!(uses_nfacct(&parse(&without, Family::V4).unwrap()));
