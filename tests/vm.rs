@@ -1,5 +1,7 @@
 //! Tests that need a kernel with everything: run in a VM by `cargo xtask test`, one at a time.
 
+mod ipvs;
+
 use std::process::Command;
 
 use tracer::rules::Mode;

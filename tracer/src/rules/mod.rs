@@ -1,8 +1,8 @@
 //! Pure: a cluster compiled to the rules that kube-proxy would install.
 //!
-//! [`render`] gives what kube-proxy 1.36 installs for ClusterIP and NodePort Services with default
-//! policies. Services keep the cluster's order, where kube-proxy's is that of a Go map and changes
-//! at every sync.
+//! [`render`] gives what kube-proxy 1.36 installs at its first sync, [`sync`] what it sends when the
+//! cluster has changed. Services keep the cluster's order, where kube-proxy's is that of a Go map
+//! and changes at every sync.
 
 use std::fmt;
 use std::fmt::Write as _;
@@ -22,10 +22,12 @@ pub mod names;
 pub mod nftables;
 mod node;
 mod ports;
+pub mod services;
+mod sync;
 pub mod walk;
 
 pub use files::RuleFile;
-pub use node::{NodePortAddresses, NodeView};
+pub use node::{NodePortAddresses, NodeView, UnknownNode};
 use ports::Ports;
 
 /// How a node's Services are implemented.
@@ -330,21 +332,32 @@ const IPVS_SYSCTLS: [Sysctl; 3] = [
     },
 ];
 
+/// The `ServicePort`s of both families.
+type Families<'a> = [(Family, Ports<'a>); 2];
+
+fn families<'a>(cluster: &'a Cluster, node: &NodeView) -> Families<'a> {
+    Family::ALL.map(|family| (family, Ports::new(cluster, node, family)))
+}
+
+fn plans<'a>(families: &'a Families<'a>, node: &'a NodeView) -> [ipvs::Plan<'a>; 2] {
+    [0, 1].map(|index| {
+        let (family, ports) = &families[index];
+        ipvs::Plan::new(ports, node, *family)
+    })
+}
+
 /// Compiles a cluster to what kube-proxy installs on `node` in `mode`, for both IP families.
 ///
 /// Forwarding is switched on in every mode: kube-proxy does so itself only in IPVS mode, a node's
 /// other software in the others.
 pub fn render(cluster: &Cluster, node: &NodeView, mode: Mode) -> RuleSet {
     let mut steps: Vec<Step> = FORWARDING.map(Step::Sysctl).into();
-    let families = Family::ALL.map(|family| (family, Ports::new(cluster, &node.name, family)));
+    let families = families(cluster, node);
     match mode {
         Mode::IptablesLegacy | Mode::IptablesNft => {
-            let backend = if mode == Mode::IptablesLegacy {
-                Backend::Legacy
-            } else {
-                Backend::Nft
-            };
-            steps.push(Step::Sysctl(ROUTE_LOCALNET));
+            if node.serves_localhost(Family::V4) {
+                steps.push(Step::Sysctl(ROUTE_LOCALNET));
+            }
             if node.nfacct {
                 steps.push(Step::Accounting(iptables::INVALID_DROPPED));
                 steps.push(Step::Accounting(iptables::LOCALHOST_NODE_PORTS));
@@ -352,29 +365,29 @@ pub fn render(cluster: &Cluster, node: &NodeView, mode: Mode) -> RuleSet {
             for (family, ports) in &families {
                 steps.push(Step::Iptables {
                     family: *family,
-                    backend,
+                    backend: iptables_backend(mode),
                     text: iptables::render(ports, node, *family),
                 });
             }
         }
         Mode::Ipvs => {
             steps.extend(IPVS_SYSCTLS.map(Step::Sysctl));
-            let mut servers = String::new();
-            let mut addresses = Vec::new();
-            let mut sets = String::new();
-            for (family, ports) in &families {
-                servers.push_str(&ipvs::render_servers(ports, node, *family));
-                addresses.extend(ipvs::virtual_addresses(ports, *family));
-                sets.push_str(&ipvs::render_sets(ports, node, *family));
-            }
-            steps.push(Step::Servers { text: servers });
-            steps.push(Step::Addresses { addresses });
-            steps.push(Step::Sets { text: sets });
-            for (family, ports) in &families {
+            let plans = plans(&families, node);
+            steps.push(Step::Servers {
+                text: plans.iter().map(ipvs::Plan::servers_text).collect(),
+            });
+            let addresses = plans.iter().flat_map(ipvs::Plan::addresses);
+            steps.push(Step::Addresses {
+                addresses: addresses.copied().collect(),
+            });
+            steps.push(Step::Sets {
+                text: plans.iter().map(ipvs::Plan::sets_text).collect(),
+            });
+            for (plan, family) in plans.iter().zip(Family::ALL) {
                 steps.push(Step::Iptables {
-                    family: *family,
-                    backend: Backend::Nft,
-                    text: ipvs::render_iptables(ports, node, *family),
+                    family,
+                    backend: iptables_backend(mode),
+                    text: plan.iptables_text(true),
                 });
             }
         }
@@ -388,6 +401,51 @@ pub fn render(cluster: &Cluster, node: &NodeView, mode: Mode) -> RuleSet {
         }
     }
     RuleSet { mode, steps }
+}
+
+/// What kube-proxy on `node` sends when the cluster has changed from `old` to `new`: its partial
+/// sync. The steps' texts are to be loaded over what [`render`] makes of `old`.
+///
+/// In iptables mode the chains that all Services share are sent in full at every sync; in IPVS mode
+/// there is nothing but differences, and the constant iptables rules; in nftables mode a step can
+/// follow that deletes chains.
+pub fn sync(old: &Cluster, new: &Cluster, node: &NodeView, mode: Mode) -> RuleSet {
+    let before = families(old, node);
+    let after = families(new, node);
+    let steps = match mode {
+        Mode::IptablesLegacy | Mode::IptablesNft => before
+            .iter()
+            .zip(&after)
+            .map(|((family, before), (_, after))| Step::Iptables {
+                family: *family,
+                backend: iptables_backend(mode),
+                text: iptables::sync(before, after, node, *family),
+            })
+            .collect(),
+        Mode::Ipvs => ipvs::sync(&plans(&before, node), &plans(&after, node)),
+        Mode::Nftables => {
+            let mut steps = Vec::new();
+            for ((family, before), (_, after)) in before.iter().zip(&after) {
+                let texts = nftables::sync(before, after, node, *family);
+                steps.extend(
+                    texts
+                        .into_iter()
+                        .filter(|text| !text.is_empty())
+                        .map(|text| Step::Nft {
+                            family: *family,
+                            text,
+                        }),
+                );
+            }
+            steps
+        }
+    };
+    RuleSet { mode, steps }
+}
+
+/// The back end of a mode's iptables rules.
+fn iptables_backend(mode: Mode) -> Backend {
+    mode.backend().unwrap_or(Backend::Nft)
 }
 
 #[cfg(test)]

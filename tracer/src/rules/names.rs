@@ -59,6 +59,22 @@ pub fn nft_service_name(namespace: &str, name: &str, protocol: Protocol, port: &
     hash_and_truncate(&full)
 }
 
+/// What follows `endpoint-` and `affinity-` in nftables mode:
+/// `HASH-ns/name/protocol/port__ADDRESS/ENDPOINTPORT`, the address with dots for colons.
+pub fn nft_endpoint_name(
+    namespace: &str,
+    name: &str,
+    protocol: Protocol,
+    port: &str,
+    address: &str,
+    endpoint_port: &str,
+) -> String {
+    let address = address.replace(':', ".");
+    hash_and_truncate(&format!(
+        "{namespace}/{name}/{protocol}/{port}__{address}/{endpoint_port}"
+    ))
+}
+
 fn hash_and_truncate(full: &str) -> String {
     let hash: Hash<8> = Hash::new(&[full]);
     let mut name = String::with_capacity(9 + full.len());
@@ -117,6 +133,13 @@ mod tests {
             nft_service_name("kube-system", "kube-dns", Protocol::Udp, "dns"),
             "FY5PMXPG-kube-system/kube-dns/udp/dns"
         );
+        let endpoint =
+            |address| nft_endpoint_name("ns1", "svc1", Protocol::Tcp, "p80", address, "80");
+        assert_eq!(
+            endpoint("10.180.0.1"),
+            "5OJB2KTY-ns1/svc1/tcp/p80__10.180.0.1/80"
+        );
+        assert!(endpoint("fd00::1").ends_with("-ns1/svc1/tcp/p80__fd00..1/80"));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! What is rendered is what a real kube-proxy installed (`fixtures/README.md`), and holds together
-//! for any cluster.
+//! What is rendered is what a real kube-proxy installed (`fixtures/kube-proxy-1.36.2`), and holds
+//! together for any cluster.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -9,13 +9,20 @@ use proptest::prelude::*;
 use super::*;
 use crate::cluster::{Cidr, Endpoint, Protocol, Service, ServicePort};
 
+const REAL: &str = include_str!("fixtures/kube-proxy-1.36.2/cluster.json");
+const REAL_IPTABLES: &str =
+    include_str!("fixtures/kube-proxy-1.36.2/iptables-legacy/iptables.save");
+
 fn real_cluster() -> Cluster {
-    serde_json::from_str(include_str!("fixtures/cluster.json")).expect("fixtures/cluster.json")
+    let read = crate::cluster::read::read(REAL.as_bytes(), "cluster.json").expect("a cluster");
+    assert_eq!(read.warnings, []);
+    read.cluster
 }
 
 fn node(addresses: &[&str]) -> NodeView {
     NodeView {
         name: "worker-0".to_owned(),
+        zone: Some("z1".to_owned()),
         addresses: addresses
             .iter()
             .map(|a| a.parse().expect("address"))
@@ -70,6 +77,16 @@ fn sets_text(set: &RuleSet) -> &str {
         .expect("a step for sets")
 }
 
+fn bound(set: &RuleSet) -> &[IpAddr] {
+    set.steps
+        .iter()
+        .find_map(|step| match step {
+            Step::Addresses { addresses } => Some(addresses.as_slice()),
+            _ => None,
+        })
+        .expect("a step for addresses")
+}
+
 // ---- iptables ----
 
 /// `table CHAIN` to its rules, in order.
@@ -100,6 +117,40 @@ fn as_saved(rule: &str, family: Family) -> String {
             }
             "-p" => write!(protocol, " {not}-p {}", value(&mut words)).expect("String"),
             "--comment" => write!(rest, " --comment \"{}\"", value(&mut words)).expect("String"),
+            "recent" => {
+                let mut options = String::new();
+                let name = loop {
+                    match value(&mut words).as_str() {
+                        "--name" => break value(&mut words),
+                        option => write!(options, " {option}").expect("String"),
+                    }
+                };
+                for word in words.by_ref() {
+                    if matches!(word.as_str(), "-j" | "-m") {
+                        let mask = match family {
+                            Family::V4 => "255.255.255.255".to_owned(),
+                            Family::V6 => ["ffff"; 8].join(":"),
+                        };
+                        write!(
+                            rest,
+                            " recent{options} --name {name} --mask {mask} --rsource {word}"
+                        )
+                        .expect("String");
+                        break;
+                    }
+                    write!(options, " {word}").expect("String");
+                }
+            }
+            "--vaddr" => {
+                let address = value(&mut words);
+                assert_eq!(value(&mut words), "--vproto");
+                let number = match value(&mut words).as_str() {
+                    "tcp" => 6,
+                    "udp" => 17,
+                    _ => 132,
+                };
+                write!(rest, " --vproto {number} --vaddr {address}").expect("String");
+            }
             "--nfacct-name" => {
                 write!(rest, " --nfacct-name  {}", value(&mut words)).expect("String");
             }
@@ -162,7 +213,7 @@ fn short(mark: &str) -> String {
 fn loaded(text: &str, rule_text: impl Fn(&str) -> String) -> Chains {
     let mut chains = Chains::new();
     let mut table = "";
-    for line in text.lines() {
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
         if let Some(name) = line.strip_prefix('*') {
             table = name;
         } else if let Some(chain) = line.strip_prefix(':') {
@@ -220,12 +271,22 @@ fn assert_same_chains(rendered: &str, real: &str, family: Family) {
 
 #[test]
 fn iptables_rules_are_kube_proxys() {
-    for mode in [Mode::IptablesLegacy, Mode::IptablesNft] {
-        let set = render(&real_cluster(), &node(&["172.31.255.2"]), mode);
-        let real = include_str!("fixtures/iptables.save");
-        assert_same_chains(iptables_text(&set, Family::V4), real, Family::V4);
-        let real = include_str!("fixtures/ip6tables.save");
-        assert_same_chains(iptables_text(&set, Family::V6), real, Family::V6);
+    let node = node(&["172.31.255.2"]);
+    for (mode, v4, v6) in [
+        (
+            Mode::IptablesLegacy,
+            REAL_IPTABLES,
+            include_str!("fixtures/kube-proxy-1.36.2/iptables-legacy/ip6tables.save"),
+        ),
+        (
+            Mode::IptablesNft,
+            include_str!("fixtures/kube-proxy-1.36.2/iptables-nft/iptables.save"),
+            include_str!("fixtures/kube-proxy-1.36.2/iptables-nft/ip6tables.save"),
+        ),
+    ] {
+        let set = render(&real_cluster(), &node, mode);
+        assert_same_chains(iptables_text(&set, Family::V4), v4, Family::V4);
+        assert_same_chains(iptables_text(&set, Family::V6), v6, Family::V6);
     }
 }
 
@@ -234,10 +295,10 @@ fn nodeports_come_in_kube_proxys_pairs() {
     let set = render(&real_cluster(), &node(&[]), Mode::IptablesLegacy);
     let rules: Vec<&str> = iptables_text(&set, Family::V4)
         .lines()
-        .filter(|line| line.starts_with("-A KUBE-NODEPORTS "))
+        .filter(|line| line.starts_with("-A KUBE-NODEPORTS ") && line.contains("web-np:http "))
         .collect();
     assert_eq!(
-        rules[..2],
+        rules,
         [
             "-A KUBE-NODEPORTS -m comment --comment shop/web-np:http -m tcp -p tcp -d 127.0.0.0/8 \
              --dport 30080 -m nfacct --nfacct-name localhost_nps_accepted_pkts \
@@ -283,7 +344,7 @@ fn loading_over_rules_changes_what_changed() {
     let cluster = real_cluster();
     let set = render(&cluster, &node(&[]), Mode::IptablesLegacy);
     let text = iptables_text(&set, Family::V4);
-    let real = include_str!("fixtures/iptables.save");
+    let real = REAL_IPTABLES;
 
     assert_eq!(iptables::update("", text), text);
     assert_eq!(
@@ -326,7 +387,7 @@ fn loading_over_rules_changes_what_changed() {
 fn removal_leaves_the_rules_of_others() {
     let current = format!(
         "*raw\n:PREROUTING ACCEPT [0:0]\nCOMMIT\n{}",
-        include_str!("fixtures/iptables.save").replace(
+        REAL_IPTABLES.replace(
             "COMMIT",
             "-A INPUT -s 192.0.2.7/32 -j DROP\n-A INPUT -m comment --comment \"to -j KUBE-X\" -j LOG\n-A INPUT -m comment --comment \"or -j KUBE-Y\"\nCOMMIT"
         )
@@ -356,7 +417,7 @@ fn removal_leaves_the_rules_of_others() {
 
 #[test]
 fn rules_of_others_are_not_counted() {
-    let real = include_str!("fixtures/iptables.save");
+    let real = REAL_IPTABLES;
     let rules = real.lines().filter(|line| line.starts_with("-A ")).count() as u64;
     let foreign = real.replace("COMMIT", "-A INPUT -s 192.0.2.7/32 -j DROP\nCOMMIT");
     assert_eq!(iptables::count(&foreign), rules);
@@ -379,21 +440,27 @@ fn ipvs_rules_are_kube_proxys() {
     );
     assert_eq!(
         sorted_lines(servers_text(&set)),
-        sorted_lines(include_str!("fixtures/ipvsadm.save"))
+        sorted_lines(include_str!("fixtures/kube-proxy-1.36.2/ipvs/ipvsadm.save"))
     );
-    assert_eq!(
-        sorted_lines(sets_text(&set)),
-        sorted_lines(include_str!("fixtures/ipset.save"))
-    );
-    let real = include_str!("fixtures/ipvs-iptables.save");
+    let real: String = include_str!("fixtures/kube-proxy-1.36.2/ipvs/ipset.save")
+        .lines()
+        .map(|line| format!("{}\n", line.split(" bucketsize").next().unwrap_or(line)))
+        .collect();
+    assert_eq!(sorted_lines(sets_text(&set)), sorted_lines(&real));
+    let real = include_str!("fixtures/kube-proxy-1.36.2/ipvs/iptables.save");
     assert_same_chains(iptables_text(&set, Family::V4), real, Family::V4);
-    let real = include_str!("fixtures/ipvs-ip6tables.save");
+    let real = include_str!("fixtures/kube-proxy-1.36.2/ipvs/ip6tables.save");
     assert_same_chains(iptables_text(&set, Family::V6), real, Family::V6);
-    let bound = set.steps.iter().find_map(|step| match step {
-        Step::Addresses { addresses } => Some(addresses.len()),
-        _ => None,
-    });
-    assert_eq!(bound, Some(8));
+    let real: BTreeSet<&str> = include_str!("fixtures/kube-proxy-1.36.2/ipvs/ip-addr.txt")
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("inet")?.split(' ').nth(1))
+        .filter_map(|address| address.split('/').next())
+        .collect();
+    let bound: BTreeSet<String> = bound(&set).iter().map(ToString::to_string).collect();
+    assert_eq!(
+        bound.iter().map(String::as_str).collect::<BTreeSet<_>>(),
+        real
+    );
 }
 
 #[test]
@@ -432,10 +499,10 @@ fn servers_that_stay_are_not_touched() {
     );
     let wanted = servers_text(&set);
     assert_eq!(ipvs::update_servers("", wanted), wanted);
-    let real = include_str!("fixtures/ipvsadm.save");
+    let real = include_str!("fixtures/kube-proxy-1.36.2/ipvs/ipvsadm.save");
     assert_eq!(ipvs::update_servers(real, wanted), "");
     let counts = set.expected_counts();
-    assert_eq!((counts.virtual_servers, counts.real_servers), (16, 24));
+    assert_eq!((counts.virtual_servers, counts.real_servers), (32, 49));
 
     let current = "-A -t 10.96.10.1:80 -s rr\n\
                    -a -t 10.96.10.1:80 -r 10.244.9.9:8080 -m -w 1\n\
@@ -504,7 +571,19 @@ fn listed(text: &str) -> Table {
             if is_chain {
                 table.rules.entry(name.clone()).or_default();
             }
-        } else if line.starts_with("type ") || line.starts_with("comment ") {
+        } else if line == "size 65535" {
+            // The default of a set that rules add to.
+        } else if line == "timeout 3h" {
+            let name = format!("set or map {name}:");
+            table
+                .heads
+                .entry(name)
+                .or_default()
+                .insert("timeout 10800s".to_owned());
+        } else if ["type ", "comment ", "flags "]
+            .iter()
+            .any(|head| line.starts_with(head))
+        {
             let kind = if is_chain { "chain" } else { "set or map" };
             let head = line
                 .replace("dstnat - 10", "-110")
@@ -570,11 +649,13 @@ fn scripted(text: &str, family: Family) -> Table {
                     .replace("mark set mark xor", "meta mark set meta mark ^")
                     .replace(" addr . port to ", " to ")
                     .replace(" , ", ", ");
-                let rule = match rule.split_once("daddr { ") {
-                    Some((before, after)) => {
-                        format!("{before}daddr {}", after.replacen(" } ", " ", 1))
+                // A set of one is no set.
+                let rule = match rule.split_once("addr { ").or(rule.split_once("addr != { ")) {
+                    Some((before, after)) if !after.contains(", ") => {
+                        let not = if rule.contains("!= { ") { "!= " } else { "" };
+                        format!("{before}addr {not}{}", after.replacen(" } ", " ", 1))
                     }
-                    None => rule,
+                    _ => rule,
                 };
                 table.rules.entry(name.to_owned()).or_default().push(rule);
             }
@@ -618,8 +699,14 @@ fn scripted(text: &str, family: Family) -> Table {
 fn nftables_rules_are_kube_proxys() {
     let set = render(&real_cluster(), &node(&["172.31.255.2"]), Mode::Nftables);
     for (family, real) in [
-        (Family::V4, include_str!("fixtures/nft-ip.txt")),
-        (Family::V6, include_str!("fixtures/nft-ip6.txt")),
+        (
+            Family::V4,
+            include_str!("fixtures/kube-proxy-1.36.2/nftables/nft-ip.txt"),
+        ),
+        (
+            Family::V6,
+            include_str!("fixtures/kube-proxy-1.36.2/nftables/nft-ip6.txt"),
+        ),
     ] {
         let text = nft_text(&set, family);
         let mut real = listed(real);
@@ -640,7 +727,7 @@ fn a_table_with_stale_chains_is_replaced() {
     let set = render(&real_cluster(), &node(&["172.31.255.2"]), Mode::Nftables);
     let text = nft_text(&set, Family::V4);
     assert_eq!(nftables::update("", Family::V4, text), text);
-    let real = include_str!("fixtures/nft-ip.txt");
+    let real = include_str!("fixtures/kube-proxy-1.36.2/nftables/nft-ip.txt");
     assert_eq!(nftables::update(real, Family::V4, text), text);
     let foreign = "table ip mine {\n\tchain stale {\n\t}\n}\n";
     assert_eq!(nftables::update(foreign, Family::V4, text), text);

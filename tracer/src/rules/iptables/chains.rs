@@ -64,7 +64,10 @@ impl ChainKind {
             "FORWARD" => Self::Forward,
             "FIREWALL" => Self::Firewall,
             "PROXY-CANARY" => Self::Canary,
-            "NODE-PORT" | "LOAD-BALANCER" | "SOURCE-RANGES-FIREWALL" | "IPVS-FILTER"
+            "NODE-PORT"
+            | "LOAD-BALANCER"
+            | "SOURCE-RANGES-FIREWALL"
+            | "IPVS-FILTER"
             | "IPVS-OUT-FILTER" => Self::Ipvs,
             "KUBELET-CANARY" | "IPTABLES-HINT" | "MARK-DROP" => Self::Kubelet,
             _ => match name.split_once('-') {

@@ -131,7 +131,13 @@ impl<'c, 'a> Checker<'c, 'a> {
     }
 
     fn missing_chain(&mut self, table: &str, kind: ChainKind, chain: &'c Chain<'a>) {
-        self.declaration(Kind::Missing, table, kind, chain, effect::missing_chain(kind));
+        self.declaration(
+            Kind::Missing,
+            table,
+            kind,
+            chain,
+            effect::missing_chain(kind),
+        );
         if !kind.is_of_one_service() {
             for rule in &chain.rules {
                 self.missing(table, kind, chain, rule);
@@ -718,7 +724,10 @@ mod tests {
             let next = bytes.get(at + 1).copied().unwrap_or(b' ');
             let cut = line[..at].ends_with("0.33") || !next.is_ascii_digit();
             let fraction = line[..at].contains("--probability 0.") && line[..at].len() > 12;
-            let far = fraction && line[..at].rsplit_once("0.").is_some_and(|(_, d)| d.len() > 6);
+            let far = fraction
+                && line[..at]
+                    .rsplit_once("0.")
+                    .is_some_and(|(_, d)| d.len() > 6);
             if byte.is_ascii_digit() && cut && !far {
                 let digit = if *byte == b'1' { '2' } else { '1' };
                 altered.push(format!("{}{digit}{}", &line[..at], &line[at + 1..]));
@@ -780,7 +789,10 @@ mod tests {
 
     #[test]
     fn findings_say_what_a_packet_suffers() {
-        let missing = one("\"shop/web-np:https cluster IP\" -m tcp --dport 443 -j KUBE-SVC", "");
+        let missing = one(
+            "\"shop/web-np:https cluster IP\" -m tcp --dport 443 -j KUBE-SVC",
+            "",
+        );
         assert_eq!(missing.kind, Kind::Missing);
         assert_eq!(missing.place, "nat KUBE-SERVICES");
         assert_eq!(missing.service.as_deref(), Some("shop/web-np:https"));
@@ -805,7 +817,10 @@ mod tests {
         assert_eq!(shared.service, None);
         assert!(shared.effect.contains("masqueraded"));
 
-        let comment = one("masquerade traffic for edge/ext:http", "masquerade traffic for edge/axt:http");
+        let comment = one(
+            "masquerade traffic for edge/ext:http",
+            "masquerade traffic for edge/axt:http",
+        );
         assert_eq!(comment.service.as_deref(), Some("edge/ext:http"));
         assert!(comment.effect.contains("only the comment"));
     }
@@ -822,7 +837,10 @@ mod tests {
                           -A KUBE-SVL-HDZW"),
             );
         let findings = compare(V4, &found, Family::V4, NFT);
-        let kinds: Vec<(Kind, &str)> = findings.iter().map(|f| (f.kind, f.place.as_str())).collect();
+        let kinds: Vec<(Kind, &str)> = findings
+            .iter()
+            .map(|f| (f.kind, f.place.as_str()))
+            .collect();
         assert_eq!(
             kinds,
             [
@@ -847,9 +865,21 @@ mod tests {
         }
         let found = parse(V4, Family::V4).unwrap();
         let findings = check(&Tables::none(Family::V4), &found, Mode::Nftables);
-        assert!(findings.iter().all(|finding| finding.kind == Kind::Leftover));
-        assert!(findings.iter().any(|finding| finding.place == "nat PREROUTING"));
-        assert!(findings.iter().any(|finding| finding.service.as_deref() == Some("shop/web:http")));
+        assert!(
+            findings
+                .iter()
+                .all(|finding| finding.kind == Kind::Leftover)
+        );
+        assert!(
+            findings
+                .iter()
+                .any(|finding| finding.place == "nat PREROUTING")
+        );
+        assert!(
+            findings
+                .iter()
+                .any(|finding| finding.service.as_deref() == Some("shop/web:http"))
+        );
     }
 
     #[test]
@@ -889,10 +919,19 @@ mod tests {
             let findings = swapped(find);
             assert_eq!(findings.len(), 1, "{find}");
             assert_eq!(findings[0].kind, Kind::Altered);
-            assert!(findings[0].found.as_deref().unwrap().contains("another place"));
+            assert!(
+                findings[0]
+                    .found
+                    .as_deref()
+                    .unwrap()
+                    .contains("another place")
+            );
         }
         // Of two.
-        assert_eq!(swapped("\"shop/cart:grpc cluster IP\" -m tcp --dport 9000 -j KUBE-SVC"), []);
+        assert_eq!(
+            swapped("\"shop/cart:grpc cluster IP\" -m tcp --dport 9000 -j KUBE-SVC"),
+            []
+        );
     }
 
     #[test]
@@ -904,7 +943,10 @@ mod tests {
             .collect();
         let findings = compare(V4, &flushed, Family::V4, NFT);
         assert!(findings.iter().all(|finding| finding.kind == Kind::Missing));
-        let services: HashSet<&str> = findings.iter().filter_map(|f| f.service.as_deref()).collect();
+        let services: HashSet<&str> = findings
+            .iter()
+            .filter_map(|f| f.service.as_deref())
+            .collect();
         assert_eq!(services, Concerned::of(V4).1);
         let empty = check(
             &parse(V4, Family::V4).unwrap(),
@@ -992,11 +1034,17 @@ mod tests {
 
     #[test]
     fn nfacct_is_seen() {
-        let without = V4.replace("-m nfacct --nfacct-name  ct_state_invalid_dropped_pkts ", "");
+        let without = V4.replace(
+            "-m nfacct --nfacct-name  ct_state_invalid_dropped_pkts ",
+            "",
+        );
         assert!(uses_nfacct(&parse(&without, Family::V4).unwrap()));
         let six = DUMPS[1].2;
         assert!(uses_nfacct(&parse(six, Family::V6).unwrap()));
-        let without = six.replace("-m nfacct --nfacct-name  ct_state_invalid_dropped_pkts ", "");
+        let without = six.replace(
+            "-m nfacct --nfacct-name  ct_state_invalid_dropped_pkts ",
+            "",
+        );
         assert!(!uses_nfacct(&parse(&without, Family::V6).unwrap()));
     }
 }

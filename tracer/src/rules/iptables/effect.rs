@@ -202,7 +202,9 @@ pub(super) fn altered(
     }
     match (&expected.target, &found.target) {
         (Target::Dnat(_), Target::Dnat(dnat)) if expected.target != found.target => {
-            let port = dnat.port.map_or(String::new(), |port| format!(" port {port}"));
+            let port = dnat
+                .port
+                .map_or(String::new(), |port| format!(" port {port}"));
             match dnat.address {
                 Some(address) => {
                     format!("new flows that choose this endpoint go to {address}{port} instead")
@@ -211,7 +213,8 @@ pub(super) fn altered(
             }
         }
         (Target::Jump(_), Target::Jump(other))
-            if expected.target != found.target && ChainKind::of(table, other) != ChainKind::Foreign =>
+            if expected.target != found.target
+                && ChainKind::of(table, other) != ChainKind::Foreign =>
         {
             format!(
                 "packets go to {other} instead; {}",
@@ -253,9 +256,7 @@ pub(super) fn extra(
             let endpoints = chain.rules.iter().filter(|rule| is_choice(rule)).count();
             format!("1 of {endpoints} new flows goes to an endpoint that is gone, and hangs")
         }
-        _ if twice && choice => {
-            "this endpoint gets more than its share of new flows".to_owned()
-        }
+        _ if twice && choice => "this endpoint gets more than its share of new flows".to_owned(),
         _ if twice => "the rule stands twice: each packet that comes by pays for both".to_owned(),
         Kind::Stale if kind == ChainKind::Refusals => {
             "packets are refused or dropped for a Service that is gone or has endpoints".to_owned()

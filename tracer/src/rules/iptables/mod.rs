@@ -6,6 +6,7 @@ mod effect;
 mod parse;
 mod render;
 pub mod rule;
+mod sync;
 pub mod walk;
 
 pub use check::{check, uses_nfacct};
@@ -15,3 +16,4 @@ pub(super) use render::{
     Invalid, push_all, push_chains, push_forward_rules, push_jumps, push_masquerade_rules,
     push_nat_jumps, render,
 };
+pub(super) use sync::sync;

@@ -609,7 +609,10 @@ impl<'a, 'v> RuleReader<'a, 'v> {
             Extension::None => return false,
         };
         let text = self.line.text.get(start..self.line.at).unwrap_or_default();
-        words.options = text.get(words.name.len()..).unwrap_or_default().trim_ascii();
+        words.options = text
+            .get(words.name.len()..)
+            .unwrap_or_default()
+            .trim_ascii();
         true
     }
 

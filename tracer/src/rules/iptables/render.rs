@@ -6,12 +6,13 @@
 //! v1.36; KEP-3178 says why `KUBE-FIREWALL` is among them.
 
 use std::collections::HashSet;
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
+use std::net::IpAddr;
 
 use crate::cluster::Family;
-use crate::rules::NodeView;
-use crate::rules::names::{endpoint_hash, service_hash};
-use crate::rules::ports::{PortView, Ports};
+use crate::rules::names::{Hash, endpoint_hash, service_hash};
+use crate::rules::ports::{EndpointText, PortView, Ports};
+use crate::rules::{NodePortAddresses, NodeView};
 
 /// The nfacct object that counts packets dropped as INVALID.
 pub const INVALID_DROPPED: &str = "ct_state_invalid_dropped_pkts";
@@ -91,75 +92,58 @@ const NAT_JUMPS: [(&str, &str, &str, &str); 3] = [
 
 const NEW: &str = "-m conntrack --ctstate NEW ";
 
-const FILTER_CHAINS: [&str; 6] = [
+pub(super) const FILTER_CHAINS: [&str; 5] = [
     "KUBE-SERVICES",
     "KUBE-EXTERNAL-SERVICES",
     "KUBE-FORWARD",
     "KUBE-NODEPORTS",
     "KUBE-PROXY-FIREWALL",
-    "KUBE-FIREWALL",
 ];
 
-const NAT_CHAINS: [&str; 4] = [
+/// The kubelet's, which kube-proxy makes too, and fills if it serves NodePorts on loopback
+/// addresses.
+pub(super) const LOCALNET_CHAIN: &str = "KUBE-FIREWALL";
+
+pub(super) const NAT_CHAINS: [&str; 4] = [
     "KUBE-SERVICES",
     "KUBE-NODEPORTS",
     "KUBE-POSTROUTING",
     "KUBE-MARK-MASQ",
 ];
 
+const SVC: &str = "KUBE-SVC-";
+const SVL: &str = "KUBE-SVL-";
+const SEP: &str = "KUBE-SEP-";
+const FW: &str = "KUBE-FW-";
+const EXT: &str = "KUBE-EXT-";
+
 /// Chains of single Services, which kube-proxy deletes once nothing uses them.
-const SERVICE_CHAIN_PREFIXES: [&str; 5] = [
-    "KUBE-SVC-",
-    "KUBE-SVL-",
-    "KUBE-SEP-",
-    "KUBE-FW-",
-    "KUBE-EXT-",
-];
+const SERVICE_CHAIN_PREFIXES: [&str; 5] = [SVC, SVL, SEP, FW, EXT];
 
-/// The `iptables-restore --noflush` input of one family.
+/// The beginning of the rules that end `KUBE-SERVICES`.
+const NODE_PORTS_LAST: &str = "-A KUBE-SERVICES -m comment --comment \"kubernetes service \
+                               nodeports; NOTE: this must be the last rule in this chain\"";
+
+/// The `iptables-restore --noflush` input of one family: a full sync.
 pub(in crate::rules) fn render(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
-    let mut nat_chains = String::with_capacity(200 * ports.list.len());
-    let mut nat = String::with_capacity(1400 * ports.list.len() + 4096);
-    let mut filter = String::with_capacity(4096);
-
-    push_masquerade_rules(&mut nat, node);
-    if family == Family::V4 {
-        filter.push_str(
-            "-A KUBE-FIREWALL -m comment --comment \"block incoming localnet connections\" \
-             -d 127.0.0.0/8 ! -s 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT \
-             -j DROP\n",
-        );
-    }
-    let service_rules = ServiceRules {
-        family,
-        nfacct: node.nfacct,
-        large: ports.large,
-        not_from_pods: node
-            .cluster_cidr(family)
-            .map(|cidr| format!(" ! -s {cidr}")),
-    };
+    let mut tables = Tables::new(ports, node, family);
     for port in &ports.list {
-        if port.endpoints.is_empty() {
-            push_rejects(&mut filter, port);
-        } else {
-            service_rules.push(&mut nat_chains, &mut nat, port);
-        }
+        tables.push_port(port, true);
     }
-    nat.push_str(
-        "-A KUBE-SERVICES -m comment --comment \"kubernetes service nodeports; NOTE: this must be \
-         the last rule in this chain\" -m addrtype --dst-type LOCAL",
-    );
-    if family == Family::V6 {
-        nat.push_str(" ! -d ::1/128");
-    }
-    nat.push_str(" -j KUBE-NODEPORTS\n");
-    push_forward_rules(&mut filter, node, Invalid::Drop);
+    tables.finish();
 
+    let Tables {
+        filter,
+        nat_chains,
+        nat,
+        ..
+    } = tables;
     let mut text = String::with_capacity(nat_chains.len() + nat.len() + filter.len() + 8192);
     text.push_str("*mangle\n");
     text.push_str(CANARY);
     text.push_str("COMMIT\n*filter\n");
     push_chains(&mut text, &FILTER_CHAINS);
+    push_chains(&mut text, &[LOCALNET_CHAIN]);
     text.push_str(CANARY);
     push_jumps(&mut text, &FILTER_JUMPS);
     text.push_str(&filter);
@@ -171,6 +155,138 @@ pub(in crate::rules) fn render(ports: &Ports<'_>, node: &NodeView, family: Famil
     text.push_str(&nat);
     text.push_str("COMMIT\n");
     text
+}
+
+/// The rules of the two tables, as they are written.
+pub(super) struct Tables<'n> {
+    node: &'n NodeView,
+    family: Family,
+    services: ServiceRules,
+    /// Rules of the filter table.
+    pub(super) filter: String,
+    /// Declarations of Services' chains in the nat table.
+    pub(super) nat_chains: String,
+    /// Rules of the nat table.
+    pub(super) nat: String,
+}
+
+impl<'n> Tables<'n> {
+    /// What comes before the first Service.
+    pub(super) fn new(ports: &Ports<'_>, node: &'n NodeView, family: Family) -> Self {
+        let mut tables = Self {
+            node,
+            family,
+            services: ServiceRules {
+                nfacct: node.nfacct,
+                localhost: node.serves_localhost(family),
+                large: ports.large,
+                masquerade_all: node.masquerade_all,
+                node_ip: node.node_ip(family),
+                pods: node.cluster_cidr(family).map(|cidr| cidr.to_string()),
+            },
+            filter: String::with_capacity(4096),
+            nat_chains: String::with_capacity(200 * ports.list.len()),
+            nat: String::with_capacity(1400 * ports.list.len() + 4096),
+        };
+        push_masquerade_rules(&mut tables.nat, node);
+        if tables.services.localhost {
+            tables.filter.push_str(
+                "-A KUBE-FIREWALL -m comment --comment \"block incoming localnet connections\" \
+                 -d 127.0.0.0/8 ! -s 127.0.0.0/8 -m conntrack \
+                 ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP\n",
+            );
+        }
+        tables
+    }
+
+    /// The rules of a `ServicePort` in the chains that all share, and if `own`, its own chains.
+    pub(super) fn push_port(&mut self, port: &PortView<'_>, own: bool) {
+        let names = ChainNames::of(port);
+        self.services
+            .push_shared(&mut self.filter, &mut self.nat, port, &names);
+        if own {
+            self.services
+                .push_own(&mut self.nat_chains, &mut self.nat, port, &names);
+        }
+    }
+
+    /// What comes after the last Service.
+    pub(super) fn finish(&mut self) {
+        match self
+            .node
+            .node_port_ips(self.family, &NodePortAddresses::Default)
+        {
+            None => {
+                let except = match (self.family, self.services.localhost) {
+                    (Family::V6, _) => " ! -d ::1/128",
+                    (Family::V4, false) => " ! -d 127.0.0.0/8",
+                    (Family::V4, true) => "",
+                };
+                push_all(
+                    &mut self.nat,
+                    &[
+                        NODE_PORTS_LAST,
+                        " -m addrtype --dst-type LOCAL",
+                        except,
+                        " -j KUBE-NODEPORTS\n",
+                    ],
+                );
+            }
+            Some(ips) => {
+                for ip in ips
+                    .iter()
+                    .filter(|ip| !ip.is_loopback() || self.services.localhost)
+                {
+                    let _ = writeln!(self.nat, "{NODE_PORTS_LAST} -d {ip} -j KUBE-NODEPORTS");
+                }
+            }
+        }
+        push_forward_rules(&mut self.filter, self.node, Invalid::Drop);
+    }
+}
+
+/// The names of a `ServicePort`'s own chains.
+pub(super) struct ChainNames {
+    hash: Hash<16>,
+}
+
+impl ChainNames {
+    pub(super) fn of(port: &PortView<'_>) -> Self {
+        Self {
+            hash: service_hash(&port.id, port.protocol()),
+        }
+    }
+
+    fn hash(&self) -> &str {
+        self.hash.as_str()
+    }
+
+    /// Calls `each` with the prefix and the hash of every chain that the `ServicePort` has.
+    pub(super) fn each_chain(port: &PortView<'_>, mut each: impl FnMut(&'static str, &str)) {
+        let names = Self::of(port);
+        for (has, prefix) in [
+            (has_external_chain(port), EXT),
+            (has_firewall_chain(port), FW),
+            (port.cluster_count() > 0, SVC),
+            (port.local_count() > 0, SVL),
+        ] {
+            if has {
+                each(prefix, names.hash());
+            }
+        }
+        for endpoint in port.reachable_endpoints() {
+            let hash = endpoint_hash(&port.id, port.protocol(), endpoint.socket());
+            each(SEP, hash.as_str());
+        }
+    }
+}
+
+fn has_external_chain(port: &PortView<'_>) -> bool {
+    port.has_endpoints && port.is_externally_accessible()
+}
+
+fn has_firewall_chain(port: &PortView<'_>) -> bool {
+    port.has_endpoints && port.is_firewalled()
 }
 
 /// Declares chains; with `--noflush` that also empties them.
@@ -222,7 +338,7 @@ pub(in crate::rules) enum Invalid {
 /// `KUBE-FORWARD`.
 pub(in crate::rules) fn push_forward_rules(filter: &mut String, node: &NodeView, invalid: Invalid) {
     let mark = node.mark();
-    if invalid == Invalid::Drop {
+    if invalid == Invalid::Drop && !node.tcp_be_liberal {
         filter.push_str("-A KUBE-FORWARD -m conntrack --ctstate INVALID");
         if node.nfacct {
             push_all(filter, &[" -m nfacct --nfacct-name ", INVALID_DROPPED]);
@@ -238,102 +354,238 @@ pub(in crate::rules) fn push_forward_rules(filter: &mut String, node: &NodeView,
     );
 }
 
-/// A `ServicePort` without endpoints answers with ICMP.
-fn push_rejects(filter: &mut String, port: &PortView<'_>) {
-    let protocol = port.protocol().name();
-    let _ = writeln!(
-        filter,
-        "-A KUBE-SERVICES -m comment --comment \"{} has no endpoints\" -m {protocol} -p {protocol} \
-         -d {} --dport {} -j REJECT",
-        port.id, port.cluster_ip, port.port.port
-    );
-    if let Some(node_port) = port.port.node_port {
-        let _ = writeln!(
-            filter,
-            "-A KUBE-EXTERNAL-SERVICES -m comment --comment \"{} has no endpoints\" \
-             -m addrtype --dst-type LOCAL -m {protocol} -p {protocol} --dport {node_port} -j REJECT",
-            port.id
-        );
+/// What the rules of every `ServicePort` have in common.
+struct ServiceRules {
+    nfacct: bool,
+    /// Are NodePorts served on loopback addresses?
+    localhost: bool,
+    large: bool,
+    masquerade_all: bool,
+    node_ip: IpAddr,
+    /// The network of the pods, if the node knows it.
+    pods: Option<String>,
+}
+
+/// What a packet that no endpoint can take meets, and the comment that says so.
+fn refusal(port: &PortView<'_>) -> (&'static str, &'static str) {
+    if port.has_endpoints {
+        ("DROP", " has no local endpoints\"")
+    } else {
+        ("REJECT", " has no endpoints\"")
     }
 }
 
-/// What the rules of every `ServicePort` with endpoints have in common.
-struct ServiceRules {
-    family: Family,
-    nfacct: bool,
-    large: bool,
-    /// ` ! -s CIDR`, if the node knows its pods' addresses.
-    not_from_pods: Option<String>,
-}
-
 impl ServiceRules {
-    fn push(&self, chains: &mut String, nat: &mut String, port: &PortView<'_>) {
-        let protocol = port.protocol().name();
+    /// The rules in chains that belong to no single `ServicePort`.
+    fn push_shared(
+        &self,
+        filter: &mut String,
+        nat: &mut String,
+        port: &PortView<'_>,
+        names: &ChainNames,
+    ) {
         let id = port.id.as_str();
-        let hash = service_hash(id, port.protocol());
-        let hash = hash.as_str();
-        let destination = format!(
-            "-m {protocol} -p {protocol} -d {} --dport {}",
-            port.cluster_ip, port.port.port
-        );
-        let cluster_ip_match = [
-            "-m comment --comment \"",
-            id,
-            " cluster IP\" ",
-            &destination,
-        ];
+        let (refuse, why) = refusal(port);
+        let to = |text: &mut String, chain: &str, what: [&str; 2], ip: &dyn Display| {
+            push_all(
+                text,
+                &["-A ", chain, " -m comment --comment \"", what[0], what[1]],
+            );
+            push_destination(text, port, ip);
+            text.push_str(" -j ");
+        };
 
-        push_all(chains, &[":KUBE-SVC-", hash, " - [0:0]\n"]);
-        nat.push_str("-A KUBE-SERVICES ");
-        push_all(nat, &cluster_ip_match);
-        push_all(nat, &[" -j KUBE-SVC-", hash, "\n"]);
+        if port.has_internal_endpoints() {
+            to(
+                nat,
+                "KUBE-SERVICES",
+                [id, " cluster IP\""],
+                &port.cluster_ip,
+            );
+            let prefix = if port.is_internal_local() { SVL } else { SVC };
+            push_all(nat, &[prefix, names.hash(), "\n"]);
+        } else {
+            to(filter, "KUBE-SERVICES", [id, why], &port.cluster_ip);
+            push_all(filter, &[refuse, "\n"]);
+        }
+
+        for ip in &port.external_ips {
+            if port.has_endpoints {
+                to(nat, "KUBE-SERVICES", [id, " external IP\""], ip);
+                push_all(nat, &[EXT, names.hash(), "\n"]);
+            }
+            if !port.has_external_endpoints() {
+                to(filter, "KUBE-EXTERNAL-SERVICES", [id, why], ip);
+                push_all(filter, &[refuse, "\n"]);
+            }
+        }
+
+        let firewall = has_firewall_chain(port);
+        for ip in &port.load_balancer_ips {
+            if port.has_endpoints {
+                to(nat, "KUBE-SERVICES", [id, " loadbalancer IP\""], ip);
+                push_all(nat, &[if firewall { FW } else { EXT }, names.hash(), "\n"]);
+            }
+            if firewall {
+                push_all(
+                    filter,
+                    &[
+                        "-A KUBE-PROXY-FIREWALL -m comment --comment \"",
+                        id,
+                        " traffic not accepted by ",
+                        FW,
+                        names.hash(),
+                        "\"",
+                    ],
+                );
+                push_destination(filter, port, ip);
+                filter.push_str(" -j DROP\n");
+            }
+        }
+        if !port.has_external_endpoints() {
+            for ip in &port.load_balancer_ips {
+                to(filter, "KUBE-EXTERNAL-SERVICES", [id, why], ip);
+                push_all(filter, &[refuse, "\n"]);
+            }
+        }
+
         if let Some(node_port) = port.port.node_port {
-            push_all(chains, &[":KUBE-EXT-", hash, " - [0:0]\n"]);
-            self.push_node_port(nat, port, hash, node_port);
+            self.push_node_port(filter, nat, port, names, node_port);
         }
-        if let Some(not_from_pods) = &self.not_from_pods {
-            push_all(nat, &["-A KUBE-SVC-", hash, " "]);
-            push_all(nat, &cluster_ip_match);
-            push_all(nat, &[not_from_pods, " -j KUBE-MARK-MASQ\n"]);
+        if let Some(check) = port.service.health_check_node_port {
+            let _ = writeln!(
+                filter,
+                "-A KUBE-NODEPORTS -m comment --comment \"{id} health check node port\" \
+                 -m tcp -p tcp --dport {check} -j ACCEPT"
+            );
         }
-        if port.port.node_port.is_some() {
+    }
+
+    fn push_node_port(
+        &self,
+        filter: &mut String,
+        nat: &mut String,
+        port: &PortView<'_>,
+        names: &ChainNames,
+        node_port: u16,
+    ) {
+        let protocol = port.protocol().name();
+        let id = &port.id;
+        let hash = names.hash();
+        if port.has_endpoints {
+            let rule =
+                format!("-A KUBE-NODEPORTS -m comment --comment {id} -m {protocol} -p {protocol}");
+            if self.localhost && self.nfacct {
+                let _ = writeln!(
+                    nat,
+                    "{rule} -d 127.0.0.0/8 --dport {node_port} \
+                     -m nfacct --nfacct-name {LOCALHOST_NODE_PORTS} -j {EXT}{hash}"
+                );
+            }
+            let _ = writeln!(nat, "{rule} --dport {node_port} -j {EXT}{hash}");
+        }
+        if !port.has_external_endpoints() {
+            let (refuse, why) = refusal(port);
+            let _ = writeln!(
+                filter,
+                "-A KUBE-EXTERNAL-SERVICES -m comment --comment \"{id}{why} -m addrtype \
+                 --dst-type LOCAL -m {protocol} -p {protocol} --dport {node_port} -j {refuse}"
+            );
+        }
+    }
+
+    /// The `ServicePort`'s own chains.
+    fn push_own(
+        &self,
+        chains: &mut String,
+        nat: &mut String,
+        port: &PortView<'_>,
+        names: &ChainNames,
+    ) {
+        let hash = names.hash();
+        if port.has_internal_endpoints() && (self.masquerade_all || self.pods.is_some()) {
+            let prefix = if port.is_internal_local() { SVL } else { SVC };
             push_all(
                 nat,
                 &[
-                    "-A KUBE-EXT-",
+                    "-A ",
+                    prefix,
                     hash,
-                    " -m comment --comment \"masquerade traffic for ",
-                    id,
-                    " external destinations\" -j KUBE-MARK-MASQ\n-A KUBE-EXT-",
-                    hash,
-                    " -j KUBE-SVC-",
-                    hash,
-                    "\n",
+                    " -m comment --comment \"",
+                    &port.id,
+                    " cluster IP\"",
                 ],
             );
+            push_destination(nat, port, &port.cluster_ip);
+            if let Some(pods) = self.pods.as_ref().filter(|_| !self.masquerade_all) {
+                push_all(nat, &[" ! -s ", pods]);
+            }
+            nat.push_str(" -j KUBE-MARK-MASQ\n");
+        }
+        if has_external_chain(port) {
+            push_all(chains, &[":", EXT, hash, " - [0:0]\n"]);
+            self.push_external(nat, port, hash);
+        }
+        if has_firewall_chain(port) {
+            push_all(chains, &[":", FW, hash, " - [0:0]\n"]);
+            self.push_firewall(nat, port, hash);
         }
         self.push_endpoints(chains, nat, port, hash);
     }
 
-    fn push_node_port(&self, nat: &mut String, port: &PortView<'_>, hash: &str, node_port: u16) {
-        let protocol = port.protocol().name();
-        let id = &port.id;
-        if self.family == Family::V4 && self.nfacct {
+    /// The chain of all traffic that is not to the ClusterIP.
+    fn push_external(&self, nat: &mut String, port: &PortView<'_>, hash: &str) {
+        let mut rule = |before: &str, after: [&str; 3]| {
+            push_all(nat, &["-A ", EXT, hash, " -m comment --comment \"", before]);
+            push_all(nat, &[" for ", &port.id, " external destinations\""]);
+            push_all(nat, &after);
+            nat.push('\n');
+        };
+        if port.is_external_local() {
+            if let Some(pods) = &self.pods {
+                let jump = format!(" -s {pods} -j {SVC}");
+                rule("pod traffic", [&jump, hash, ""]);
+            }
+            let local = " -m addrtype --src-type LOCAL -j ";
+            rule("masquerade LOCAL traffic", [local, "KUBE-MARK-MASQ", ""]);
+            rule("route LOCAL traffic", [local, SVC, hash]);
+        } else {
+            rule("masquerade traffic", [" -j KUBE-MARK-MASQ", "", ""]);
+        }
+        if port.has_external_endpoints() {
+            let prefix = if port.is_external_local() { SVL } else { SVC };
+            push_all(nat, &["-A ", EXT, hash, " -j ", prefix, hash, "\n"]);
+        }
+    }
+
+    /// The chain of the load balancer's source ranges.
+    fn push_firewall(&self, nat: &mut String, port: &PortView<'_>, hash: &str) {
+        let mut accept = |source: &dyn Display| {
             let _ = writeln!(
                 nat,
-                "-A KUBE-NODEPORTS -m comment --comment {id} -m {protocol} -p {protocol} \
-                 -d 127.0.0.0/8 --dport {node_port} \
-                 -m nfacct --nfacct-name {LOCALHOST_NODE_PORTS} -j KUBE-EXT-{hash}"
+                "-A {FW}{hash} -m comment --comment \"{} loadbalancer IP\" -s {source} \
+                 -j {EXT}{hash}",
+                port.id
             );
+        };
+        for range in &port.source_ranges {
+            accept(range);
+        }
+        // A packet from the node to a VIP that is on the node has the VIP as its source.
+        if port.is_source(self.node_ip) {
+            for ip in &port.load_balancer_ips {
+                accept(ip);
+            }
         }
         let _ = writeln!(
             nat,
-            "-A KUBE-NODEPORTS -m comment --comment {id} -m {protocol} -p {protocol} \
-             --dport {node_port} -j KUBE-EXT-{hash}"
+            "-A {FW}{hash} -m comment --comment \"other traffic to {} will be dropped by \
+             KUBE-PROXY-FIREWALL\"",
+            port.id
         );
     }
 
-    /// The choice of an endpoint, and the endpoints' own chains.
+    /// The choice of an endpoint under each policy, and the endpoints' own chains.
     fn push_endpoints(
         &self,
         chains: &mut String,
@@ -341,69 +593,115 @@ impl ServiceRules {
         port: &PortView<'_>,
         hash: &str,
     ) {
-        let protocol = port.protocol().name();
-        let id = port.id.as_str();
-        // Each name is hashed once: the rules of the endpoints' own chains are written beside
-        // and appended after the choice, which is kube-proxy's order.
-        let mut own = String::with_capacity(300 * port.endpoints.len());
-        for (index, endpoint) in port.endpoints.iter().enumerate() {
-            let chain = endpoint_hash(id, port.protocol(), endpoint.socket());
-            let chain = chain.as_str();
-            push_all(chains, &[":KUBE-SEP-", chain, " - [0:0]\n"]);
-            push_all(nat, &["-A KUBE-SVC-", hash]);
+        // Each name is hashed once.
+        let reachable: Vec<(&EndpointText<'_>, Hash<16>)> = port
+            .reachable_endpoints()
+            .map(|endpoint| {
+                let name = endpoint_hash(&port.id, port.protocol(), endpoint.socket());
+                (endpoint, name)
+            })
+            .collect();
+        if port.cluster_count() > 0 {
+            push_all(chains, &[":", SVC, hash, " - [0:0]\n"]);
+            let chosen = || reachable.iter().filter(|(e, _)| e.is_for_cluster());
+            self.push_choice(nat, port, [SVC, hash], port.cluster_count(), chosen);
+        }
+        if port.local_count() > 0 {
+            push_all(chains, &[":", SVL, hash, " - [0:0]\n"]);
+            let chosen = || reachable.iter().filter(|(e, _)| e.is_for_local());
+            self.push_choice(nat, port, [SVL, hash], port.local_count(), chosen);
+        }
+        for (endpoint, name) in &reachable {
+            push_all(chains, &[":", SEP, name.as_str(), " - [0:0]\n"]);
+            self.push_endpoint(nat, port, endpoint, name.as_str());
+        }
+    }
+
+    fn push_choice<'e, I>(
+        &self,
+        nat: &mut String,
+        port: &PortView<'_>,
+        chain: [&str; 2],
+        count: usize,
+        chosen: impl Fn() -> I,
+    ) where
+        I: Iterator<Item = &'e (&'e EndpointText<'e>, Hash<16>)>,
+    {
+        let begin = |nat: &mut String, endpoint: &EndpointText<'_>| {
+            push_all(nat, &["-A ", chain[0], chain[1]]);
             if !self.large {
+                let socket = endpoint.socket();
                 push_all(
                     nat,
-                    &[
-                        " -m comment --comment \"",
-                        id,
-                        " -> ",
-                        endpoint.socket(),
-                        "\"",
-                    ],
+                    &[" -m comment --comment \"", &port.id, " -> ", socket, "\""],
                 );
             }
-            let left = port.endpoints.len() - index;
+        };
+        if let Some(seconds) = port.service.affinity {
+            for (endpoint, name) in chosen() {
+                begin(nat, endpoint);
+                let name = name.as_str();
+                let _ = writeln!(
+                    nat,
+                    " -m recent --name {SEP}{name} --rcheck --seconds {seconds} --reap -j {SEP}{name}"
+                );
+            }
+        }
+        for (index, (endpoint, name)) in chosen().enumerate() {
+            begin(nat, endpoint);
+            let left = count - index;
             if left > 1 {
                 nat.push_str(" -m statistic --mode random --probability ");
                 push_probability(nat, left);
             }
-            push_all(nat, &[" -j KUBE-SEP-", chain, "\n"]);
-
-            // A pod that reaches itself through its Service must see another source address.
-            push_all(&mut own, &["-A KUBE-SEP-", chain]);
-            self.push_endpoint_comment(&mut own, id);
-            push_all(
-                &mut own,
-                &[
-                    " -s ",
-                    endpoint.address(),
-                    " -j KUBE-MARK-MASQ\n-A KUBE-SEP-",
-                    chain,
-                ],
-            );
-            self.push_endpoint_comment(&mut own, id);
-            push_all(
-                &mut own,
-                &[
-                    " -m ",
-                    protocol,
-                    " -p ",
-                    protocol,
-                    " -j DNAT --to-destination ",
-                    endpoint.socket(),
-                    "\n",
-                ],
-            );
-        }
-        nat.push_str(&own);
-    }
-
-    fn push_endpoint_comment(&self, rules: &mut String, id: &str) {
-        if !self.large {
-            push_all(rules, &[" -m comment --comment ", id]);
+            push_all(nat, &[" -j ", SEP, name.as_str(), "\n"]);
         }
     }
+
+    fn push_endpoint(
+        &self,
+        nat: &mut String,
+        port: &PortView<'_>,
+        endpoint: &EndpointText<'_>,
+        name: &str,
+    ) {
+        let protocol = port.protocol().name();
+        let begin = |nat: &mut String| {
+            push_all(nat, &["-A ", SEP, name]);
+            if !self.large {
+                push_all(nat, &[" -m comment --comment ", &port.id]);
+            }
+        };
+        // A pod that reaches itself through its Service must see another source address.
+        begin(nat);
+        push_all(nat, &[" -s ", endpoint.address(), " -j KUBE-MARK-MASQ\n"]);
+        begin(nat);
+        if port.service.affinity.is_some() {
+            push_all(nat, &[" -m recent --name ", SEP, name, " --set"]);
+        }
+        push_all(
+            nat,
+            &[
+                " -m ",
+                protocol,
+                " -p ",
+                protocol,
+                " -j DNAT --to-destination ",
+                endpoint.socket(),
+                "\n",
+            ],
+        );
+    }
+}
+
+/// ` -m PROTOCOL -p PROTOCOL -d IP --dport PORT`, the port being the Service's.
+fn push_destination(text: &mut String, port: &PortView<'_>, ip: &dyn Display) {
+    let protocol = port.protocol().name();
+    let _ = write!(
+        text,
+        " -m {protocol} -p {protocol} -d {ip} --dport {}",
+        port.port.port
+    );
 }
 
 /// 1/`left` with ten digits: `computeProbability` of kube-proxy.
@@ -422,11 +720,11 @@ pub(in crate::rules) fn push_all(text: &mut String, parts: &[&str]) {
 ///
 /// `current` is what `iptables-save` prints.
 pub fn update(current: &str, text: &str) -> String {
-    let mut tables = Tables::default();
+    let mut saved = Saved::default();
     for line in current.lines() {
-        tables.read(line);
+        saved.read(line);
     }
-    if tables.is_empty() {
+    if saved.is_empty() {
         return text.to_owned();
     }
     let mut wanted: HashSet<(&str, &str)> = HashSet::new();
@@ -444,11 +742,11 @@ pub fn update(current: &str, text: &str) -> String {
         if let Some(name) = plain.strip_prefix('*') {
             table = name;
         } else if let Some(jump) = plain.strip_prefix("-I ") {
-            if tables.jumps.contains(&(table, jump)) {
+            if saved.jumps.contains(&(table, jump)) {
                 continue;
             }
         } else if plain == "COMMIT" {
-            let stale: Vec<&str> = tables
+            let stale: Vec<&str> = saved
                 .chains
                 .iter()
                 .filter(|(of, chain)| {
@@ -477,22 +775,22 @@ pub fn update(current: &str, text: &str) -> String {
 /// This is `CleanupLeftovers` of kube-proxy, and also takes `KUBE-FIREWALL` away, which
 /// kube-proxy leaves to the kubelet. `current` is what `iptables-save` prints.
 pub fn removal(current: &str) -> Option<String> {
-    let mut tables = Tables::default();
+    let mut saved = Saved::default();
     for line in current.lines() {
-        tables.read(line);
+        saved.read(line);
     }
-    if tables.is_empty() {
+    if saved.is_empty() {
         return None;
     }
     let mut text = String::new();
     for table in ["nat", "filter", "mangle"] {
-        let chains: Vec<&str> = tables
+        let chains: Vec<&str> = saved
             .chains
             .iter()
             .filter(|(of, _)| *of == table)
             .map(|(_, chain)| *chain)
             .collect();
-        let mut jumps = tables
+        let mut jumps = saved
             .jumps_in_order
             .iter()
             .filter(|(of, _)| *of == table)
@@ -525,7 +823,7 @@ pub fn count(current: &str) -> u64 {
 
 /// What `iptables-save` printed, as far as it is kube-proxy's.
 #[derive(Default)]
-struct Tables<'a> {
+struct Saved<'a> {
     table: &'a str,
     /// Table and chain.
     chains: Vec<(&'a str, &'a str)>,
@@ -534,7 +832,7 @@ struct Tables<'a> {
     jumps_in_order: Vec<(&'a str, &'a str)>,
 }
 
-impl<'a> Tables<'a> {
+impl<'a> Saved<'a> {
     fn read(&mut self, line: &'a str) {
         if let Some(table) = line.strip_prefix('*') {
             self.table = table;

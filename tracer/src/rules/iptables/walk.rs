@@ -10,8 +10,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::rule::{
-    AddrTypes, Chain, CtStates, Match, Not, Policy, PortSide, Ports, Recent, RecentAction, Rule, SetMatch,
-    Table, Tables, Target, built_in_chains,
+    AddrTypes, Chain, CtStates, Match, Not, Policy, PortSide, Ports, Recent, RecentAction, Rule,
+    SetMatch, Table, Tables, Target, built_in_chains,
 };
 use crate::rules::ipvs::walk::SetTable;
 use crate::rules::walk::{
@@ -270,9 +270,7 @@ impl<'a> Evaluation<'_, 'a> {
 
     /// Does what a rule that matches says; `None` if the branch is at its end.
     fn act(&mut self, rule: &'a Rule<'a>, mut traveller: Traveller<'a>) -> Option<Traveller<'a>> {
-        let remembers = |part: &Match<'_>| {
-            matches!(part, Match::Recent(recent) if recent.action.value == RecentAction::Set)
-        };
+        let remembers = |part: &Match<'_>| matches!(part, Match::Recent(recent) if recent.action.value == RecentAction::Set);
         if rule.matches.iter().any(remembers) {
             self.step(&mut traveller, Action::Remember);
         }
@@ -393,9 +391,7 @@ impl<'a> Evaluation<'_, 'a> {
         if let Some(wanted) = &rule.out_interface {
             answer = answer.and(match self.base.hook {
                 Hook::Prerouting | Hook::Input => Answer::from(wanted.negated),
-                Hook::Forward | Hook::Output | Hook::Postrouting => {
-                    Answer::Unknown(wanted.value)
-                }
+                Hook::Forward | Hook::Output | Hook::Postrouting => Answer::Unknown(wanted.value),
             });
         }
         answer
@@ -424,7 +420,11 @@ impl<'a> Evaluation<'_, 'a> {
             Match::Conntrack(states) => states.holds(|states| states_of(branch, *states)),
             Match::Statistic(probability) => {
                 let share = f64::from(probability.value) / super::rule::PROBABILITY_ONE;
-                let share = if probability.negated { 1.0 - share } else { share };
+                let share = if probability.negated {
+                    1.0 - share
+                } else {
+                    share
+                };
                 if share > 0.0 && share < 1.0 {
                     return Answer::Perhaps(share);
                 }
@@ -447,8 +447,11 @@ impl<'a> Evaluation<'_, 'a> {
             }
             Match::Ipvs(ipvs) => branch.virtual_server.is_some_and(|(address, port)| {
                 let protocol = branch.protocol.number();
-                ipvs.protocol.is_none_or(|it| it.holds(|it| it.0 == protocol))
-                    && ipvs.address.is_none_or(|it| it.holds(|it| it.contains(address)))
+                ipvs.protocol
+                    .is_none_or(|it| it.holds(|it| it.0 == protocol))
+                    && ipvs
+                        .address
+                        .is_none_or(|it| it.holds(|it| it.contains(address)))
                     && ipvs.port.is_none_or(|it| it.holds(|it| *it == port))
             }),
             Match::Physdev(physdev) => [physdev.is_in, physdev.is_out, physdev.is_bridged]
@@ -518,8 +521,7 @@ mod tests {
     use crate::rules::ipvs::Sets;
     use crate::rules::walk::{Fate, Oracle, Origin, Outcome, Packet};
 
-    const IPTABLES: &str =
-        include_str!("../fixtures/kube-proxy-1.36.2/iptables-nft/iptables.save");
+    const IPTABLES: &str = include_str!("../fixtures/kube-proxy-1.36.2/iptables-nft/iptables.save");
     const IPVS: &str = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/iptables.save");
     const SETS: &str = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/ipset.save");
 
@@ -587,12 +589,18 @@ mod tests {
         }
         // A pod that is sent to itself.
         let itself = packet([10, 244, 0, 11], [10, 96, 10, 1], 80);
-        let wanted: Vec<_> = endpoints.iter().map(|e| (*e, third, *e == endpoints[0])).collect();
+        let wanted: Vec<_> = endpoints
+            .iter()
+            .map(|e| (*e, third, *e == endpoints[0]))
+            .collect();
         assert_fates(&itself, &wanted);
         // Session affinity does not know the client yet.
         assert_fates(
             &packet(POD, [10, 96, 10, 4], 9000),
-            &[("10.244.0.21:9000", 0.5, false), ("10.244.1.22:9000", 0.5, false)],
+            &[
+                ("10.244.0.21:9000", 0.5, false),
+                ("10.244.1.22:9000", 0.5, false),
+            ],
         );
     }
 
@@ -610,7 +618,10 @@ mod tests {
         // The node's own packets go to every endpoint.
         let mut own = packet(NODE, NODE, 30081);
         own.origin = Origin::Node;
-        let wanted = [("10.244.0.12:8080", 0.5, true), ("10.244.1.13:8080", 0.5, true)];
+        let wanted = [
+            ("10.244.0.12:8080", 0.5, true),
+            ("10.244.1.13:8080", 0.5, true),
+        ];
         assert_fates(&own, &wanted);
     }
 
@@ -626,7 +637,10 @@ mod tests {
         assert_fates(&packet(OUTSIDE, [198, 51, 100, 10], 80), &dropped);
         assert_fates(
             &packet([203, 0, 113, 5], [198, 51, 100, 10], 80),
-            &[("10.244.0.51:8080", 0.5, true), ("10.244.1.52:8080", 0.5, true)],
+            &[
+                ("10.244.0.51:8080", 0.5, true),
+                ("10.244.1.52:8080", 0.5, true),
+            ],
         );
         assert_fates(&packet(POD, [10, 96, 10, 1], 81), &[("Leaked", 1.0, false)]);
         let mut invalid = packet(POD, [10, 96, 10, 1], 80);
@@ -650,7 +664,11 @@ mod tests {
     fn every_step_and_the_rules_before_it_are_told() {
         let packet = packet(POD, [10, 96, 10, 1], 80);
         outcomes(IPTABLES, &packet, |outcomes| {
-            let steps: Vec<_> = outcomes[1].steps.iter().map(|visited| visited.step).collect();
+            let steps: Vec<_> = outcomes[1]
+                .steps
+                .iter()
+                .map(|visited| visited.step)
+                .collect();
             let nat: Vec<_> = steps
                 .iter()
                 .filter(|step| step.table == "nat" && step.chain.starts_with("KUBE-S"))
@@ -683,7 +701,9 @@ mod tests {
             })
         };
         assert_eq!(fate(&packet), Fate::Forwarded);
-        let dropped = Fate::Dropped { hook: Hook::Forward };
+        let dropped = Fate::Dropped {
+            hook: Hook::Forward,
+        };
         packet.origin = Origin::Link(Some("eth0".into()));
         assert_eq!(fate(&packet), dropped);
         packet.origin = Origin::Link(Some("veth0".into()));
@@ -728,7 +748,9 @@ mod tests {
         }
         let mut text = "*filter\n:FORWARD ACCEPT [0:0]\n".to_owned();
         for _ in 0..40 {
-            text.push_str("-A FORWARD -m statistic --mode random --probability 0.5 -j MARK --set-mark 1\n");
+            text.push_str(
+                "-A FORWARD -m statistic --mode random --probability 0.5 -j MARK --set-mark 1\n",
+            );
         }
         text.push_str("COMMIT\n");
         outcomes(&text, &packet(POD, OUTSIDE, 80), |outcomes| {

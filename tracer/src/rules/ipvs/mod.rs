@@ -8,13 +8,15 @@ pub mod check;
 mod render;
 mod servers;
 mod sets;
+mod sync;
 pub mod walk;
 
 pub use addresses::{Addresses, Bound};
+pub(super) use render::Plan;
 pub use render::{LINK, count_entries, count_servers, set_names, update_servers, update_sets};
-pub(super) use render::{render_iptables, render_servers, render_sets, virtual_addresses};
 pub use servers::{Forwarding, Orphan, RealServer, ServerKey, Servers, VirtualServer};
 pub use sets::{Entry, ForeignSet, Member, Role, Set, SetKind, Sets};
+pub(super) use sync::sync;
 
 /// The longest excerpt of a line that an error shows, in bytes.
 const EXCERPT_MAX: usize = 120;

@@ -4,17 +4,17 @@
 //! Sources: `pkg/proxy/ipvs/proxier.go` (`syncProxyRules`, `writeIptablesRules`,
 //! `createAndLinkKubeChain`) and `pkg/proxy/ipvs/ipset.go` of Kubernetes v1.36.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt::Write as _;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::cluster::{Family, Protocol};
-use crate::rules::NodeView;
 use crate::rules::iptables::{
     Invalid, push_all, push_chains, push_forward_rules, push_jumps, push_masquerade_rules,
     push_nat_jumps,
 };
-use crate::rules::ports::{PortView, Ports};
+use crate::rules::ports::{EndpointText, PortView, Ports};
+use crate::rules::{NodePortAddresses, NodeView};
 
 /// The dummy link that every ClusterIP is bound to, so that the node takes packets to it.
 pub const LINK: &str = "kube-ipvs0";
@@ -83,346 +83,643 @@ enum SetType {
     HashIp,
 }
 
-/// kube-proxy makes all of them, whether anything goes in or not: name without `KUBE-`, and type.
-const SETS: [(&str, SetType); 17] = [
-    ("LOOP-BACK", SetType::HashIpPortIp),
-    ("CLUSTER-IP", SetType::HashIpPort),
-    ("EXTERNAL-IP", SetType::HashIpPort),
-    ("EXTERNAL-IP-LOCAL", SetType::HashIpPort),
-    ("LOAD-BALANCER", SetType::HashIpPort),
-    ("LOAD-BALANCER-LOCAL", SetType::HashIpPort),
-    ("LOAD-BALANCER-FW", SetType::HashIpPort),
-    ("LOAD-BALANCER-SOURCE-IP", SetType::HashIpPortIp),
-    ("LOAD-BALANCER-SOURCE-CIDR", SetType::HashIpPortNet),
-    ("NODE-PORT-TCP", SetType::BitmapPort),
-    ("NODE-PORT-LOCAL-TCP", SetType::BitmapPort),
-    ("NODE-PORT-UDP", SetType::BitmapPort),
-    ("NODE-PORT-LOCAL-UDP", SetType::BitmapPort),
-    ("NODE-PORT-SCTP-HASH", SetType::HashIpPort),
-    ("NODE-PORT-LOCAL-SCTP-HASH", SetType::HashIpPort),
-    ("HEALTH-CHECK-NODE-PORT", SetType::BitmapPort),
-    ("IPVS-IPS", SetType::HashIp),
-];
-
-/// The full name of an ipset: `KUBE-NAME`, `KUBE-6-NAME` in IPv6, cut to what the kernel takes.
-fn set_name(family: Family, name: &str) -> String {
-    let mut full = String::with_capacity(SET_NAME_MAX + 1);
-    full.push_str(match family {
-        Family::V4 => "KUBE-",
-        Family::V6 => "KUBE-6-",
-    });
-    full.push_str(name);
-    full.truncate(SET_NAME_MAX);
-    full
+/// kube-proxy's ipsets, of which it makes all, whether anything goes in or not.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Set {
+    LoopBack,
+    ClusterIp,
+    ExternalIp,
+    ExternalIpLocal,
+    LoadBalancer,
+    LoadBalancerLocal,
+    LoadBalancerFirewall,
+    LoadBalancerSourceIp,
+    LoadBalancerSourceCidr,
+    NodePortTcp,
+    NodePortLocalTcp,
+    NodePortUdp,
+    NodePortLocalUdp,
+    NodePortSctp,
+    NodePortLocalSctp,
+    HealthCheckNodePort,
+    IpvsIps,
 }
 
-/// The addresses to bind to [`LINK`]: every ClusterIP of the family, once.
-pub(in crate::rules) fn virtual_addresses(ports: &Ports<'_>, family: Family) -> Vec<IpAddr> {
-    let mut seen = HashSet::new();
-    ports
-        .list
-        .iter()
-        .filter_map(|port| {
-            port.service
-                .cluster_ips
-                .iter()
-                .find(|ip| family.holds(**ip))
-        })
-        .copied()
-        .filter(|ip| seen.insert(*ip))
-        .collect()
-}
+impl Set {
+    const ALL: [Self; 17] = [
+        Self::LoopBack,
+        Self::ClusterIp,
+        Self::ExternalIp,
+        Self::ExternalIpLocal,
+        Self::LoadBalancer,
+        Self::LoadBalancerLocal,
+        Self::LoadBalancerFirewall,
+        Self::LoadBalancerSourceIp,
+        Self::LoadBalancerSourceCidr,
+        Self::NodePortTcp,
+        Self::NodePortLocalTcp,
+        Self::NodePortUdp,
+        Self::NodePortLocalUdp,
+        Self::NodePortSctp,
+        Self::NodePortLocalSctp,
+        Self::HealthCheckNodePort,
+        Self::IpvsIps,
+    ];
 
-/// The input of `ipset restore`: every set of the family and its entries.
-pub(in crate::rules) fn render_sets(ports: &Ports<'_>, node: &NodeView, family: Family) -> String {
-    let mut text = String::with_capacity(4096 + 300 * ports.list.len());
-    for (name, set_type) in SETS {
-        push_all(&mut text, &["create ", &set_name(family, name)]);
-        let hash = match set_type {
-            SetType::BitmapPort => {
-                text.push_str(" bitmap:port range 0-65535\n");
-                continue;
-            }
-            SetType::HashIpPortIp => "hash:ip,port,ip",
-            SetType::HashIpPort => "hash:ip,port",
-            SetType::HashIpPortNet => "hash:ip,port,net",
-            SetType::HashIp => "hash:ip",
-        };
-        let family = match family {
-            Family::V4 => "inet",
-            Family::V6 => "inet6",
-        };
-        push_all(
-            &mut text,
-            &[
-                " ",
-                hash,
-                " family ",
-                family,
-                " hashsize 1024 maxelem 65536\n",
-            ],
-        );
+    /// The set of NodePorts of a protocol, and that of those with a Local policy.
+    const fn of_node_ports(protocol: Protocol) -> (Self, Self) {
+        match protocol {
+            Protocol::Tcp => (Self::NodePortTcp, Self::NodePortLocalTcp),
+            Protocol::Udp => (Self::NodePortUdp, Self::NodePortLocalUdp),
+            Protocol::Sctp => (Self::NodePortSctp, Self::NodePortLocalSctp),
+        }
     }
 
-    let cluster_ip = set_name(family, "CLUSTER-IP");
-    let loop_back = set_name(family, "LOOP-BACK");
-    let ipvs_ips = set_name(family, "IPVS-IPS");
-    // Several ServicePorts can have one endpoint or one address.
-    let mut loops: HashSet<(Protocol, &str)> = HashSet::new();
-    let mut addresses: HashSet<&str> = HashSet::new();
-    for port in &ports.list {
-        let protocol = port.protocol();
-        // Writing into a String cannot fail, here and below.
-        let _ = writeln!(
-            text,
-            "add {cluster_ip} {},{protocol}:{}",
-            port.cluster_ip, port.port.port
-        );
-        if addresses.insert(&port.cluster_ip) {
-            push_all(&mut text, &["add ", &ipvs_ips, " ", &port.cluster_ip, "\n"]);
+    /// The name without `KUBE-`, the type, and the comment of the rules that look into it.
+    const fn parts(self) -> (&'static str, SetType, &'static str) {
+        use SetType::{BitmapPort, HashIp, HashIpPort, HashIpPortIp, HashIpPortNet};
+        match self {
+            Self::LoopBack => (
+                "LOOP-BACK",
+                HashIpPortIp,
+                "Kubernetes endpoints dst ip:port, source ip for solving hairpin purpose",
+            ),
+            Self::ClusterIp => (
+                "CLUSTER-IP",
+                HashIpPort,
+                "Kubernetes service cluster ip + port for masquerade purpose",
+            ),
+            Self::ExternalIp => (
+                "EXTERNAL-IP",
+                HashIpPort,
+                "Kubernetes service external ip + port for masquerade and filter purpose",
+            ),
+            Self::ExternalIpLocal => (
+                "EXTERNAL-IP-LOCAL",
+                HashIpPort,
+                "Kubernetes service external ip + port with externalTrafficPolicy=local",
+            ),
+            Self::LoadBalancer => ("LOAD-BALANCER", HashIpPort, "Kubernetes service lb portal"),
+            Self::LoadBalancerLocal => (
+                "LOAD-BALANCER-LOCAL",
+                HashIpPort,
+                "Kubernetes service load balancer ip + port with externalTrafficPolicy=local",
+            ),
+            Self::LoadBalancerFirewall => (
+                "LOAD-BALANCER-FW",
+                HashIpPort,
+                "Kubernetes service load balancer ip + port for load balancer with sourceRange",
+            ),
+            Self::LoadBalancerSourceIp => (
+                "LOAD-BALANCER-SOURCE-IP",
+                HashIpPortIp,
+                "Kubernetes service load balancer ip + port + source IP for packet filter purpose",
+            ),
+            Self::LoadBalancerSourceCidr => (
+                "LOAD-BALANCER-SOURCE-CIDR",
+                HashIpPortNet,
+                "Kubernetes service load balancer ip + port + source cidr for packet filter purpose",
+            ),
+            Self::NodePortTcp => (
+                "NODE-PORT-TCP",
+                BitmapPort,
+                "Kubernetes nodeport TCP port for masquerade purpose",
+            ),
+            Self::NodePortLocalTcp => (
+                "NODE-PORT-LOCAL-TCP",
+                BitmapPort,
+                "Kubernetes nodeport TCP port with externalTrafficPolicy=local",
+            ),
+            Self::NodePortUdp => (
+                "NODE-PORT-UDP",
+                BitmapPort,
+                "Kubernetes nodeport UDP port for masquerade purpose",
+            ),
+            Self::NodePortLocalUdp => (
+                "NODE-PORT-LOCAL-UDP",
+                BitmapPort,
+                "Kubernetes nodeport UDP port with externalTrafficPolicy=local",
+            ),
+            Self::NodePortSctp => (
+                "NODE-PORT-SCTP-HASH",
+                HashIpPort,
+                "Kubernetes nodeport SCTP port for masquerade purpose with type 'hash ip:port'",
+            ),
+            Self::NodePortLocalSctp => (
+                "NODE-PORT-LOCAL-SCTP-HASH",
+                HashIpPort,
+                "Kubernetes nodeport SCTP port with externalTrafficPolicy=local with type 'hash \
+                 ip:port'",
+            ),
+            Self::HealthCheckNodePort => (
+                "HEALTH-CHECK-NODE-PORT",
+                BitmapPort,
+                "Kubernetes health check node port",
+            ),
+            Self::IpvsIps => ("IPVS-IPS", HashIp, "Addresses on the ipvs interface"),
         }
+    }
+
+    /// The full name: `KUBE-NAME`, `KUBE-6-NAME` in IPv6, cut to what the kernel takes.
+    fn name(self, family: Family) -> String {
+        let mut full = String::with_capacity(SET_NAME_MAX + 1);
+        full.push_str(match family {
+            Family::V4 => "KUBE-",
+            Family::V6 => "KUBE-6-",
+        });
+        full.push_str(self.parts().0);
+        full.truncate(SET_NAME_MAX);
+        full
+    }
+
+    const fn comment(self) -> &'static str {
+        self.parts().2
+    }
+}
+
+/// A virtual server and the endpoints behind it.
+struct Server<'p> {
+    /// `-t ADDRESS:PORT`.
+    key: String,
+    affinity: Option<u32>,
+    reals: Vec<&'p EndpointText<'p>>,
+}
+
+/// What one family needs in IPVS mode.
+pub(in crate::rules) struct Plan<'p> {
+    family: Family,
+    node: &'p NodeView,
+    servers: Vec<Server<'p>>,
+    server_index: HashMap<String, usize>,
+    /// By [`Set::ALL`].
+    entries: Vec<Vec<String>>,
+    seen: HashSet<(usize, String)>,
+    /// To be bound to [`LINK`].
+    addresses: Vec<IpAddr>,
+    /// Load balancers' VIPs that the node itself must not use.
+    closed_to_node: Vec<(IpAddr, Protocol, u16)>,
+}
+
+impl<'p> Plan<'p> {
+    pub(in crate::rules) fn new(ports: &'p Ports<'p>, node: &'p NodeView, family: Family) -> Self {
+        let mut plan = Self {
+            family,
+            node,
+            servers: Vec::with_capacity(ports.list.len()),
+            server_index: HashMap::with_capacity(ports.list.len()),
+            entries: vec![Vec::new(); Set::ALL.len()],
+            seen: HashSet::with_capacity(2 * ports.list.len()),
+            addresses: Vec::new(),
+            closed_to_node: Vec::new(),
+        };
+        let own = plan.node_port_ips();
+        for port in &ports.list {
+            plan.push_port(port, &own);
+        }
+        let bound = plan.addresses.iter().map(ToString::to_string).collect();
+        plan.entries[Set::IpvsIps as usize] = bound;
+        plan
+    }
+
+    /// The addresses to bind to [`LINK`], each once.
+    pub(in crate::rules) fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+
+    /// The addresses that serve NodePorts. Link-local ones only serve if they are asked for
+    /// (`isValidForSet` of `netlink_linux.go`).
+    fn node_port_ips(&self) -> Vec<IpAddr> {
+        let ips = match self
+            .node
+            .node_port_ips(self.family, &NodePortAddresses::Default)
+        {
+            Some(ips) => ips,
+            None => self.own_addresses().collect(),
+        };
+        ips.into_iter().filter(|ip| !ip.is_loopback()).collect()
+    }
+
+    /// The addresses on the node's other links.
+    fn own_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let is_link_local = |ip: &IpAddr| match ip {
+            IpAddr::V4(_) => false,
+            IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        };
+        self.node
+            .addresses_of(self.family)
+            .filter(move |ip| !ip.is_loopback() && !is_link_local(ip))
+    }
+
+    fn push_port(&mut self, port: &'p PortView<'p>, own: &[IpAddr]) {
+        let protocol = port.protocol();
+        let number = port.port.port;
         for endpoint in port.endpoints.iter().filter(|endpoint| endpoint.local) {
-            if loops.insert((protocol, endpoint.socket())) {
-                let address = endpoint.address();
+            let address = endpoint.address();
+            let entry = format!("{address},{protocol}:{},{address}", endpoint.port());
+            self.add(Set::LoopBack, entry);
+        }
+
+        self.add(
+            Set::ClusterIp,
+            format!("{},{protocol}:{number}", port.cluster_ip),
+        );
+        if let Some(ip) = port
+            .service
+            .cluster_ips
+            .iter()
+            .find(|ip| self.family.holds(**ip))
+        {
+            self.bind(*ip);
+            self.serve(port, *ip, number, port.is_internal_local());
+        }
+
+        for ip in &port.external_ips {
+            let set = if port.is_external_local() {
+                Set::ExternalIpLocal
+            } else {
+                Set::ExternalIp
+            };
+            self.add(set, format!("{ip},{protocol}:{number}"));
+            self.serve_external(port, *ip);
+        }
+        for ip in &port.load_balancer_ips {
+            self.push_load_balancer(port, *ip);
+            self.serve_external(port, *ip);
+        }
+
+        if let Some(node_port) = port.port.node_port {
+            if own.is_empty() {
+                // kube-proxy goes on with the next ServicePort, so that the health check's port
+                // is left out too.
+                return;
+            }
+            self.push_node_port(port, node_port, own);
+        }
+        if let Some(check) = port.service.health_check_node_port {
+            self.add(Set::HealthCheckNodePort, check.to_string());
+        }
+    }
+
+    fn push_load_balancer(&mut self, port: &PortView<'_>, ip: IpAddr) {
+        let (protocol, number) = (port.protocol(), port.port.port);
+        let entry = format!("{ip},{protocol}:{number}");
+        self.add(Set::LoadBalancer, entry.clone());
+        if port.is_external_local() {
+            self.add(Set::LoadBalancerLocal, entry.clone());
+        }
+        if !port.is_firewalled() {
+            return;
+        }
+        for range in &port.source_ranges {
+            self.add(Set::LoadBalancerSourceCidr, format!("{entry},{range}"));
+        }
+        if port.is_source(self.node.node_ip(self.family)) {
+            self.add(Set::LoadBalancerSourceIp, format!("{entry},{ip}"));
+        } else {
+            self.closed_to_node.push((ip, protocol, number));
+        }
+        self.add(Set::LoadBalancerFirewall, entry);
+    }
+
+    fn push_node_port(&mut self, port: &'p PortView<'p>, node_port: u16, own: &[IpAddr]) {
+        let (set, local_set) = Set::of_node_ports(port.protocol());
+        let entries: Vec<String> = match port.protocol() {
+            Protocol::Tcp | Protocol::Udp => vec![node_port.to_string()],
+            // ipset's bitmap of ports does not know SCTP.
+            Protocol::Sctp => own
+                .iter()
+                .map(|ip| format!("{ip},sctp:{node_port}"))
+                .collect(),
+        };
+        for entry in entries {
+            if port.is_external_local() {
+                self.add(local_set, entry.clone());
+            }
+            self.add(set, entry);
+        }
+        for ip in own {
+            self.serve(port, *ip, node_port, port.is_external_local());
+        }
+    }
+
+    fn add(&mut self, set: Set, entry: String) {
+        if self.seen.insert((set as usize, entry.clone())) {
+            self.entries[set as usize].push(entry);
+        }
+    }
+
+    fn is_empty(&self, set: Set) -> bool {
+        self.entries[set as usize].is_empty()
+    }
+
+    fn bind(&mut self, ip: IpAddr) {
+        // The virtual addresses are among the seen entries of the set of them.
+        if self.seen.insert((Set::IpvsIps as usize, ip.to_string())) {
+            self.addresses.push(ip);
+        }
+    }
+
+    /// An external address is bound only if none of the node's other links has it.
+    fn serve_external(&mut self, port: &'p PortView<'p>, ip: IpAddr) {
+        if self.own_addresses().all(|own| own != ip) {
+            self.bind(ip);
+        }
+        self.serve(port, ip, port.port.port, port.is_external_local());
+    }
+
+    /// A virtual server. Without a local endpoint the Local policy falls back to all of them
+    /// (kubernetes pull request 97081). If two `ServicePort`s want the same one, it is the later's:
+    /// kube-proxy finds it there and replaces its real servers.
+    fn serve(&mut self, port: &'p PortView<'p>, ip: IpAddr, number: u16, local_only: bool) {
+        let reals = if local_only && port.local_count() > 0 {
+            port.local_endpoints().collect()
+        } else {
+            port.cluster_endpoints().collect()
+        };
+        let server = Server {
+            key: server_key(port.protocol(), ip, number),
+            affinity: port.service.affinity,
+            reals,
+        };
+        match self.server_index.get(&server.key) {
+            Some(index) => self.servers[*index] = server,
+            None => {
+                let index = self.servers.len();
+                self.server_index.insert(server.key.clone(), index);
+                self.servers.push(server);
+            }
+        }
+    }
+
+    /// The input of `ipvsadm -R`.
+    pub(in crate::rules) fn servers_text(&self) -> String {
+        let mut text = String::with_capacity(240 * self.servers.len());
+        for server in &self.servers {
+            let scheduler = &self.node.scheduler;
+            push_all(&mut text, &["-A ", &server.key, " -s ", scheduler]);
+            if let Some(seconds) = server.affinity {
+                // Writing into a String cannot fail, here and below.
+                let _ = write!(text, " -p {seconds}");
+            }
+            // kube-proxy has this scheduler look at source ports (`FlagSourceHash`).
+            if scheduler == "mh" {
+                text.push_str(" -b mh-port");
+            }
+            text.push('\n');
+            for real in &server.reals {
                 push_all(
                     &mut text,
-                    &[
-                        "add ",
-                        &loop_back,
-                        " ",
-                        address,
-                        ",",
-                        protocol.name(),
-                        ":",
-                        endpoint.port(),
-                        ",",
-                        address,
-                        "\n",
-                    ],
+                    &["-a ", &server.key, " -r ", real.socket(), " -m -w 1\n"],
                 );
             }
         }
-        if let Some(node_port) = port.port.node_port {
-            match protocol {
-                Protocol::Tcp | Protocol::Udp => {
-                    let set = set_name(family, node_port_set(protocol));
-                    let _ = writeln!(text, "add {set} {node_port}");
+        text
+    }
+
+    /// The input of `ipset restore`: every set of the family and its entries.
+    pub(in crate::rules) fn sets_text(&self) -> String {
+        let mut text = String::with_capacity(4096 + 32 * self.seen.len());
+        for set in Set::ALL {
+            push_all(&mut text, &["create ", &set.name(self.family)]);
+            let hash = match set.parts().1 {
+                SetType::BitmapPort => {
+                    text.push_str(" bitmap:port range 0-65535\n");
+                    continue;
                 }
-                // A bitmap of ports cannot tell SCTP from UDP in old kernels, so it has addresses.
-                Protocol::Sctp => {
-                    let set = set_name(family, node_port_set(protocol));
-                    for address in node.addresses_of(family) {
-                        let _ = writeln!(text, "add {set} {address},sctp:{node_port}");
-                    }
-                }
+                SetType::HashIpPortIp => "hash:ip,port,ip",
+                SetType::HashIpPort => "hash:ip,port",
+                SetType::HashIpPortNet => "hash:ip,port,net",
+                SetType::HashIp => "hash:ip",
+            };
+            let family = match self.family {
+                Family::V4 => "inet",
+                Family::V6 => "inet6",
+            };
+            let parameters = " hashsize 1024 maxelem 65536\n";
+            push_all(&mut text, &[" ", hash, " family ", family, parameters]);
+        }
+        for set in Set::ALL {
+            let name = set.name(self.family);
+            for entry in &self.entries[set as usize] {
+                push_all(&mut text, &["add ", &name, " ", entry, "\n"]);
             }
         }
+        text
     }
-    text
-}
 
-const fn node_port_set(protocol: Protocol) -> &'static str {
-    match protocol {
-        Protocol::Tcp => "NODE-PORT-TCP",
-        Protocol::Udp => "NODE-PORT-UDP",
-        Protocol::Sctp => "NODE-PORT-SCTP-HASH",
+    /// The `iptables-restore --noflush` input: the same few rules for any number of Services.
+    /// Base chains' jumps come with a first sync only.
+    pub(in crate::rules) fn iptables_text(&self, with_jumps: bool) -> String {
+        let mut text = String::with_capacity(8192);
+        text.push_str("*filter\n");
+        push_chains(&mut text, &FILTER_CHAINS);
+        if with_jumps {
+            push_jumps(&mut text, &FILTER_JUMPS);
+        }
+        self.push_filter_rules(&mut text);
+        text.push_str("COMMIT\n*nat\n");
+        push_chains(&mut text, &NAT_CHAINS);
+        if with_jumps {
+            push_nat_jumps(&mut text);
+        }
+        self.push_nat_rules(&mut text);
+        push_masquerade_rules(&mut text, self.node);
+        text.push_str("COMMIT\n");
+        text
     }
-}
 
-/// The input of `ipvsadm -R`: a virtual server for each ClusterIP and port, and for each address
-/// of the node and NodePort.
-pub(in crate::rules) fn render_servers(
-    ports: &Ports<'_>,
-    node: &NodeView,
-    family: Family,
-) -> String {
-    let mut text = String::with_capacity(240 * ports.list.len());
-    let mut server = String::new();
-    let node_addresses: Vec<IpAddr> = node.addresses_of(family).collect();
-    for port in &ports.list {
-        server_key(
-            &mut server,
-            port.protocol(),
-            &port.cluster_ip,
-            port.port.port,
-        );
-        push_server(&mut text, &server, port);
-        for address in port.port.node_port.iter().flat_map(|_| &node_addresses) {
-            let node_port = port.port.node_port.unwrap_or_default();
-            server_key(&mut server, port.protocol(), address, node_port);
-            push_server(&mut text, &server, port);
+    /// A rule that looks into a set, with its comment, if anything is in it.
+    fn push_set_rule(&self, text: &mut String, chain: &str, set: Set, direction: &str, rest: &str) {
+        if !self.is_empty(set) {
+            let name = set.name(self.family);
+            let comment = set.comment();
+            push_all(text, &["-A ", chain, " -m comment --comment \"", comment]);
+            push_all(text, &["\" -m set --match-set ", &name, " ", direction]);
+            push_all(text, &[rest, "\n"]);
         }
     }
-    text
-}
 
-/// `-t ADDRESS:PORT`, `-u`, `--sctp-service`.
-fn server_key(key: &mut String, protocol: Protocol, address: impl std::fmt::Display, port: u16) {
-    key.clear();
-    key.push_str(match protocol {
-        Protocol::Tcp => "-t ",
-        Protocol::Udp => "-u ",
-        Protocol::Sctp => "--sctp-service ",
-    });
-    let from = key.len();
-    let _ = write!(key, "{address}");
-    if key[from..].contains(':') {
-        key.insert(from, '[');
-        key.push(']');
-    }
-    let _ = write!(key, ":{port}");
-}
-
-fn push_server(text: &mut String, server: &str, port: &PortView<'_>) {
-    push_all(text, &["-A ", server, " -s rr\n"]);
-    for endpoint in &port.endpoints {
-        push_all(
+    fn push_filter_rules(&self, text: &mut String) {
+        let ranges = "KUBE-SOURCE-RANGES-FIREWALL";
+        self.push_set_rule(
             text,
-            &["-a ", server, " -r ", endpoint.socket(), " -m -w 1\n"],
-        );
-    }
-}
-
-/// The `iptables-restore --noflush` input of one family: the same few rules for any number of
-/// Services.
-pub(in crate::rules) fn render_iptables(
-    ports: &Ports<'_>,
-    node: &NodeView,
-    family: Family,
-) -> String {
-    let has_node_port = |protocol: Protocol| {
-        ports
-            .list
-            .iter()
-            .any(|port| port.protocol() == protocol && port.port.node_port.is_some())
-    };
-    let has_local_endpoint = ports
-        .list
-        .iter()
-        .any(|port| port.endpoints.iter().any(|endpoint| endpoint.local));
-    let cluster_ip = set_name(family, "CLUSTER-IP");
-    let mut text = String::with_capacity(8192);
-
-    text.push_str("*filter\n");
-    push_chains(&mut text, &FILTER_CHAINS);
-    push_jumps(&mut text, &FILTER_JUMPS);
-    text.push_str("-A KUBE-SOURCE-RANGES-FIREWALL -j DROP\n");
-    push_forward_rules(&mut text, node, Invalid::Pass);
-    let health = set_name(family, "HEALTH-CHECK-NODE-PORT");
-    let _ = writeln!(
-        text,
-        "-A KUBE-NODE-PORT -m comment --comment \"Kubernetes health check node port\" \
-         -m set --match-set {health} dst -j ACCEPT"
-    );
-    // A node's own services must not be reachable on a Service's address.
-    for (set, direction) in [
-        ("LOAD-BALANCER", "dst,dst"),
-        ("CLUSTER-IP", "dst,dst"),
-        ("EXTERNAL-IP", "dst,dst"),
-        ("EXTERNAL-IP-LOCAL", "dst,dst"),
-        ("HEALTH-CHECK-NODE-PORT", "dst"),
-    ] {
-        let set = set_name(family, set);
-        let _ = writeln!(
-            text,
-            "-A KUBE-IPVS-FILTER -m set --match-set {set} {direction} -j RETURN"
-        );
-    }
-    let _ = writeln!(
-        text,
-        "-A KUBE-IPVS-FILTER -m conntrack --ctstate NEW -m set --match-set {} dst -j REJECT",
-        set_name(family, "IPVS-IPS")
-    );
-    text.push_str("COMMIT\n*nat\n");
-
-    push_chains(&mut text, &NAT_CHAINS);
-    push_nat_jumps(&mut text);
-    let loopback = match family {
-        Family::V4 => "127.0.0.0/8",
-        Family::V6 => "::1/128",
-    };
-    let _ = writeln!(text, "-A KUBE-SERVICES -s {loopback} -j RETURN");
-    if has_local_endpoint {
-        let _ = writeln!(
-            text,
-            "-A KUBE-POSTROUTING -m comment --comment \"Kubernetes endpoints dst ip:port, source \
-             ip for solving hairpin purpose\" -m set --match-set {} dst,dst,src -j MASQUERADE",
-            set_name(family, "LOOP-BACK")
-        );
-    }
-    for (protocol, port_name, suffix, direction) in [
-        (Protocol::Tcp, "TCP", "", "dst"),
-        (Protocol::Udp, "UDP", "", "dst"),
-        (
-            Protocol::Sctp,
-            "SCTP",
-            " with type 'hash ip:port'",
+            "KUBE-PROXY-FIREWALL",
+            Set::LoadBalancerFirewall,
             "dst,dst",
-        ),
-    ] {
-        if has_node_port(protocol) {
+            " -j KUBE-SOURCE-RANGES-FIREWALL",
+        );
+        for set in [Set::LoadBalancerSourceCidr, Set::LoadBalancerSourceIp] {
+            self.push_set_rule(text, ranges, set, "dst,dst,src", " -j RETURN");
+        }
+        push_all(text, &["-A ", ranges, " -j DROP\n"]);
+        for (ip, protocol, port) in &self.closed_to_node {
             let _ = writeln!(
                 text,
-                "-A KUBE-NODE-PORT -p {protocol} -m comment --comment \"Kubernetes nodeport \
-                 {port_name} port for masquerade purpose{suffix}\" -m set --match-set {} \
-                 {direction} -j KUBE-MARK-MASQ",
-                set_name(family, node_port_set(protocol))
+                "-A KUBE-IPVS-OUT-FILTER -s {ip} -m ipvs --vaddr {ip} --vproto {protocol} \
+                 --vport {port} -j DROP"
             );
         }
+        push_forward_rules(text, self.node, Invalid::Pass);
+        let name = |set: Set| set.name(self.family);
+        let _ = writeln!(
+            text,
+            "-A KUBE-NODE-PORT -m comment --comment \"{}\" -m set --match-set {} dst -j ACCEPT",
+            Set::HealthCheckNodePort.comment(),
+            name(Set::HealthCheckNodePort)
+        );
+        // A node's own services must not be reachable on a Service's address.
+        for (set, direction) in [
+            (Set::LoadBalancer, "dst,dst"),
+            (Set::ClusterIp, "dst,dst"),
+            (Set::ExternalIp, "dst,dst"),
+            (Set::ExternalIpLocal, "dst,dst"),
+            (Set::HealthCheckNodePort, "dst"),
+        ] {
+            let _ = writeln!(
+                text,
+                "-A KUBE-IPVS-FILTER -m set --match-set {} {direction} -j RETURN",
+                name(set)
+            );
+        }
+        let _ = writeln!(
+            text,
+            "-A KUBE-IPVS-FILTER -m conntrack --ctstate NEW -m set --match-set {} dst -j REJECT",
+            name(Set::IpvsIps)
+        );
     }
-    if !ports.list.is_empty() {
+
+    fn push_nat_rules(&self, text: &mut String) {
+        let loopback = match self.family {
+            Family::V4 => "127.0.0.0/8",
+            Family::V6 => "::1/128",
+        };
+        push_all(text, &["-A KUBE-SERVICES -s ", loopback, " -j RETURN\n"]);
+        let services = "KUBE-SERVICES";
+        for (chain, set, direction, rest) in [
+            (
+                "KUBE-POSTROUTING",
+                Set::LoopBack,
+                "dst,dst,src",
+                " -j MASQUERADE",
+            ),
+            (
+                services,
+                Set::LoadBalancer,
+                "dst,dst",
+                " -j KUBE-LOAD-BALANCER",
+            ),
+            (
+                "KUBE-LOAD-BALANCER",
+                Set::LoadBalancerLocal,
+                "dst,dst",
+                " -j RETURN",
+            ),
+        ] {
+            self.push_set_rule(text, chain, set, direction, rest);
+        }
+        for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+            let (set, local_set) = Set::of_node_ports(protocol);
+            let chain = format!("KUBE-NODE-PORT -p {protocol}");
+            let direction = match protocol {
+                Protocol::Tcp | Protocol::Udp => "dst",
+                Protocol::Sctp => "dst,dst",
+            };
+            self.push_set_rule(text, &chain, local_set, direction, " -j RETURN");
+            self.push_set_rule(text, &chain, set, direction, " -j KUBE-MARK-MASQ");
+        }
         // Without the pods' addresses only a Service's own address as source tells a hairpin.
-        let (direction, not_from_pods) = match node.cluster_cidr(family) {
+        let (direction, from) = match self.node.cluster_cidr(self.family) {
+            _ if self.node.masquerade_all => ("dst,dst", String::new()),
             Some(cidr) => ("dst,dst", format!(" ! -s {cidr}")),
             None => ("src,dst", String::new()),
         };
-        let _ = writeln!(
-            text,
-            "-A KUBE-SERVICES -m comment --comment \"Kubernetes service cluster ip + port for \
-             masquerade purpose\" -m set --match-set {cluster_ip} {direction}{not_from_pods} \
-             -j KUBE-MARK-MASQ"
-        );
+        let masquerade = format!("{from} -j KUBE-MARK-MASQ");
+        self.push_set_rule(text, services, Set::ClusterIp, direction, &masquerade);
+        let external = Set::ExternalIp;
+        self.push_set_rule(text, services, external, "dst,dst", " -j KUBE-MARK-MASQ");
+        for set in [Set::ExternalIp, Set::ExternalIpLocal] {
+            for which in [
+                " -m physdev ! --physdev-is-in -m addrtype ! --src-type LOCAL -j ACCEPT",
+                " -m addrtype --dst-type LOCAL -j ACCEPT",
+            ] {
+                self.push_set_rule(text, services, set, "dst,dst", which);
+            }
+        }
+        text.push_str("-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODE-PORT\n");
+        text.push_str("-A KUBE-LOAD-BALANCER -j KUBE-MARK-MASQ\n");
+        for set in [Set::ClusterIp, Set::LoadBalancer] {
+            if !self.is_empty(set) {
+                let _ = writeln!(
+                    text,
+                    "-A KUBE-SERVICES -m set --match-set {} dst,dst -j ACCEPT",
+                    set.name(self.family)
+                );
+            }
+        }
     }
-    text.push_str("-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODE-PORT\n");
-    text.push_str("-A KUBE-LOAD-BALANCER -j KUBE-MARK-MASQ\n");
-    if !ports.list.is_empty() {
-        let _ = writeln!(
-            text,
-            "-A KUBE-SERVICES -m set --match-set {cluster_ip} dst,dst -j ACCEPT"
-        );
-    }
-    push_masquerade_rules(&mut text, node);
-    text.push_str("COMMIT\n");
-    text
+}
+
+/// `-t ADDRESS:PORT`, `-u`, `--sctp-service`.
+fn server_key(protocol: Protocol, ip: IpAddr, port: u16) -> String {
+    let option = match protocol {
+        Protocol::Tcp => "-t",
+        Protocol::Udp => "-u",
+        Protocol::Sctp => "--sctp-service",
+    };
+    format!("{option} {}", SocketAddr::new(ip, port))
 }
 
 /// The `ipvsadm -R` input that makes `wanted` of `current` (what `ipvsadm -Sn` prints): first
 /// what is missing, then what is stale, as kube-proxy's sync does it. Servers that stay are not
 /// touched, so that their connections live on.
 pub fn update_servers(current: &str, wanted: &str) -> String {
+    let mut text = update_live_servers(current, wanted);
+    text.push_str(&remove_stale_servers(current, wanted));
+    text
+}
+
+/// The first half of [`update_servers`]: what is missing or different of those that are wanted.
+///
+/// A real server that is gone is deleted. kube-proxy does the same if it has no connections, and
+/// otherwise gives it the weight 0 and deletes it once they are gone, which text cannot tell.
+pub(super) fn update_live_servers(current: &str, wanted: &str) -> String {
     let current = Servers::parse(current);
     let wanted = Servers::parse(wanted);
     let mut text = String::new();
-    for server in &wanted.order {
-        let reals = &wanted.reals[server];
-        let existing = current.reals.get(server);
-        if existing.is_none() {
-            push_all(&mut text, &["-A ", server, " -s rr\n"]);
+    for key in &wanted.order {
+        let Some(server) = wanted.by_key.get(key) else {
+            continue;
+        };
+        let existing = current.by_key.get(key);
+        match existing {
+            None => push_all(&mut text, &["-A ", key, server.options, "\n"]),
+            Some(existing) if existing.options != server.options => {
+                push_all(&mut text, &["-E ", key, server.options, "\n"]);
+            }
+            Some(_) => {}
         }
-        for real in reals {
-            if !existing.is_some_and(|existing| existing.contains(real)) {
-                push_all(&mut text, &["-a ", server, " -r ", real, " -m -w 1\n"]);
+        for real in &server.reals {
+            if !existing.is_some_and(|existing| existing.reals.contains(real)) {
+                push_all(&mut text, &["-a ", key, " -r ", real, " -m -w 1\n"]);
             }
         }
-        for real in existing.into_iter().flatten() {
-            if !reals.contains(real) {
-                push_all(&mut text, &["-d ", server, " -r ", real, "\n"]);
+        for real in existing.into_iter().flat_map(|existing| &existing.reals) {
+            if !server.reals.contains(real) {
+                push_all(&mut text, &["-d ", key, " -r ", real, "\n"]);
             }
         }
     }
-    for server in &current.order {
-        if !wanted.reals.contains_key(server) {
-            push_all(&mut text, &["-D ", server, "\n"]);
+    text
+}
+
+/// The second half of [`update_servers`].
+pub(super) fn remove_stale_servers(current: &str, wanted: &str) -> String {
+    let current = Servers::parse(current);
+    let wanted = Servers::parse(wanted);
+    let mut text = String::new();
+    for key in &current.order {
+        if !wanted.by_key.contains_key(key) {
+            push_all(&mut text, &["-D ", key, "\n"]);
         }
     }
     text
@@ -443,34 +740,44 @@ pub fn count_servers(listed: &str) -> (u64, u64) {
 }
 
 /// What `ipvsadm -Sn` prints.
+#[derive(Default)]
 struct Servers<'a> {
     /// `-t ADDRESS:PORT`, as they came.
     order: Vec<&'a str>,
-    /// Real servers by virtual server.
-    reals: BTreeMap<&'a str, BTreeSet<&'a str>>,
+    by_key: HashMap<&'a str, ListedServer<'a>>,
+}
+
+#[derive(Default)]
+struct ListedServer<'a> {
+    /// ` -s rr -p 10800`.
+    options: &'a str,
+    reals: BTreeSet<&'a str>,
 }
 
 impl<'a> Servers<'a> {
     fn parse(text: &'a str) -> Self {
-        let mut servers = Self {
-            order: Vec::new(),
-            reals: BTreeMap::new(),
-        };
+        let mut servers = Self::default();
         for line in text.lines() {
             if let Some(rest) = line.strip_prefix("-A ") {
-                let server = rest.split_once(" -s ").map_or(rest, |(server, _)| server);
-                if servers.reals.insert(server, BTreeSet::new()).is_none() {
-                    servers.order.push(server);
-                }
-            } else if let Some((server, real)) = line
+                let (key, options) = rest.split_at(rest.find(" -s ").unwrap_or(rest.len()));
+                servers.entry(key).options = options;
+            } else if let Some((key, real)) = line
                 .strip_prefix("-a ")
                 .and_then(|rest| rest.split_once(" -r "))
             {
                 let real = real.split(' ').next().unwrap_or_default();
-                servers.reals.entry(server).or_default().insert(real);
+                servers.entry(key).reals.insert(real);
             }
         }
         servers
+    }
+
+    fn entry(&mut self, key: &'a str) -> &mut ListedServer<'a> {
+        let order = &mut self.order;
+        self.by_key.entry(key).or_insert_with(|| {
+            order.push(key);
+            ListedServer::default()
+        })
     }
 }
 

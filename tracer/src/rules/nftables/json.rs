@@ -13,9 +13,9 @@ use serde_json::{Map, Value as Json};
 use crate::cluster::Family;
 
 use super::table::{
-    Base, Chain, ChainKind, DataType, Destination, Element, Field, Hook, Key, Mapped, MarkChange,
+    Base, Chain, ChainKind, DataType, Destination, Element, Field, Key, Mapped, MarkChange,
     Masquerade, Operand, Range, Ranges, Rule, Ruleset, Set, Statement, Table, Target, Text, Value,
-    Verdict, VerdictMap, parse_protocol,
+    Verdict, VerdictMap, hook, parse_protocol,
 };
 use super::text::{named_type, ours, reject_with};
 
@@ -209,7 +209,7 @@ fn add_chain(table: &mut Table, body: &Json) -> Result<(), Fault> {
         let kind = ChainKind::ALL
             .into_iter()
             .find(|known| known.name() == kind);
-        let hook = Hook::ALL.into_iter().find(|known| known.name() == hook);
+        let hook = self::hook(hook);
         let priority = body.get("prio").and_then(Json::as_i64);
         let priority = priority.and_then(|priority| i32::try_from(priority).ok());
         let accepts = match body.get("policy").and_then(Json::as_str) {
@@ -276,9 +276,6 @@ fn add_set(table: &mut Table, body: &Json) -> Result<(), Fault> {
         if let Some(value) = body.get(unused) {
             set.others.push(format!("{unused} {}", bare(value)).into());
         }
-    }
-    if set.flags.dynamic && set.size.is_none() {
-        set.size = Some(Set::DYNAMIC_SIZE);
     }
     add_elements(&mut set, body)?;
     match table.sets.insert(name.into(), set) {
@@ -504,14 +501,10 @@ fn fields(json: &Json) -> Option<Vec<Field>> {
 }
 
 /// The items of an anonymous set, or the one item.
-fn items(json: &Json) -> Option<&[Json]> {
-    match json.get("set") {
-        Some(Json::Array(items)) => Some(items),
-        Some(item) => Some(std::slice::from_ref(item)),
-        None => match json {
-            Json::Array(items) => Some(items),
-            item => Some(std::slice::from_ref(item)),
-        },
+fn items(json: &Json) -> &[Json] {
+    match json.get("set").unwrap_or(json) {
+        Json::Array(items) => items,
+        item => std::slice::from_ref(item),
     }
 }
 
@@ -527,7 +520,7 @@ fn statement(json: &Json) -> Option<Statement> {
             let map = match body.get("data")? {
                 Json::String(name) => VerdictMap::Named(name.strip_prefix('@')?.into()),
                 data => VerdictMap::Inline(
-                    items(data)?
+                    items(data)
                         .iter()
                         .map(|pair| match &pair.as_array()?[..] {
                             [key, value] => Some((key_of(key, &fields)?, verdict(value)?)),
@@ -577,11 +570,11 @@ fn comparison(body: &Json) -> Option<Statement> {
     let operand = match right.as_str().and_then(|text| text.strip_prefix('@')) {
         Some(name) => Operand::Set(name.into()),
         None if matches!(&fields[..], [Field::Source(_) | Field::Destination(_)]) => {
-            let ranges = items(right)?.iter().map(range).collect::<Option<_>>()?;
+            let ranges = items(right).iter().map(range).collect::<Option<_>>()?;
             Operand::Addresses(Ranges::new(ranges))
         }
         None => {
-            let keys = items(right)?.iter().map(|item| key_of(item, &fields));
+            let keys = items(right).iter().map(|item| key_of(item, &fields));
             Operand::keys(keys.collect::<Option<_>>()?)
         }
     };
@@ -647,7 +640,7 @@ fn dnat(body: &Json) -> Option<Target> {
     let Field::Random(modulus) = field(map.get("key")?)? else {
         return None;
     };
-    let mut destinations = items(map.get("data")?)?
+    let mut destinations = items(map.get("data")?)
         .iter()
         .map(|pair| match &pair.as_array()?[..] {
             [index, found] => Some((number(index)?, destination(found)?)),

@@ -2,9 +2,13 @@
 
 pub(super) use render::render;
 pub use render::update;
+pub(super) use sync::sync;
 pub use text::{ParseError, apply, parse};
 
+pub mod check;
 pub mod json;
 mod render;
+mod sync;
 pub mod table;
 mod text;
+pub mod walk;

@@ -4,14 +4,15 @@
 //! `writeServiceToEndpointRules`) of Kubernetes v1.36, KEP-3866. Rules are written as kube-proxy
 //! writes them; `nft` prints them in another spelling (`mark or` becomes `|`).
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
+use std::net::IpAddr;
 
-use crate::cluster::Family;
-use crate::rules::NodeView;
+use crate::cluster::{Cidr, Family};
 use crate::rules::iptables::push_all;
-use crate::rules::names::nft_service_name;
-use crate::rules::ports::{PortView, Ports};
+use crate::rules::names::{nft_endpoint_name, nft_service_name};
+use crate::rules::ports::{EndpointText, PortView, Ports};
+use crate::rules::{NodePortAddresses, NodeView};
 
 /// Base chains: name, type, hook, priority.
 const BASE_CHAINS: [(&str, &str, &str, &str); 8] = [
@@ -104,17 +105,86 @@ const SETS: [(&str, &str, &str, &str); 8] = [
 
 const NODE_PORT_IPS: &str = "nodeport-ips";
 
-/// The elements of the sets and maps, each line one element: it begins with a tab and ends with
-/// a comma, which is also how they are counted.
+/// The elements of one set or map. A key has one value: of two `ServicePort`s that want it,
+/// kube-proxy writes both in turn, so that it is the later's.
 #[derive(Default)]
-struct Elements {
-    hairpin_connections: String,
-    cluster_ips: String,
-    node_port_ips: String,
-    no_endpoint_services: String,
-    no_endpoint_node_ports: String,
-    service_ips: String,
-    service_node_ports: String,
+pub(super) struct Elements {
+    /// Key and what follows it: nothing in a set, ` : verdict` in a map, with a comment before.
+    list: Vec<(String, String)>,
+    index: HashMap<String, usize>,
+}
+
+impl Elements {
+    fn put(&mut self, key: String, value: String) {
+        match self.index.get(&key) {
+            Some(index) => self.list[*index].1 = value,
+            None => {
+                self.index.insert(key.clone(), self.list.len());
+                self.list.push((key, value));
+            }
+        }
+    }
+
+    /// What follows the key, if it is there.
+    pub(super) fn get(&self, key: &str) -> Option<&str> {
+        let (_, value) = self.list.get(*self.index.get(key)?)?;
+        Some(value)
+    }
+
+    /// Keys and what follows them.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.list
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()))
+    }
+}
+
+/// The elements of all sets and maps.
+#[derive(Default)]
+pub(super) struct AllElements {
+    hairpin_connections: Elements,
+    cluster_ips: Elements,
+    node_port_ips: Elements,
+    no_endpoint_services: Elements,
+    no_endpoint_node_ports: Elements,
+    firewall_ips: Elements,
+    service_ips: Elements,
+    service_node_ports: Elements,
+}
+
+impl AllElements {
+    /// With the names of the sets and maps.
+    pub(super) fn named(&self) -> [(&'static str, &Elements); 8] {
+        [
+            ("cluster-ips", &self.cluster_ips),
+            (NODE_PORT_IPS, &self.node_port_ips),
+            ("no-endpoint-services", &self.no_endpoint_services),
+            ("no-endpoint-nodeports", &self.no_endpoint_node_ports),
+            ("firewall-ips", &self.firewall_ips),
+            ("service-ips", &self.service_ips),
+            ("service-nodeports", &self.service_node_ports),
+            ("hairpin-connections", &self.hairpin_connections),
+        ]
+    }
+}
+
+/// One command for many elements, each a line that begins with a tab, which is how they are
+/// counted.
+pub(super) fn push_elements<'e>(
+    text: &mut String,
+    command: &str,
+    table: &str,
+    name: &str,
+    elements: impl Iterator<Item = (&'e str, &'e str)>,
+) {
+    let mut elements = elements.peekable();
+    if elements.peek().is_some() {
+        push_all(text, &[command, " element ", table, " ", name, " {\n"]);
+        for (key, value) in elements {
+            push_all(text, &["\t", key, value, ",\n"]);
+        }
+        text.push_str("}\n");
+    }
 }
 
 /// The `nft -f` script of one family: one transaction, over no table, a flushed table (whose
@@ -123,7 +193,7 @@ pub(in crate::rules) fn render(ports: &Ports<'_>, node: &NodeView, family: Famil
     let ip = family.nft();
     let table = format!("{ip} kube-proxy");
     let mark = node.mark();
-    let primary = node.addresses_of(family).next();
+    let node_port_ips = node.node_port_ips(family, &NodePortAddresses::Primary);
     let count = ports.list.len();
     let mut text = String::with_capacity(1024 * count + 8192);
     // Writing into a String cannot fail, here and below.
@@ -132,7 +202,7 @@ pub(in crate::rules) fn render(ports: &Ports<'_>, node: &NodeView, family: Famil
         "add table {table} {{ comment \"rules for kube-proxy\" ; }}\nflush table {table}\n"
     );
     for (kind, name, types, comment) in SETS {
-        if name == NODE_PORT_IPS && primary.is_none() {
+        if name == NODE_PORT_IPS && node_port_ips.is_none() {
             continue;
         }
         let types = types.replace("ADDR", family.nft_address());
@@ -171,8 +241,7 @@ pub(in crate::rules) fn render(ports: &Ports<'_>, node: &NodeView, family: Famil
         Family::V4 => "127.0.0.0/8",
         Family::V6 => "::1",
     };
-    // Without an address of its own in this family, kube-proxy takes any local one.
-    let (node_port, node_port_reject) = if primary.is_some() {
+    let (node_port, node_port_reject) = if node_port_ips.is_some() {
         let to_node = format!("{ip} daddr @{NODE_PORT_IPS}");
         (to_node.clone(), to_node)
     } else {
@@ -193,7 +262,15 @@ pub(in crate::rules) fn render(ports: &Ports<'_>, node: &NodeView, family: Famil
         "firewall-check",
         &format!("{ip} daddr . meta l4proto . th dport vmap @firewall-ips"),
     );
-    if let Some(cidr) = node.cluster_cidr(family) {
+    if node.masquerade_all {
+        rule(
+            "services",
+            &format!(
+                "{ip} daddr @cluster-ips mark set mark or {mark} comment \
+                 \"masquerade all clusterIP traffic\""
+            ),
+        );
+    } else if let Some(cidr) = node.cluster_cidr(family) {
         rule(
             "services",
             &format!(
@@ -244,148 +321,360 @@ pub(in crate::rules) fn render(ports: &Ports<'_>, node: &NodeView, family: Famil
     }
     rule("reject-chain", "reject");
 
-    let mut elements = Elements::default();
-    elements.service_ips.reserve(96 * count);
-    elements.cluster_ips.reserve(24 * count);
-    if let Some(address) = primary {
-        let _ = writeln!(elements.node_port_ips, "\t{address},");
-    }
-    let mut writer = Writer {
-        chains: &mut text,
-        rules: &mut rules,
-        elements: &mut elements,
-        table: &table,
-        ip,
-        mark: &mark,
-        cluster_ips: HashSet::with_capacity(count),
-        hairpins: HashSet::new(),
-    };
+    let mut writer = Writer::new(ports, node, family);
     for port in &ports.list {
-        writer.push(port);
+        writer.push_elements(port);
+        writer.push_chains(port);
     }
+    text.push_str(&writer.sets);
+    text.push_str(&writer.chains);
     text.push_str(&rules);
-    for (name, list) in [
-        ("cluster-ips", &elements.cluster_ips),
-        (NODE_PORT_IPS, &elements.node_port_ips),
-        ("no-endpoint-services", &elements.no_endpoint_services),
-        ("no-endpoint-nodeports", &elements.no_endpoint_node_ports),
-        ("service-ips", &elements.service_ips),
-        ("service-nodeports", &elements.service_node_ports),
-        ("hairpin-connections", &elements.hairpin_connections),
-    ] {
-        if !list.is_empty() {
-            push_all(
-                &mut text,
-                &["add element ", &table, " ", name, " {\n", list, "}\n"],
-            );
-        }
+    text.push_str(&writer.rules);
+    for (name, elements) in writer.elements.named() {
+        push_elements(&mut text, "add", &table, name, elements.iter());
     }
     text
 }
 
-/// Writes the chains, rules and elements of `ServicePort`s.
-struct Writer<'a, 'p> {
-    chains: &'a mut String,
-    rules: &'a mut String,
-    elements: &'a mut Elements,
-    table: &'a str,
-    ip: &'static str,
-    mark: &'a str,
-    /// Several `ServicePort`s share a ClusterIP, and can share an endpoint.
-    cluster_ips: HashSet<&'p str>,
-    hairpins: HashSet<(&'static str, &'p str)>,
+/// Writes the sets, chains, rules and elements of `ServicePort`s.
+pub(super) struct Writer {
+    /// `ip kube-proxy`.
+    table: String,
+    family: Family,
+    mark: String,
+    /// The network of the pods, if the node knows it.
+    pods: Option<String>,
+    node_ip: IpAddr,
+    /// Chains are emptied when they are declared: in a partial sync.
+    pub(super) flush: bool,
+    /// Declarations of affinity sets.
+    pub(super) sets: String,
+    /// Declarations of chains.
+    pub(super) chains: String,
+    /// Rules.
+    pub(super) rules: String,
+    /// Elements.
+    pub(super) elements: AllElements,
 }
 
-impl<'p> Writer<'_, 'p> {
-    fn push(&mut self, port: &'p PortView<'_>) {
-        let protocol = port.protocol().name();
-        let elements = &mut *self.elements;
-        if self.cluster_ips.insert(&port.cluster_ip) {
-            push_all(&mut elements.cluster_ips, &["\t", &port.cluster_ip, ",\n"]);
-        }
-        if port.endpoints.is_empty() {
-            let _ = writeln!(
-                elements.no_endpoint_services,
-                "\t{} . {protocol} . {} comment \"{}\" : goto reject-chain,",
-                port.cluster_ip, port.port.port, port.id
-            );
-            if let Some(node_port) = port.port.node_port {
-                let _ = writeln!(
-                    elements.no_endpoint_node_ports,
-                    "\t{protocol} . {node_port} comment \"{}\" : goto reject-chain,",
-                    port.id
-                );
-            }
-            return;
-        }
+/// The chains and sets that a `ServicePort` has to itself.
+pub(super) struct Names {
+    /// What follows the prefix of the chains.
+    base: String,
+    /// What follows `endpoint-` and `affinity-`, by endpoint that can be reached; only with
+    /// session affinity.
+    endpoints: Vec<String>,
+}
 
+impl Names {
+    fn of(port: &PortView<'_>) -> Self {
+        let service = port.service;
+        let endpoint_name = |endpoint: &EndpointText<'_>| {
+            nft_endpoint_name(
+                &service.namespace,
+                &service.name,
+                port.protocol(),
+                &port.port.name,
+                endpoint.address(),
+                endpoint.port(),
+            )
+        };
+        let endpoints = match service.affinity {
+            Some(_) => port.reachable_endpoints().map(endpoint_name).collect(),
+            None => Vec::new(),
+        };
+        Self {
+            base: nft_service_name(
+                &service.namespace,
+                &service.name,
+                port.protocol(),
+                &port.port.name,
+            ),
+            endpoints,
+        }
+    }
+
+    /// The prefixes of the chains, but for those of endpoints.
+    fn prefixes(port: &PortView<'_>) -> impl Iterator<Item = &'static str> {
+        [
+            (port.cluster_count() > 0, "service-"),
+            (port.local_count() > 0, "local-"),
+            (
+                port.has_endpoints && port.is_externally_accessible(),
+                "external-",
+            ),
+            // Not only with endpoints, as in iptables mode.
+            (port.is_firewalled(), "firewall-"),
+        ]
+        .into_iter()
+        .filter_map(|(has, prefix)| has.then_some(prefix))
+    }
+
+    /// The full names of the chains, and of the affinity sets.
+    pub(super) fn all(port: &PortView<'_>) -> (Vec<String>, Vec<String>) {
+        let names = Self::of(port);
+        let mut chains: Vec<String> = Self::prefixes(port)
+            .map(|prefix| format!("{prefix}{}", names.base))
+            .collect();
+        chains.extend(
+            names
+                .endpoints
+                .iter()
+                .map(|name| format!("endpoint-{name}")),
+        );
+        let sets = names
+            .endpoints
+            .iter()
+            .map(|name| format!("affinity-{name}"));
+        (chains, sets.collect())
+    }
+}
+
+impl Writer {
+    pub(super) fn new(ports: &Ports<'_>, node: &NodeView, family: Family) -> Self {
+        let count = ports.list.len();
+        let mut elements = AllElements::default();
+        if let Some(ips) = node.node_port_ips(family, &NodePortAddresses::Primary) {
+            for ip in ips.iter().filter(|ip| !ip.is_loopback()) {
+                elements.node_port_ips.put(ip.to_string(), String::new());
+            }
+        }
+        Self {
+            table: format!("{} kube-proxy", family.nft()),
+            family,
+            mark: node.mark(),
+            pods: node.cluster_cidr(family).map(|cidr| cidr.to_string()),
+            node_ip: node.node_ip(family),
+            flush: false,
+            sets: String::new(),
+            chains: String::with_capacity(96 * count),
+            rules: String::with_capacity(384 * count),
+            elements,
+        }
+    }
+
+    /// The elements of a `ServicePort`.
+    pub(super) fn push_elements(&mut self, port: &PortView<'_>) {
+        let protocol = port.protocol();
+        let number = port.port.port;
         let name = nft_service_name(
             &port.service.namespace,
             &port.service.name,
-            port.protocol(),
+            protocol,
             &port.port.name,
         );
-        let _ = writeln!(
-            elements.service_ips,
-            "\t{} . {protocol} . {} : goto service-{name},",
-            port.cluster_ip, port.port.port
-        );
-        push_all(
-            self.chains,
-            &["add chain ", self.table, " service-", &name, "\n"],
-        );
-        if let Some(node_port) = port.port.node_port {
-            let _ = writeln!(
-                elements.service_node_ports,
-                "\t{protocol} . {node_port} : goto external-{name},"
-            );
-            push_all(
-                self.chains,
-                &["add chain ", self.table, " external-", &name, "\n"],
-            );
-            push_all(
-                self.rules,
-                &[
-                    "add rule ",
-                    self.table,
-                    " external-",
-                    &name,
-                    " mark set mark or ",
-                    self.mark,
-                    " comment \"masquerade\"\nadd rule ",
-                    self.table,
-                    " external-",
-                    &name,
-                    " goto service-",
-                    &name,
-                    "\n",
-                ],
-            );
+        let internal = if port.is_internal_local() {
+            "local"
+        } else {
+            "service"
+        };
+        // Without any endpoint packets are rejected, without a local one they are dropped.
+        let refused = if port.has_endpoints {
+            format!(" comment \"{}\" : drop", port.id)
+        } else {
+            format!(" comment \"{}\" : goto reject-chain", port.id)
+        };
+        let external = format!(" : goto external-{name}");
+        let elements = &mut self.elements;
+
+        elements
+            .cluster_ips
+            .put(port.cluster_ip.clone(), String::new());
+        let key = format!("{} . {protocol} . {number}", port.cluster_ip);
+        if port.has_internal_endpoints() {
+            elements
+                .service_ips
+                .put(key, format!(" : goto {internal}-{name}"));
+        } else {
+            elements.no_endpoint_services.put(key, refused.clone());
         }
-        for endpoint in port.endpoints.iter().filter(|endpoint| endpoint.local) {
-            if self.hairpins.insert((protocol, endpoint.socket())) {
-                let (address, port) = (endpoint.address(), endpoint.port());
-                push_all(
-                    &mut elements.hairpin_connections,
-                    &[
-                        "\t", address, " . ", address, " . ", protocol, " . ", port, ",\n",
-                    ],
-                );
+        for ip in port.external_ips.iter().chain(&port.load_balancer_ips) {
+            let key = format!("{ip} . {protocol} . {number}");
+            if port.has_endpoints {
+                elements.service_ips.put(key.clone(), external.clone());
+            }
+            if !port.has_external_endpoints() {
+                elements.no_endpoint_services.put(key, refused.clone());
             }
         }
-        push_all(self.rules, &["add rule ", self.table, " service-", &name]);
-        let _ = write!(
-            self.rules,
-            " meta l4proto {protocol} dnat {} addr . port to numgen random mod {} map {{",
-            self.ip,
-            port.endpoints.len()
-        );
-        for (index, endpoint) in port.endpoints.iter().enumerate() {
-            let separator = if index == 0 { " " } else { " , " };
-            let _ = write!(self.rules, "{separator}{index} : ");
-            push_all(self.rules, &[endpoint.address(), " . ", endpoint.port()]);
+        if port.is_firewalled() {
+            for ip in &port.load_balancer_ips {
+                let key = format!("{ip} . {protocol} . {number}");
+                let value = format!(" : goto firewall-{name}");
+                elements.firewall_ips.put(key, value);
+            }
         }
-        self.rules.push_str(" }\n");
+        if let Some(node_port) = port.port.node_port {
+            let key = format!("{protocol} . {node_port}");
+            if port.has_endpoints {
+                elements.service_node_ports.put(key.clone(), external);
+            }
+            if !port.has_external_endpoints() {
+                elements.no_endpoint_node_ports.put(key, refused);
+            }
+        }
+        for endpoint in port.reachable_endpoints().filter(|e| e.local) {
+            let (address, port) = (endpoint.address(), endpoint.port());
+            let key = format!("{address} . {address} . {protocol} . {port}");
+            elements.hairpin_connections.put(key, String::new());
+        }
+    }
+
+    fn rule(&mut self, chain: [&str; 2], rule: &[&str]) {
+        let table = &self.table;
+        push_all(
+            &mut self.rules,
+            &["add rule ", table, " ", chain[0], chain[1], " "],
+        );
+        push_all(&mut self.rules, rule);
+        self.rules.push('\n');
+    }
+
+    fn declare(&mut self, prefix: &str, name: &str) {
+        let table = &self.table;
+        push_all(
+            &mut self.chains,
+            &["add chain ", table, " ", prefix, name, "\n"],
+        );
+        if self.flush {
+            push_all(
+                &mut self.chains,
+                &["flush chain ", table, " ", prefix, name, "\n"],
+            );
+        }
+    }
+
+    /// The chains of a `ServicePort`, and its affinity sets.
+    pub(super) fn push_chains(&mut self, port: &PortView<'_>) {
+        let names = Names::of(port);
+        for prefix in Names::prefixes(port) {
+            self.declare(prefix, &names.base);
+        }
+        if port.has_endpoints && port.is_externally_accessible() {
+            self.push_external(port, &names.base);
+        }
+        if port.is_firewalled() {
+            self.push_firewall(port, &names.base);
+        }
+        if let Some(seconds) = port.service.affinity {
+            self.push_endpoint_chains(port, &names, seconds);
+        }
+        if port.cluster_count() > 0 {
+            let chain = ["service-", names.base.as_str()];
+            self.push_choice(port, &names, chain, |endpoint| endpoint.is_for_cluster());
+        }
+        if port.local_count() > 0 {
+            let chain = ["local-", names.base.as_str()];
+            self.push_choice(port, &names, chain, |endpoint| endpoint.is_for_local());
+        }
+    }
+
+    /// The chain of all traffic that is not to the ClusterIP.
+    fn push_external(&mut self, port: &PortView<'_>, name: &str) {
+        let chain = ["external-", name];
+        let mark = self.mark.clone();
+        if port.is_external_local() {
+            if let Some(pods) = self.pods.clone() {
+                let ip = self.family.nft();
+                let comment = " comment \"short-circuit pod traffic\"";
+                let rule = [ip, " saddr ", &pods, " goto service-", name, comment];
+                self.rule(chain, &rule);
+            }
+            let local = "fib saddr type local ";
+            let comment = " comment \"masquerade local traffic\"";
+            self.rule(chain, &[local, "mark set mark or ", &mark, comment]);
+            let comment = " comment \"short-circuit local traffic\"";
+            self.rule(chain, &[local, "goto service-", name, comment]);
+        } else {
+            let comment = " comment \"masquerade\"";
+            self.rule(chain, &["mark set mark or ", &mark, comment]);
+        }
+        if port.has_external_endpoints() {
+            let prefix = if port.is_external_local() {
+                "local-"
+            } else {
+                "service-"
+            };
+            self.rule(chain, &["goto ", prefix, name]);
+        }
+    }
+
+    /// The chain of the load balancer's source ranges.
+    fn push_firewall(&mut self, port: &PortView<'_>, name: &str) {
+        let mut sources: Vec<String> = port.source_ranges.iter().map(Cidr::to_string).collect();
+        // A packet from the node to a VIP that is on the node has the VIP as its source.
+        if port.is_source(self.node_ip) {
+            sources.extend(port.load_balancer_ips.iter().map(IpAddr::to_string));
+        }
+        let ip = self.family.nft();
+        let sources = sources.join(" , ");
+        let rule = [ip, " saddr != { ", &sources, " } drop"];
+        self.rule(["firewall-", name], &rule);
+    }
+
+    /// With session affinity every endpoint has a chain, which remembers the client.
+    fn push_endpoint_chains(&mut self, port: &PortView<'_>, names: &Names, seconds: u32) {
+        let protocol = port.protocol().name();
+        let ip = self.family.nft();
+        for (endpoint, name) in port.reachable_endpoints().zip(&names.endpoints) {
+            let _ = writeln!(
+                self.sets,
+                "add set {} affinity-{name} {{ type {} ; flags dynamic,timeout ; \
+                 timeout {seconds}s ; }}",
+                self.table,
+                self.family.nft_address()
+            );
+            self.declare("endpoint-", name);
+            let chain = ["endpoint-", name.as_str()];
+            self.rule(chain, &["update @affinity-", name, " { ", ip, " saddr }"]);
+            let to = ["meta l4proto ", protocol, " dnat to ", endpoint.socket()];
+            self.rule(chain, &to);
+        }
+    }
+
+    /// The choice among the endpoints that a policy may use.
+    fn push_choice(
+        &mut self,
+        port: &PortView<'_>,
+        names: &Names,
+        chain: [&str; 2],
+        is_for: fn(&EndpointText<'_>) -> bool,
+    ) {
+        let ip = self.family.nft();
+        if port.service.affinity.is_some() {
+            let chosen: Vec<&String> = port
+                .reachable_endpoints()
+                .zip(&names.endpoints)
+                .filter(|(endpoint, _)| is_for(endpoint))
+                .map(|(_, name)| name)
+                .collect();
+            for name in &chosen {
+                let known = [ip, " saddr @affinity-", name, " goto endpoint-", name];
+                self.rule(chain, &known);
+            }
+            let mut choice = format!("numgen random mod {} vmap {{", chosen.len());
+            for (index, name) in chosen.iter().enumerate() {
+                let separator = if index == 0 { " " } else { " , " };
+                let _ = write!(choice, "{separator}{index} : goto endpoint-{name}");
+            }
+            self.rule(chain, &[&choice, " }"]);
+            return;
+        }
+        let count = port.endpoints.iter().filter(|e| is_for(e)).count();
+        let table = &self.table;
+        let rules = &mut self.rules;
+        push_all(rules, &["add rule ", table, " ", chain[0], chain[1]]);
+        let protocol = port.protocol().name();
+        let _ = write!(
+            rules,
+            " meta l4proto {protocol} dnat {ip} addr . port to numgen random mod {count} map {{"
+        );
+        for (index, endpoint) in port.endpoints.iter().filter(|e| is_for(e)).enumerate() {
+            let separator = if index == 0 { " " } else { " , " };
+            let _ = write!(rules, "{separator}{index} : ");
+            push_all(rules, &[endpoint.address(), " . ", endpoint.port()]);
+        }
+        rules.push_str(" }\n");
     }
 }
 

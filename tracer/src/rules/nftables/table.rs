@@ -10,6 +10,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::cluster::{Cidr, Family, Protocol};
+use crate::rules::walk::Hook;
 
 /// The name of kube-proxy's table in either family.
 pub const TABLE: &str = "kube-proxy";
@@ -97,6 +98,7 @@ impl Table {
 
     /// The table without what `nft -j` of nft 1.0.6 leaves out of a dump: comments of the table
     /// and of chains, and the flag `dynamic` of sets.
+    #[must_use]
     pub fn as_json_shows(&self) -> Self {
         let mut shown = self.clone();
         shown.comment = None;
@@ -258,12 +260,15 @@ impl Value {
 
 /// A decimal or hexadecimal number.
 pub(super) fn parse_number(word: &str) -> Option<u32> {
-    match word.strip_prefix("0x") {
-        Some(hex) if !hex.starts_with('+') => u32::from_str_radix(hex, 16).ok(),
-        Some(_) => None,
-        None if word.bytes().all(|byte| byte.is_ascii_digit()) => word.parse().ok(),
-        None => None,
+    // The standard library also takes a sign.
+    let (digits, radix) = match word.strip_prefix("0x") {
+        Some(digits) => (digits, 16),
+        None => (word, 10),
+    };
+    if digits.starts_with('+') {
+        return None;
     }
+    u32::from_str_radix(digits, radix).ok()
 }
 
 /// `tcp`, `udp` or `sctp`.
@@ -327,41 +332,20 @@ impl ChainKind {
     }
 }
 
-/// A hook of the IP families.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Hook {
-    /// `prerouting`.
-    Prerouting,
-    /// `input`.
-    Input,
-    /// `forward`.
-    Forward,
-    /// `output`.
-    Output,
-    /// `postrouting`.
-    Postrouting,
-}
+/// The hooks and nft's names for them.
+pub(super) const HOOKS: [(&str, Hook); 5] = [
+    ("prerouting", Hook::Prerouting),
+    ("input", Hook::Input),
+    ("forward", Hook::Forward),
+    ("output", Hook::Output),
+    ("postrouting", Hook::Postrouting),
+];
 
-impl Hook {
-    /// Every hook.
-    pub const ALL: [Self; 5] = [
-        Self::Prerouting,
-        Self::Input,
-        Self::Forward,
-        Self::Output,
-        Self::Postrouting,
-    ];
-
-    /// nft's name.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Prerouting => "prerouting",
-            Self::Input => "input",
-            Self::Forward => "forward",
-            Self::Output => "output",
-            Self::Postrouting => "postrouting",
-        }
-    }
+/// The hook of this name.
+pub(super) fn hook(name: &str) -> Option<Hook> {
+    HOOKS
+        .into_iter()
+        .find_map(|(known, hook)| (known == name).then_some(hook))
 }
 
 /// The priorities that have names in the IP families.
@@ -634,14 +618,14 @@ impl Range {
 
     /// An address, a network, or `FIRST-LAST`.
     pub fn parse(word: &str) -> Option<Self> {
-        if let Ok(address) = word.parse() {
-            Self::new(address, address)
-        } else if let Ok(cidr) = word.parse() {
-            Some(Self::of(cidr))
-        } else {
-            let (first, last) = word.split_once('-')?;
-            Self::new(first.parse().ok()?, last.parse().ok()?)
+        if let Ok(address) = word.parse::<IpAddr>() {
+            return Self::new(address, address);
         }
+        if let Ok(cidr) = word.parse::<Cidr>() {
+            return Some(Self::of(cidr));
+        }
+        let (first, last) = word.split_once('-')?;
+        Self::new(first.parse().ok()?, last.parse().ok()?)
     }
 
     /// Does `address` lie in it?
@@ -651,7 +635,7 @@ impl Range {
             && address <= self.last
     }
 
-    /// Does one of the other family's range, or one that begins right after the end, go on?
+    /// Does `next`, which begins no earlier, overlap this range or follow right after it?
     fn touches(self, next: Self) -> bool {
         match (self.last, next.first) {
             (IpAddr::V4(last), IpAddr::V4(first)) => {
@@ -977,11 +961,14 @@ impl fmt::Display for Rule {
 
 impl fmt::Display for Base {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let hook = HOOKS
+            .into_iter()
+            .find_map(|(name, hook)| (hook == self.hook).then_some(name))
+            .unwrap_or_default();
         write!(
             f,
-            "type {} hook {} priority {}; policy {};",
+            "type {} hook {hook} priority {}; policy {};",
             self.kind.name(),
-            self.hook.name(),
             self.priority,
             if self.accepts { "accept" } else { "drop" }
         )

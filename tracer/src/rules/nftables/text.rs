@@ -9,9 +9,9 @@ use std::collections::btree_map::Entry;
 use crate::cluster::Family;
 
 use super::table::{
-    Base, Chain, ChainKind, DataType, Destination, Element, Field, Hook, Key, Line, Mapped,
-    MarkChange, Masquerade, Operand, PRIORITIES, Range, Ranges, Rule, Ruleset, Set, Statement,
-    TABLE, Table, Target, Text, Value, Verdict, VerdictMap, parse_number, parse_protocol,
+    Base, Chain, ChainKind, DataType, Destination, Element, Field, Key, Line, Mapped, MarkChange,
+    Masquerade, Operand, PRIORITIES, Range, Ranges, Rule, Ruleset, Set, Statement, TABLE, Table,
+    Target, Text, Value, Verdict, VerdictMap, hook, parse_number, parse_protocol,
 };
 
 /// Text that is no ruleset.
@@ -504,9 +504,6 @@ impl<'a> Parser<'a> {
         if set.value.is_some() != (kind == "map") {
             return Err(self.lexer.error(format!("no {kind} has such a type")));
         }
-        if set.flags.dynamic && set.size.is_none() {
-            set.size = Some(Set::DYNAMIC_SIZE);
-        }
         Ok(())
     }
 
@@ -620,6 +617,9 @@ impl<'a> Parser<'a> {
                     ..Set::default()
                 };
                 self.set_body(&mut set, object)?;
+                if set.flags.dynamic && set.size.is_none() {
+                    set.size = Some(Set::DYNAMIC_SIZE);
+                }
                 match table.sets.entry(name.into()) {
                     Entry::Vacant(entry) => {
                         entry.insert(set);
@@ -817,7 +817,7 @@ fn base(tokens: &[Token<'_>]) -> Option<Base> {
         kind: ChainKind::ALL
             .into_iter()
             .find(|known| known.name() == *kind)?,
-        hook: Hook::ALL.into_iter().find(|known| known.name() == *hook)?,
+        hook: self::hook(hook)?,
         priority,
         accepts: true,
     })
@@ -1534,10 +1534,13 @@ mod tests {
         assert_eq!(
             Set {
                 elements: BTreeMap::new(),
-                ..there
+                ..there.clone()
             },
-            set("type ipv4_addr ; flags dynamic,timeout ; timeout 10800s ;")
+            set("type ipv4_addr ; size 65535 ; flags dynamic,timeout ; timeout 10800s ;")
         );
+        let script = "add table ip kube-proxy\n\
+             add set ip kube-proxy s { type ipv4_addr ; flags dynamic,timeout ; timeout 10800s ; }";
+        assert_eq!(there.size, table(script).sets["s"].size);
     }
 
     #[test]

@@ -1,0 +1,414 @@
+//! What a node's rules alone say of Services: dumps of any mode read back, without the API server.
+//!
+//! Rules of others (CNI plugins, docker, firewalld) are named and counted, and otherwise left
+//! alone. Besides kube-proxy 1.36, the forms of older ones are read: load balancer chains
+//! (`KUBE-XLB-`) and `KUBE-MARK-DROP` of iptables mode, endpoint chains of nftables mode.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use serde::Serialize;
+
+use super::dump::{Source, Texts};
+use super::{Mode, iptables, ipvs, nftables};
+use crate::cluster::{Family, Protocol, TrafficPolicy};
+
+mod from_iptables;
+mod from_ipvs;
+mod from_nftables;
+
+/// What the rules of a node say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Found {
+    /// The modes whose rules are there; more than one if a switch left some behind. `iptables`
+    /// where the dump does not say which back end it is of.
+    pub modes: Vec<&'static str>,
+    /// Every `ServicePort`, by mode, family, name and protocol.
+    pub services: Vec<FoundService>,
+    /// Health check NodePorts whose Service the rules do not name, as in IPVS mode.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub health_check_node_ports: Vec<u16>,
+    /// What is not kube-proxy's.
+    pub foreign: Vec<Foreign>,
+}
+
+/// One `ServicePort` of one family, as far as the rules tell. In IPVS mode, which groups nothing,
+/// one address and port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FoundService {
+    /// `ns/name:port`; `None` where the rules name nothing.
+    pub name: Option<String>,
+    /// The mode.
+    pub mode: &'static str,
+    /// The IP family.
+    pub family: Family,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// What clients send to.
+    pub frontends: Vec<Frontend>,
+    /// The endpoints of traffic that may go to any node, in the order of the rules.
+    pub endpoints: Vec<SocketAddr>,
+    /// The endpoints of traffic with a Local policy, if there is any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub local_endpoints: Vec<SocketAddr>,
+    /// The policy of traffic to the ClusterIP; `None` if the rules do not tell.
+    pub internal_policy: Option<TrafficPolicy>,
+    /// The policy of traffic from outside; `None` if there is none or the rules do not tell.
+    pub external_policy: Option<TrafficPolicy>,
+    /// The timeout of session affinity in seconds.
+    pub affinity: Option<u32>,
+    /// The networks that load balancer traffic may come from; empty: all. As the rules have them.
+    pub source_ranges: Vec<String>,
+    /// Health check `NodePort`.
+    pub health_check_node_port: Option<u16>,
+}
+
+/// What clients send to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct Frontend {
+    /// What it is.
+    pub kind: FrontendKind,
+    /// The address; `None` for the node's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<IpAddr>,
+    /// The port.
+    pub port: u16,
+    /// What becomes of packets to it if it is not served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Refusal>,
+}
+
+/// What a frontend is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FrontendKind {
+    /// A `ClusterIP`.
+    ClusterIp,
+    /// An external IP.
+    ExternalIp,
+    /// A load balancer's address.
+    LoadBalancer,
+    /// One of the two: the rules do not tell which.
+    External,
+    /// A port of the node.
+    NodePort,
+}
+
+impl fmt::Display for FrontendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::ExternalIp => "external IP",
+            Self::LoadBalancer => "load balancer",
+            Self::External => "external",
+            Self::NodePort => "NodePort",
+        })
+    }
+}
+
+/// What becomes of packets to something that is not served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Refusal {
+    /// They are refused: there are no endpoints.
+    Reject,
+    /// They are dropped: there are none that a Local policy may use.
+    Drop,
+}
+
+/// Rules, sets or servers that are not kube-proxy's.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Foreign {
+    /// Where: `IPv4 iptables nat`, `nft`, `ipset`, `IPVS`.
+    pub place: String,
+    /// The chain, table or set.
+    pub name: String,
+    /// Whose it is, where the name tells.
+    pub owner: Option<&'static str>,
+    /// How many rules or entries; `None` if they were not read.
+    pub count: Option<u64>,
+}
+
+/// A dump that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("{origin}: {cause}")]
+pub struct ReadError {
+    /// The file or command.
+    pub origin: String,
+    /// What is wrong with it.
+    pub cause: Cause,
+}
+
+/// What is wrong with a dump.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// Of `iptables-save`.
+    #[error(transparent)]
+    Iptables(#[from] iptables::ParseError),
+    /// Of `nft list`.
+    #[error(transparent)]
+    Nft(#[from] nftables::ParseError),
+    /// Of `nft -j list`.
+    #[error(transparent)]
+    NftJson(#[from] nftables::json::JsonError),
+    /// Of `ipvsadm -Sn`, `ipset save` or `ip addr`.
+    #[error(transparent)]
+    Ipvs(#[from] ipvs::ParseError),
+}
+
+/// Reads all dumps of a node.
+pub fn read(texts: &Texts) -> Result<Found, ReadError> {
+    let mut found = Found::default();
+    for family in Family::ALL {
+        let dumps = texts.of(family);
+        for source in &dumps.iptables {
+            let tables = at(source, iptables::parse(&source.text, family))?;
+            from_iptables::read(&tables, iptables_mode(source), &mut found);
+        }
+        let ruleset = match (&dumps.nft, &dumps.nft_json) {
+            (Some(source), _) => Some(at(source, nftables::parse(&source.text))?),
+            (None, Some(source)) => Some(at(source, nftables::json::parse(&source.text))?),
+            (None, None) => None,
+        };
+        if let Some(ruleset) = &ruleset {
+            from_nftables::read(ruleset, family, &mut found);
+        }
+    }
+    let servers = texts.servers.as_ref();
+    let servers = servers.map(|source| at(source, ipvs::Servers::parse(&source.text)));
+    let sets = texts.sets.as_ref();
+    let sets = sets.map(|source| at(source, ipvs::Sets::parse(&source.text)));
+    let servers = servers.transpose()?.unwrap_or_default();
+    let sets = sets.transpose()?.unwrap_or_default();
+    from_ipvs::read(&servers, &sets, &mut found);
+    found.modes.sort_unstable();
+    found.modes.dedup();
+    found.foreign.sort_unstable();
+    found.foreign.dedup();
+    Ok(found)
+}
+
+fn at<T, E: Into<Cause>>(source: &Source, result: Result<T, E>) -> Result<T, ReadError> {
+    result.map_err(|cause| ReadError {
+        origin: source.origin.clone(),
+        cause: cause.into(),
+    })
+}
+
+/// The back end that a dump is of, which its first line or its origin says.
+fn iptables_mode(source: &Source) -> &'static str {
+    let head = source.text.lines().next().unwrap_or_default();
+    if head.contains("(nf_tables)") || source.origin.contains("-nft") {
+        Mode::IptablesNft.name()
+    } else if head.starts_with("# Generated by ") || source.origin.contains("-legacy") {
+        Mode::IptablesLegacy.name()
+    } else {
+        "iptables"
+    }
+}
+
+/// `ServicePort`s while they are read from one dump.
+struct Collector {
+    mode: &'static str,
+    family: Family,
+    /// By name, or where there is none by what stands for it.
+    services: BTreeMap<(String, Protocol), FoundService>,
+}
+
+impl Collector {
+    const fn new(mode: &'static str, family: Family) -> Self {
+        Self {
+            mode,
+            family,
+            services: BTreeMap::new(),
+        }
+    }
+
+    /// The `ServicePort` of this name.
+    fn named(&mut self, name: &str, protocol: Protocol) -> &mut FoundService {
+        self.entry(name, Some(name), protocol)
+    }
+
+    fn entry(&mut self, key: &str, name: Option<&str>, protocol: Protocol) -> &mut FoundService {
+        self.services
+            .entry((key.to_owned(), protocol))
+            .or_insert_with(|| FoundService {
+                name: name.map(str::to_owned),
+                mode: self.mode,
+                family: self.family,
+                protocol,
+                frontends: Vec::new(),
+                endpoints: Vec::new(),
+                local_endpoints: Vec::new(),
+                internal_policy: None,
+                external_policy: None,
+                affinity: None,
+                source_ranges: Vec::new(),
+                health_check_node_port: None,
+            })
+    }
+
+    fn finish(self, found: &mut Found) {
+        found
+            .services
+            .extend(self.services.into_values().map(|mut service| {
+                service.frontends.sort_unstable();
+                service.source_ranges.sort_unstable();
+                service
+            }));
+    }
+}
+
+impl FoundService {
+    /// The frontend at this address and port, made if there is none. Of two kinds that it was said
+    /// to be, the one that tells more counts.
+    fn frontend(
+        &mut self,
+        kind: FrontendKind,
+        address: Option<IpAddr>,
+        port: u16,
+    ) -> &mut Frontend {
+        let same = |frontend: &Frontend| frontend.address == address && frontend.port == port;
+        let index = self.frontends.iter().position(same).unwrap_or_else(|| {
+            self.frontends.push(Frontend {
+                kind,
+                address,
+                port,
+                refusal: None,
+            });
+            self.frontends.len() - 1
+        });
+        let frontend = &mut self.frontends[index];
+        if frontend.kind == FrontendKind::External {
+            frontend.kind = kind;
+        }
+        frontend
+    }
+}
+
+/// Whose rules begin like this.
+const OWNERS: [(&str, &str); 27] = [
+    ("DOCKER", "docker"),
+    ("docker", "docker"),
+    ("cali", "Calico"),
+    ("FLANNEL", "flannel"),
+    ("flannel", "flannel"),
+    ("CNI-", "CNI plugins"),
+    ("cni_", "CNI plugins"),
+    ("CILIUM_", "Cilium"),
+    ("OLD_CILIUM_", "Cilium"),
+    ("WEAVE", "Weave Net"),
+    ("weave", "Weave Net"),
+    ("KUBE-ROUTER", "kube-router"),
+    ("kube-router", "kube-router"),
+    ("KUBE-POD-FW-", "kube-router"),
+    ("KUBE-NWPLCY-", "kube-router"),
+    ("KUBE-SRC-", "kube-router"),
+    ("KUBE-DST-", "kube-router"),
+    ("KUBE-KUBELET-CANARY", "kubelet"),
+    ("KUBE-IPTABLES-HINT", "kubelet"),
+    ("ISTIO_", "Istio"),
+    ("LIBVIRT_", "libvirt"),
+    ("NETAVARK", "Podman"),
+    ("netavark", "Podman"),
+    ("f2b-", "fail2ban"),
+    ("ufw", "ufw"),
+    ("firewalld", "firewalld"),
+    ("ts-", "Tailscale"),
+];
+
+/// How firewalld's chains begin, and end in its iptables back end's direct rules.
+const FIREWALLD: [&str; 5] = ["IN_", "FWDI_", "FWDO_", "FWD_", "INPUT_ZONES"];
+
+/// Whose a chain, table or set of this name is.
+fn owner(name: &str) -> Option<&'static str> {
+    if name.ends_with("_direct") || name.ends_with("_ZONES") {
+        return Some("firewalld");
+    }
+    let firewalld = FIREWALLD.iter().any(|prefix| name.starts_with(prefix));
+    let known = OWNERS.iter().find(|(prefix, _)| name.starts_with(prefix));
+    known
+        .map(|(_, owner)| *owner)
+        .or(firewalld.then_some("firewalld"))
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.modes.as_slice() {
+            [] => writeln!(f, "no rules of kube-proxy")?,
+            [mode] => writeln!(f, "rules of mode {mode}")?,
+            modes => writeln!(f, "rules of several modes: {}", modes.join(", "))?,
+        }
+        for service in &self.services {
+            write!(f, "{service}")?;
+        }
+        for port in &self.health_check_node_ports {
+            writeln!(f, "health check NodePort {port}")?;
+        }
+        for foreign in &self.foreign {
+            write!(f, "not kube-proxy's: {} {}", foreign.place, foreign.name)?;
+            if let Some(count) = foreign.count {
+                write!(f, " ({count})")?;
+            }
+            match foreign.owner {
+                Some(owner) => writeln!(f, ", {owner}")?,
+                None => writeln!(f)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for FoundService {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.name.as_deref().unwrap_or("unnamed");
+        writeln!(f, "{name} {} {} {}", self.protocol, self.family, self.mode)?;
+        for frontend in &self.frontends {
+            write!(f, "  {:<13} ", frontend.kind)?;
+            match frontend.address {
+                Some(address) => write!(f, "{}", SocketAddr::new(address, frontend.port))?,
+                None => write!(f, "{}", frontend.port)?,
+            }
+            writeln!(
+                f,
+                "{}",
+                match frontend.refusal {
+                    None => "",
+                    Some(Refusal::Reject) => " rejected: no endpoints",
+                    Some(Refusal::Drop) => " dropped: no local endpoints",
+                }
+            )?;
+        }
+        for (policy, of) in [
+            (self.internal_policy, "internal"),
+            (self.external_policy, "external"),
+        ] {
+            if policy == Some(TrafficPolicy::Local) {
+                writeln!(f, "  {of} policy Local")?;
+            }
+        }
+        if let Some(seconds) = self.affinity {
+            writeln!(f, "  affinity      {seconds} s")?;
+        }
+        if !self.source_ranges.is_empty() {
+            writeln!(f, "  only from     {}", self.source_ranges.join(", "))?;
+        }
+        if let Some(port) = self.health_check_node_port {
+            writeln!(f, "  health check  {port}")?;
+        }
+        for (endpoints, what) in [
+            (&self.endpoints, "endpoints"),
+            (&self.local_endpoints, "local"),
+        ] {
+            for (index, endpoint) in endpoints.iter().enumerate() {
+                let what = if index == 0 { what } else { "" };
+                writeln!(f, "  {what:<13} {endpoint}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
