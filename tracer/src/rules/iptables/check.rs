@@ -586,9 +586,10 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::cluster::Protocol;
+    use crate::cluster::{Cluster, Endpoint, Protocol, Service, ServicePort};
     use crate::rules::iptables::parse;
     use crate::rules::names::service_hash;
+    use crate::rules::{NodeView, Step, render};
 
     const NFT: Mode = Mode::IptablesNft;
     const DUMPS: [(Family, Mode, &str); 6] = [
@@ -954,6 +955,145 @@ mod tests {
             NFT,
         );
         assert!(empty.iter().all(|finding| finding.kind == Kind::Missing));
+    }
+
+    /// Services with eight endpoints each.
+    fn cluster(services: u32) -> Cluster {
+        let address = |net: u8, n: u32| {
+            let [_, a, b, c] = n.to_be_bytes();
+            std::net::IpAddr::from([net, 64 + a, b, c])
+        };
+        let service = |n: u32| Service {
+            namespace: "default".to_owned(),
+            name: format!("service-{n}"),
+            cluster_ips: vec![address(11, n)],
+            ports: vec![ServicePort {
+                name: "http".to_owned(),
+                protocol: Protocol::Tcp,
+                port: 80,
+                node_port: None,
+                endpoints: (0..8)
+                    .map(|endpoint| Endpoint::ready(address(10, n * 8 + endpoint), 8080, "other"))
+                    .collect(),
+            }],
+            ..Service::default()
+        };
+        Cluster {
+            services: (0..services).map(service).collect(),
+            ..Cluster::default()
+        }
+    }
+
+    /// The input of `iptables-restore` for a cluster.
+    fn rendered(cluster: &Cluster, node: &NodeView, mode: Mode, family: Family) -> String {
+        let steps = render(cluster, node, mode).steps;
+        let texts = steps.into_iter().filter_map(|step| match step {
+            Step::Iptables {
+                family: of, text, ..
+            } if of == family => Some(text),
+            _ => None,
+        });
+        texts.collect()
+    }
+
+    /// As `iptables-save` prints tables, but for the order of chains.
+    fn saved(tables: &Tables<'_>) -> String {
+        let mut save = String::new();
+        for table in &tables.list {
+            let built_in = built_in_chains(table.name);
+            save.push_str(&format!("*{}\n", table.name));
+            for base in built_in {
+                save.push_str(&format!(":{base} ACCEPT [0:0]\n"));
+            }
+            let own = |chain: &&Chain<'_>| !built_in.contains(&chain.name);
+            for chain in table.chains.iter().filter(own) {
+                save.push_str(&format!(":{} - [0:0]\n", chain.name));
+            }
+            for chain in &table.chains {
+                for rule in &chain.rules {
+                    save.push_str(&rule.in_chain(chain.name));
+                    save.push('\n');
+                }
+            }
+            save.push_str("COMMIT\n");
+        }
+        save
+    }
+
+    #[test]
+    fn real_dumps_are_what_their_cluster_calls_for() {
+        let json = include_str!("../fixtures/kube-proxy-1.36.2/cluster.json");
+        let cluster = crate::cluster::read::read(json.as_bytes(), "cluster.json").unwrap();
+        let addresses: [[u8; 4]; 2] = [[172, 31, 255, 2], [10, 0, 2, 15]];
+        let node = NodeView {
+            name: "worker-0".to_owned(),
+            addresses: addresses.map(std::net::IpAddr::from).into(),
+            cluster_cidrs: ["10.244.0.0/16", "fd00:10:244::/56"]
+                .map(|cidr| cidr.parse().unwrap())
+                .into(),
+            ..NodeView::default()
+        };
+        for (family, mode, dump) in DUMPS {
+            let found = parse(dump, family).unwrap();
+            let text = rendered(&cluster.cluster, &node, mode, family);
+            let expected = parse(&text, family).unwrap();
+            assert_eq!(check(&expected, &found, mode), [], "{mode} {family}");
+            assert_eq!(uses_nfacct(&found), mode != Mode::Ipvs);
+        }
+    }
+
+    #[test]
+    fn services_of_a_large_cluster_are_named_without_comments() {
+        let text = rendered(&cluster(130), &NodeView::default(), NFT, Family::V4);
+        let expected = parse(&text, Family::V4).unwrap();
+        let save = saved(&expected);
+        assert_eq!(
+            check(&expected, &parse(&save, Family::V4).unwrap(), NFT),
+            []
+        );
+        let id = "default/service-7:http";
+        let hash = service_hash(id, Protocol::Tcp);
+        let service = expected.chain("nat", &format!("KUBE-SVC-{}", hash.as_str()));
+        let endpoints = service.unwrap().rules.iter().filter_map(Rule::chain);
+        let names: Vec<&str> = endpoints.chain([hash.as_str()]).collect();
+        let mut lines = 0;
+        for (index, line) in save.lines().enumerate() {
+            if names.iter().any(|name| line.contains(name)) {
+                lines += 1;
+                assert_noticed(
+                    &expected,
+                    &with_line(&save, index, &[]),
+                    NFT,
+                    Some(id),
+                    line,
+                );
+            }
+        }
+        // The Service's chain and rule, and for each endpoint a chain and three rules.
+        assert_eq!(lines, 2 + 8 * 4);
+    }
+
+    #[test]
+    #[ignore = "a million rules: for a release build"]
+    fn a_million_rules_are_read_and_compared_within_two_seconds() {
+        use std::time::Duration;
+
+        use nix::time::{ClockId, clock_gettime};
+
+        let input = rendered(&cluster(30_000), &NodeView::default(), NFT, Family::V4);
+        let expected = parse(&input, Family::V4).unwrap();
+        let save = saved(&expected);
+        // Time on the CPU: others may use it too.
+        let now = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap());
+        let start = now();
+        let found = parse(&save, Family::V4).unwrap();
+        let parsed = now().checked_sub(start).unwrap();
+        let findings = check(&expected, &found, NFT);
+        let both = now().checked_sub(start).unwrap();
+        assert_eq!(findings, []);
+        let lines = save.lines().count();
+        println!("{lines} lines: read in {parsed:?}, read and compared in {both:?}");
+        assert!(both < Duration::from_secs(2));
     }
 
     #[test]
