@@ -115,7 +115,7 @@ pub fn check(
         check_iptables(&rules, family, &found.iptables[index], &mut differences)?;
         check_nftables(&rules, family, &found.nft[index], &mut differences)?;
     }
-    check_ipvs(cluster, &rules, texts, found.ipvs, &mut differences)?;
+    check_ipvs(cluster, &node, &rules, texts, found.ipvs, &mut differences)?;
     let has_rules = |service: &&crate::cluster::Service| !service.cluster_ips.is_empty();
     let services = || cluster.services.iter().filter(has_rules);
     let endpoints = services().flat_map(|s| &s.ports).map(|p| p.endpoints.len());
@@ -261,6 +261,7 @@ fn check_nftables(
 
 fn check_ipvs(
     cluster: &Cluster,
+    node: &NodeView,
     rules: &RuleSet,
     texts: &Texts,
     found: ipvs::check::Found,
@@ -282,7 +283,7 @@ fn check_ipvs(
             }
         }
         let wanted = ours(ipvs::check::Wanted::of(rules))?;
-        differences.extend(ipvs::check::check(cluster, &wanted, &found));
+        differences.extend(ipvs::check::check(cluster, node, &wanted, &found));
         return Ok(());
     }
     differences.extend(ipvs_leftovers(&found));
