@@ -791,8 +791,11 @@ const fn stale_entry(role: Role) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::cluster::Endpoint;
+    use crate::rules::services::tests::{a_node, any_cluster};
 
     const CLUSTER: &str = include_str!("../fixtures/kube-proxy-1.36.2/cluster.json");
     const SERVERS: &str = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/ipvsadm.save");
@@ -956,13 +959,13 @@ mod tests {
         }
     }
 
-    /// What a node holds of a cluster.
-    fn held(cluster: &Cluster) -> Found {
+    /// What a node holds that has what is wanted.
+    fn held(wanted: &Wanted) -> Found {
         let Wanted {
             mut servers,
             mut sets,
             addresses,
-        } = wanted(cluster);
+        } = wanted.clone();
         servers.list.reverse();
         sets.list.reverse();
         let bound = addresses.into_iter().map(|address| Bound {
@@ -1006,7 +1009,7 @@ mod tests {
             services: vec![claimant("a", 1), claimant("b", 2)],
             ..Cluster::default()
         };
-        let mut found = held(&cluster);
+        let mut found = held(&wanted(&cluster));
         cluster.services.reverse();
         let findings = check(&cluster, &node(), &wanted(&cluster), &found);
         assert_eq!(findings, []);
@@ -1149,5 +1152,57 @@ mod tests {
         }
         let end = line.find(" hashsize ").or_else(|| line.find(" scope "));
         end.map_or(line, |end| &line[..end])
+    }
+
+    proptest! {
+        /// Of any cluster, what was rendered is clean, and anything taken out of it is missed.
+        #[test]
+        fn anything_that_is_missing_is_found(
+            cluster in any_cluster(),
+            at in any::<prop::sample::Index>(),
+        ) {
+            let node = a_node();
+            let rules = render(&cluster, &node, Mode::Ipvs);
+            let wanted = Wanted::of(&rules).expect("what was rendered");
+            let whole = held(&wanted);
+            prop_assert_eq!(check(&cluster, &node, &wanted, &whole), []);
+
+            let mut cut: Vec<Found> = Vec::new();
+            let mut without = |cut_out: &dyn Fn(&mut Found)| {
+                let mut found = whole.clone();
+                cut_out(&mut found);
+                cut.push(found);
+            };
+            let mut taken = Vec::new();
+            if !wanted.servers.list.is_empty() {
+                let at = at.index(wanted.servers.list.len());
+                taken.push(Kind::Missing);
+                without(&|found| { found.servers.list.remove(at); });
+                if !whole.servers.list[at].real_servers.is_empty() {
+                    taken.push(Kind::Missing);
+                    without(&|found| { found.servers.list[at].real_servers.pop(); });
+                }
+                taken.push(Kind::Altered);
+                without(&|found| "lc".clone_into(&mut found.servers.list[at].scheduler));
+            }
+            if !wanted.addresses.is_empty() {
+                let at = at.index(wanted.addresses.len());
+                taken.push(Kind::Missing);
+                without(&|found| { found.addresses.bound.remove(at); });
+            }
+            for (index, set) in whole.sets.list.iter().enumerate() {
+                if !set.members.is_empty() {
+                    let at = at.index(set.members.len());
+                    taken.push(Kind::Missing);
+                    without(&|found| { found.sets.list[index].members.remove(at); });
+                }
+            }
+            for (found, kind) in cut.iter().zip(taken) {
+                let findings = check(&cluster, &node, &wanted, found);
+                prop_assert_eq!(findings.len(), 1);
+                prop_assert_eq!(findings[0].kind, kind);
+                prop_assert!(findings[0].service.is_some(), "{:?}", findings[0]);
+            }
+        }
     }
 }

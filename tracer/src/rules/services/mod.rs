@@ -378,4 +378,4 @@ impl fmt::Display for FoundService {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
