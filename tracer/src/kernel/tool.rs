@@ -81,7 +81,7 @@ fn package(tool: &str) -> &'static str {
 
 /// What most often helps when a tool fails with such words.
 fn remedy(tool: &str, stderr: &str) -> &'static str {
-    const REMEDIES: [(&str, &str); 10] = [
+    const REMEDIES: [(&str, &str); 11] = [
         ("Permission denied", "run as root (CAP_NET_ADMIN)"),
         ("not permitted", "run as root (CAP_NET_ADMIN)"),
         (
@@ -91,6 +91,10 @@ fn remedy(tool: &str, stderr: &str) -> &'static str {
         (
             "nfacct",
             "the kernel lacks xt_nfacct: render without nfacct",
+        ),
+        (
+            "Extension ipvs",
+            "load the module xt_ipvs (modprobe xt_ipvs)",
         ),
         (
             "IP Virtual Server",

@@ -77,11 +77,23 @@ fn open(name: &str) -> io::Result<File> {
     }
     request[..name.len()].copy_from_slice(name.as_bytes());
     request[libc::IFNAMSIZ..libc::IFNAMSIZ + 2].copy_from_slice(&FLAGS.to_ne_bytes());
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open("/dev/net/tun")?;
+    let device = || {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open("/dev/net/tun")
+    };
+    let file = device().or_else(|error| {
+        if error.kind() != io::ErrorKind::NotFound {
+            return Err(error);
+        }
+        // The device comes with its module; whether loading it helped, the second try tells.
+        let _ = std::process::Command::new("modprobe")
+            .args(["--quiet", "tun"])
+            .status();
+        device()
+    })?;
     // SAFETY: TUNSETIFF reads a struct ifreq at the address it is given, and writes the name it
     // chose back into it; `request` has that size and lives until the call returns.
     unsafe { ioctl::tunsetiff(file.as_raw_fd(), request.as_mut_ptr() as u64) }?;
