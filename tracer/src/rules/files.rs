@@ -2,6 +2,7 @@
 //! and walked like a dump.
 
 use std::fmt::Write as _;
+use std::net::IpAddr;
 
 use super::{RuleSet, Step, Sysctl, ipvs};
 use crate::cluster::Family;
@@ -10,7 +11,7 @@ use crate::cluster::Family;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleFile {
     /// Its name.
-    pub name: &'static str,
+    pub name: String,
     /// What it holds.
     pub text: String,
 }
@@ -49,40 +50,45 @@ impl RuleSet {
                     let tool = backend.tool(*family);
                     let _ = writeln!(script, "{tool}-restore --noflush < {name}");
                     RuleFile {
-                        name,
+                        name: name.to_owned(),
                         text: text.clone(),
                     }
                 }
                 Step::Servers { text } => {
                     script.push_str("ipvsadm -R < ipvsadm.save\n");
                     RuleFile {
-                        name: "ipvsadm.save",
+                        name: "ipvsadm.save".to_owned(),
                         text: text.clone(),
                     }
                 }
                 Step::Sets { text } => {
                     script.push_str("ipset restore < ipset.save\n");
                     RuleFile {
-                        name: "ipset.save",
+                        name: "ipset.save".to_owned(),
                         text: text.clone(),
                     }
                 }
                 Step::Addresses { addresses } => {
                     script.push_str("ip -batch ip-addr.batch\n");
+                    files.push(RuleFile {
+                        name: "ip-addr.txt".to_owned(),
+                        text: address_listing(addresses),
+                    });
                     let mut text = format!("link add {} type dummy\n", ipvs::LINK);
                     for address in addresses {
                         let _ = writeln!(text, "address add {address} dev {}", ipvs::LINK);
                     }
                     RuleFile {
-                        name: "ip-addr.batch",
+                        name: "ip-addr.batch".to_owned(),
                         text,
                     }
                 }
                 Step::Nft { family, text } => {
-                    let name = match family {
-                        Family::V4 => "nft-ip.txt",
-                        Family::V6 => "nft-ip6.txt",
-                    };
+                    // What a partial sync deletes, it deletes in a second transaction.
+                    let mut name = format!("nft-{}.txt", family.nft());
+                    if files.iter().any(|file| file.name == name) {
+                        name = format!("nft-{}-then.txt", family.nft());
+                    }
                     let _ = writeln!(script, "nft -f {name}");
                     RuleFile {
                         name,
@@ -93,9 +99,23 @@ impl RuleSet {
             files.push(file);
         }
         files.push(RuleFile {
-            name: "load.sh",
+            name: "load.sh".to_owned(),
             text: script,
         });
         files
     }
+}
+
+/// Addresses of `kube-ipvs0` as `ip addr` shows them.
+pub(super) fn address_listing(addresses: &[IpAddr]) -> String {
+    let mut text = format!("1: {}: <BROADCAST,NOARP> mtu 1500\n", ipvs::LINK);
+    for address in addresses {
+        let (family, length) = match address {
+            IpAddr::V4(_) => ("inet", 32),
+            IpAddr::V6(_) => ("inet6", 128),
+        };
+        // Writing into a String cannot fail.
+        let _ = writeln!(text, "    {family} {address}/{length} scope global");
+    }
+    text
 }

@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::cluster::{Cluster, Family};
 
+#[cfg(test)]
+pub(crate) mod arbitrary;
 pub mod check;
 pub mod dump;
 mod files;
@@ -21,6 +23,7 @@ pub mod ipvs;
 pub mod names;
 pub mod nftables;
 mod node;
+pub mod oracle;
 mod ports;
 pub mod services;
 mod sync;

@@ -51,3 +51,6 @@ fn by_service<'a>(ports: &'a Ports<'_>) -> HashMap<(&'a str, &'a str), Vec<&'a P
     }
     services
 }
+
+#[cfg(test)]
+mod tests;
