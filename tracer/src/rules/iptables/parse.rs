@@ -563,9 +563,11 @@ impl<'a, 'v> RuleReader<'a, 'v> {
     ) -> Result<Option<Not<Cidr>>, Problem> {
         let text = self.text(option)?;
         match read_network(text, self.family) {
-            // Any address: the kernel holds the same without it.
-            Some(Network::Cidr(value)) if value.prefix == 0 && !negated => Ok(None),
-            Some(Network::Cidr(value)) => Ok(Some(Not { negated, value })),
+            Some(Network::Cidr { value, as_printed }) => {
+                self.rule.as_printed &= as_printed;
+                // Any address: the kernel holds the same without it.
+                Ok((value.prefix > 0 || negated).then_some(Not { negated, value }))
+            }
             Some(Network::WithHoles) => {
                 self.keep(start);
                 Ok(None)
@@ -895,7 +897,9 @@ impl<'a, 'v> RuleReader<'a, 'v> {
             (Match::Statistic(probability), "--probability") => {
                 let text = self.text(option)?;
                 let value = read_probability(text);
-                let value = value.ok_or_else(|| Problem::value(option, text, "probability"))?;
+                let (value, as_printed) =
+                    value.ok_or_else(|| Problem::value(option, text, "probability"))?;
+                self.rule.as_printed &= as_printed;
                 *probability = Not { negated, value };
             }
             (Match::Recent(recent), option) => return self.fill_recent(recent, option, negated),
@@ -991,7 +995,7 @@ impl<'a, 'v> RuleReader<'a, 'v> {
             }
             "--vaddr" => {
                 let text = self.text(option)?;
-                let Some(Network::Cidr(value)) = read_network(text, self.family) else {
+                let Some(Network::Cidr { value, .. }) = read_network(text, self.family) else {
                     return Err(Problem::value(option, text, "address"));
                 };
                 ipvs.address = Some(Not { negated, value });
@@ -1074,7 +1078,10 @@ fn read_address(text: &str, family: Family) -> Option<IpAddr> {
 
 /// What `-s` and `-d` take.
 enum Network {
-    Cidr(Cidr),
+    Cidr {
+        value: Cidr,
+        as_printed: bool,
+    },
     /// A mask that the kernel can hold but a length cannot say.
     WithHoles,
 }
@@ -1109,7 +1116,10 @@ fn read_network(text: &str, family: Family) -> Option<Network> {
             std::net::Ipv6Addr::from_bits(address.to_bits() & mask).into()
         }
     };
-    Some(Network::Cidr(Cidr { base, prefix }))
+    Some(Network::Cidr {
+        value: Cidr { base, prefix },
+        as_printed: base == address && mask.is_some(),
+    })
 }
 
 fn length_of_mask(mask: IpAddr) -> Option<u8> {
@@ -1163,17 +1173,25 @@ fn read_u32(text: &str) -> Option<u32> {
     }
 }
 
-/// In units of 2^-31, rounded as iptables does.
-fn read_probability(text: &str) -> Option<u32> {
+/// In units of 2^-31, rounded as iptables does, and whether `iptables-save` can have printed it.
+fn read_probability(text: &str) -> Option<(u32, bool)> {
+    /// `iptables-save` prints eleven decimals.
+    const PRINTED: usize = "0.00000000000".len();
+    const HALF_A_DECIMAL: f64 = 0.5e-11;
     let probability: f64 = text.parse().ok()?;
+    if !(0.0..=1.0).contains(&probability) {
+        return None;
+    }
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "between 0 and 2^31"
     )]
-    (0.0..=1.0)
-        .contains(&probability)
-        .then(|| (probability * PROBABILITY_ONE).round() as u32)
+    let rounded = (probability * PROBABILITY_ONE).round() as u32;
+    let error = (f64::from(rounded) / PROBABILITY_ONE - probability).abs();
+    // The halves of decimals are no floats: a hundredth more covers that.
+    let as_printed = text.len() == PRINTED && error < HALF_A_DECIMAL * 1.01;
+    Some((rounded, as_printed))
 }
 
 #[cfg(test)]
@@ -1270,6 +1288,7 @@ mod tests {
                     let known = |part: &Match<'_>| !matches!(part, Match::Other(_));
                     assert!(rule.matches.iter().all(known), "{rule}");
                     assert!(!matches!(rule.target, Target::Other(_)), "{rule}");
+                    assert!(rule.as_printed, "{rule}");
                 }
             }
         }
