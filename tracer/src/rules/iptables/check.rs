@@ -769,7 +769,11 @@ mod tests {
 
     #[test]
     fn any_rule_that_is_altered_is_noticed() {
-        for (family, mode, dump) in DUMPS {
+        // Both back ends print the same lines.
+        let dumps = DUMPS
+            .iter()
+            .filter(|(_, mode, _)| *mode != Mode::IptablesLegacy);
+        for &(family, mode, dump) in dumps {
             let expected = parse(dump, family).expect("a dump");
             let concerned = Concerned::of(dump);
             for (index, line) in dump.lines().enumerate() {
