@@ -1,8 +1,8 @@
 //! Random clusters in which every feature of Services occurs: for tests, fuzzing and benchmarks.
 //!
-//! The addresses: pods 10.244.0.0/16 and fd00:10:244::/56 (node `worker-N` has 10.244.N.0/24),
-//! ClusterIPs 10.96.0.0/12 and fd00:10:96::/108, external IPs 198.51.100.0/24, load balancers
-//! 203.0.113.0/24, nodes 192.0.2.0/24 and 2001:db8::/64.
+//! The addresses: pods `10.244.0.0/16` and `fd00:10:244::/56` (node `worker-N` has
+//! `10.244.N.0/24`), ClusterIPs `10.96.0.0/12` and `fd00:10:96::/108`, external IPs
+//! `198.51.100.0/24`, load balancers `203.0.113.0/24`, nodes `192.0.2.0/24` and `2001:db8::/64`.
 
 use std::net::{IpAddr, Ipv6Addr};
 

@@ -113,9 +113,9 @@ pub fn check(
     let mut differences = Vec::new();
     for (index, family) in Family::ALL.into_iter().enumerate() {
         check_iptables(&rules, family, &found.iptables[index], &mut differences)?;
-        check_nftables(&rules, family, &found.nft[index], &mut differences)?;
+        check_nftables(&rules, family, found.nft[index].as_ref(), &mut differences)?;
     }
-    check_ipvs(cluster, &rules, texts, found.ipvs, &mut differences)?;
+    check_ipvs(cluster, &node, &rules, texts, &found.ipvs, &mut differences)?;
     let has_rules = |service: &&crate::cluster::Service| !service.cluster_ips.is_empty();
     let services = || cluster.services.iter().filter(has_rules);
     let endpoints = services().flat_map(|s| &s.ports).map(|p| p.endpoints.len());
@@ -211,16 +211,14 @@ fn no_save(mode: Mode, family: Family) -> CheckError {
 fn check_nftables(
     rules: &RuleSet,
     family: Family,
-    found: &Option<(Ruleset, nftables::check::Form)>,
+    found: Option<&(Ruleset, nftables::check::Form)>,
     differences: &mut Vec<Finding>,
 ) -> Result<(), CheckError> {
     let text = rules.steps.iter().find_map(|step| match step {
         Step::Nft { family: of, text } if *of == family => Some(text),
         _ => None,
     });
-    let table = found
-        .as_ref()
-        .and_then(|(ruleset, _)| ruleset.table(family));
+    let table = found.and_then(|(ruleset, _)| ruleset.table(family));
     if let Some(text) = text {
         let expected = ours(nftables::parse(text))?;
         let Some((_, form)) = found else {
@@ -261,9 +259,10 @@ fn check_nftables(
 
 fn check_ipvs(
     cluster: &Cluster,
+    node: &NodeView,
     rules: &RuleSet,
     texts: &Texts,
-    found: ipvs::check::Found,
+    found: &ipvs::check::Found,
     differences: &mut Vec<Finding>,
 ) -> Result<(), CheckError> {
     if rules.mode == Mode::Ipvs {
@@ -282,10 +281,10 @@ fn check_ipvs(
             }
         }
         let wanted = ours(ipvs::check::Wanted::of(rules))?;
-        differences.extend(ipvs::check::check(cluster, &wanted, &found));
+        differences.extend(ipvs::check::check(cluster, node, &wanted, found));
         return Ok(());
     }
-    differences.extend(ipvs_leftovers(&found));
+    differences.extend(ipvs_leftovers(found));
     Ok(())
 }
 
