@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use tracer::cluster::Cluster;
+use serde_json::{Value, json};
+use tracer::cluster::{Cidr, Cluster, Endpoint, Protocol, Service, ServicePort};
 use tracer::lab::plan;
 use tracer::probe::catalogue;
 use tracer::record::run::{
@@ -24,6 +25,98 @@ const TCP: u8 = 6;
 /// The laboratory's cluster of `services` Services.
 pub fn cluster(services: u32) -> Cluster {
     plan::cluster(services, ENDPOINTS, false).expect("the laboratory's plan has room for it")
+}
+
+/// A cluster of any size, larger than the laboratory's: every tenth Service has a NodePort.
+pub fn cluster_of(services: u32, endpoints: u32) -> Cluster {
+    let service = |index: u32| {
+        let endpoints = (0..endpoints).map(|n| {
+            let address = Cidr::v4(10, 128, 0, 0, 9).nth(index * endpoints + n);
+            Endpoint::ready(address, 8080, &format!("node-{}", n % 100))
+        });
+        Service {
+            namespace: format!("namespace-{}", index % 100),
+            name: format!("service-{index}"),
+            cluster_ips: vec![Cidr::v4(10, 96, 0, 0, 12).nth(index + 1)],
+            ports: vec![ServicePort {
+                name: "http".to_owned(),
+                protocol: Protocol::Tcp,
+                port: 80,
+                node_port: u16::try_from(index / 10)
+                    .ok()
+                    .filter(|_| index % 10 == 0)
+                    .map(|port| 30_000 + port),
+                endpoints: endpoints.collect(),
+            }],
+            ..Service::default()
+        }
+    };
+    Cluster {
+        services: (0..services).map(service).collect(),
+        ..Cluster::default()
+    }
+}
+
+/// What kubectl prints of that cluster, as far as kube-proxy looks at it.
+pub fn cluster_json(services: u32, endpoints: u32) -> String {
+    let cluster = cluster_of(services, endpoints);
+    let mut items = Vec::new();
+    for service in &cluster.services {
+        let metadata = json!({
+            "name": service.name, "namespace": service.namespace,
+            "creationTimestamp": "2026-11-20T16:45:17Z",
+            "uid": "3b623d50-65c5-4932-ab10-ab83da8e19ff",
+        });
+        let protocol = |port: &ServicePort| port.protocol.name().to_uppercase();
+        let ports: Vec<Value> = service
+            .ports
+            .iter()
+            .map(|port| {
+                json!({
+                    "name": port.name, "port": port.port, "protocol": protocol(port),
+                    "nodePort": port.node_port, "targetPort": 8080,
+                })
+            })
+            .collect();
+        items.push(json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": metadata,
+            "spec": {
+                "type": "NodePort", "clusterIP": service.cluster_ips[0],
+                "clusterIPs": [service.cluster_ips[0]], "ipFamilies": ["IPv4"], "ports": ports,
+                "selector": {"app": service.name}, "sessionAffinity": "None",
+            },
+            "status": {"loadBalancer": {}},
+        }));
+        for port in &service.ports {
+            let endpoints: Vec<Value> = port
+                .endpoints
+                .iter()
+                .filter(|endpoint| endpoint.address.is_ipv4())
+                .map(|endpoint| {
+                    json!({
+                        "addresses": [endpoint.address], "nodeName": endpoint.node,
+                        "conditions": {"ready": true, "serving": true, "terminating": false},
+                        "targetRef": {"kind": "Pod", "name": "a-pod", "namespace": "default"},
+                    })
+                })
+                .collect();
+            items.push(json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+                "addressType": "IPv4", "endpoints": endpoints,
+                "metadata": {
+                    "name": format!("{}-{}", service.name, port.name),
+                    "namespace": service.namespace,
+                    "labels": {"kubernetes.io/service-name": service.name},
+                },
+                "ports": [{
+                    "name": port.name, "protocol": protocol(port),
+                    "port": port.endpoints.first().map(|endpoint| endpoint.port),
+                }],
+            }));
+        }
+    }
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
+    serde_json::to_string_pretty(&list).expect("JSON")
 }
 
 /// The laboratory's node, as kube-proxy sees it.

@@ -21,6 +21,8 @@ use super::{
     TrafficPolicy, parse_address,
 };
 
+/// How much is looked at before the rest is held, which may be a gigabyte of anything, bytes.
+const HEAD: u64 = 4096;
 /// What to run to get a file that can be read.
 const COMMAND: &str = "kubectl get services,endpointslices,nodes,servicecidrs -A -o json";
 /// The label that ties an `EndpointSlice` to its Service.
@@ -139,8 +141,6 @@ fn text_of(mut reader: impl io::Read, name: &str) -> Result<Vec<u8>, ReadError> 
         file: name.to_owned(),
         source,
     };
-    // Looked at before the rest is held, which may be a gigabyte of anything.
-    const HEAD: u64 = 4096;
     let mut text = Vec::new();
     let head = reader.by_ref().take(HEAD);
     { head }.read_to_end(&mut text).map_err(io_error)?;
@@ -468,8 +468,8 @@ impl<'a> Reader<'a> {
             // serde counts from the beginning of the object.
             let start = raw.get().as_ptr().addr() - self.text.as_ptr().addr();
             let before = self.text.get(..start).unwrap_or_default();
-            let newlines = before.iter().filter(|byte| **byte == b'\n').count();
-            let line = newlines + error.line();
+            let lines_before = before.split(|byte| *byte == b'\n').count() - 1;
+            let line = lines_before + error.line();
             ReadError::Field {
                 file: format!("{}:{line}", self.file),
                 object: object(),

@@ -1,29 +1,63 @@
 //! A rule set as files, named as the dumps of a node are, so that what was rendered can be checked
 //! and walked like a dump.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use super::{RuleSet, Step, Sysctl, ipvs};
+use super::{Mode, RuleSet, Step, Sysctl, ipvs};
 use crate::cluster::Family;
 
 /// One file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleFile {
-    /// Its name.
+    /// Its name. A later step of the same kind, as a sync can have, is numbered: `nft-ip.2.txt`.
     pub name: String,
     /// What it holds.
     pub text: String,
 }
 
+/// `name`, with a number if a file has it already.
+fn free_name(files: &[RuleFile], name: &str) -> String {
+    let (stem, extension) = name.split_once('.').unwrap_or((name, ""));
+    let taken = files
+        .iter()
+        .filter(|file| {
+            let rest = file.name.strip_prefix(stem);
+            rest.is_some_and(|rest| rest.starts_with('.') && rest.ends_with(extension))
+        })
+        .count();
+    match taken {
+        0 => name.to_owned(),
+        _ => format!("{stem}.{}.{extension}", taken + 1),
+    }
+}
+
+/// The input of `ip -batch` that binds addresses, and unbinds those of an earlier step that are
+/// not among them.
+pub(super) fn address_batch(bound: &[IpAddr], addresses: &[IpAddr]) -> String {
+    let wanted: HashSet<&IpAddr> = addresses.iter().collect();
+    let known: HashSet<&IpAddr> = bound.iter().collect();
+    let mut text = String::new();
+    for address in addresses.iter().filter(|address| !known.contains(address)) {
+        // Writing into a String cannot fail, here and below.
+        let _ = writeln!(text, "address replace {address} dev {}", ipvs::LINK);
+    }
+    for address in bound.iter().filter(|address| !wanted.contains(address)) {
+        let _ = writeln!(text, "address del {address} dev {}", ipvs::LINK);
+    }
+    text
+}
+
 impl RuleSet {
     /// Each step's text under its name, and `load.sh`, which loads them in kube-proxy's order.
     pub fn files(&self) -> Vec<RuleFile> {
-        let mut files = Vec::new();
+        let mut files: Vec<RuleFile> = Vec::new();
         let mut script = String::from(
             "#!/bin/sh\n# Loads the rules beside this file, in kube-proxy's order.\nset -e\n\
              cd \"$(dirname \"$0\")\"\n",
         );
+        let mut bound: &[IpAddr] = &[];
         for step in &self.steps {
             let file = match step {
                 Step::Sysctl(Sysctl { path, value, .. }) => {
@@ -43,52 +77,56 @@ impl RuleSet {
                     backend,
                     text,
                 } => {
-                    let name = match family {
-                        Family::V4 => "iptables.save",
-                        Family::V6 => "ip6tables.save",
-                    };
+                    let name = free_name(
+                        &files,
+                        match family {
+                            Family::V4 => "iptables.save",
+                            Family::V6 => "ip6tables.save",
+                        },
+                    );
                     let tool = backend.tool(*family);
                     let _ = writeln!(script, "{tool}-restore --noflush < {name}");
                     RuleFile {
-                        name: name.to_owned(),
+                        name,
                         text: text.clone(),
                     }
                 }
                 Step::Servers { text } => {
-                    script.push_str("ipvsadm -R < ipvsadm.save\n");
+                    let name = free_name(&files, "ipvsadm.save");
+                    let _ = writeln!(script, "ipvsadm -R < {name}");
                     RuleFile {
-                        name: "ipvsadm.save".to_owned(),
+                        name,
                         text: text.clone(),
                     }
                 }
                 Step::Sets { text } => {
-                    script.push_str("ipset restore < ipset.save\n");
+                    let name = free_name(&files, "ipset.save");
+                    let _ = writeln!(script, "ipset restore < {name}");
                     RuleFile {
-                        name: "ipset.save".to_owned(),
+                        name,
                         text: text.clone(),
                     }
                 }
                 Step::Addresses { addresses } => {
-                    script.push_str("ip -batch ip-addr.batch\n");
-                    files.push(RuleFile {
-                        name: "ip-addr.txt".to_owned(),
-                        text: address_listing(addresses),
-                    });
-                    let mut text = format!("link add {} type dummy\n", ipvs::LINK);
-                    for address in addresses {
-                        let _ = writeln!(text, "address add {address} dev {}", ipvs::LINK);
-                    }
-                    RuleFile {
-                        name: "ip-addr.batch".to_owned(),
-                        text,
-                    }
+                    let name = free_name(&files, "ip-addr.batch");
+                    let link = ipvs::LINK;
+                    let _ = writeln!(
+                        script,
+                        "ip link show {link} > /dev/null 2>&1 || ip link add {link} type dummy\n\
+                         ip -batch {name}"
+                    );
+                    let text = address_batch(bound, addresses);
+                    bound = addresses;
+                    RuleFile { name, text }
                 }
                 Step::Nft { family, text } => {
-                    // What a partial sync deletes, it deletes in a second transaction.
-                    let mut name = format!("nft-{}.txt", family.nft());
-                    if files.iter().any(|file| file.name == name) {
-                        name = format!("nft-{}-then.txt", family.nft());
-                    }
+                    let name = free_name(
+                        &files,
+                        match family {
+                            Family::V4 => "nft-ip.txt",
+                            Family::V6 => "nft-ip6.txt",
+                        },
+                    );
                     let _ = writeln!(script, "nft -f {name}");
                     RuleFile {
                         name,
@@ -97,6 +135,12 @@ impl RuleSet {
                 }
             };
             files.push(file);
+        }
+        if self.mode == Mode::Ipvs {
+            files.push(RuleFile {
+                name: "ip-addr.txt".to_owned(),
+                text: address_listing(bound),
+            });
         }
         files.push(RuleFile {
             name: "load.sh".to_owned(),
@@ -118,4 +162,41 @@ pub(super) fn address_listing(addresses: &[IpAddr]) -> String {
         let _ = writeln!(text, "    {family} {address}/{length} scope global");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rules::Mode;
+
+    #[test]
+    fn steps_of_one_kind_have_files_of_their_own() {
+        let nft = |text: &str| Step::Nft {
+            family: Family::V4,
+            text: text.to_owned(),
+        };
+        let bind = |last: &[u8]| Step::Addresses {
+            addresses: last.iter().map(|last| [10, 96, 0, *last].into()).collect(),
+        };
+        let set = RuleSet {
+            mode: Mode::Nftables,
+            steps: vec![nft("a"), bind(&[1, 2]), nft("b"), bind(&[2]), nft("c")],
+        };
+        let files = set.files();
+        let named = |name: &str| {
+            let file = files.iter().find(|file| file.name == name);
+            file.map(|file| file.text.as_str()).expect(name)
+        };
+        assert_eq!(named("nft-ip.txt"), "a");
+        assert_eq!(named("nft-ip.2.txt"), "b");
+        assert_eq!(named("nft-ip.3.txt"), "c");
+        let two =
+            "address replace 10.96.0.1 dev kube-ipvs0\naddress replace 10.96.0.2 dev kube-ipvs0\n";
+        assert_eq!(named("ip-addr.batch"), two);
+        assert_eq!(
+            named("ip-addr.2.batch"),
+            "address del 10.96.0.1 dev kube-ipvs0\n"
+        );
+        assert!(named("load.sh").contains("\nnft -f nft-ip.3.txt\n"));
+    }
 }

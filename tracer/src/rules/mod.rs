@@ -205,7 +205,7 @@ pub enum Step {
         /// Standard input.
         text: String,
     },
-    /// Make [`ipvs::LINK`] and bind these addresses to it.
+    /// Make [`ipvs::LINK`], unless it is there, and have it hold exactly these addresses.
     Addresses {
         /// The virtual servers' addresses.
         addresses: Vec<IpAddr>,
@@ -265,6 +265,7 @@ impl RuleSet {
             // Writing into a String cannot fail, here and below.
             let _ = write!(script, "{command} <<'END'\n{text}END\n");
         };
+        let mut bound: &[IpAddr] = &[];
         for step in &self.steps {
             match step {
                 Step::Sysctl(Sysctl { path, value, .. }) => {
@@ -281,11 +282,13 @@ impl RuleSet {
                 ),
                 Step::Servers { text } => heredoc("ipvsadm -R", text),
                 Step::Addresses { addresses } => {
-                    let mut text = format!("link add {} type dummy\n", ipvs::LINK);
-                    for address in addresses {
-                        let _ = writeln!(text, "address add {address} dev {}", ipvs::LINK);
-                    }
-                    heredoc("ip -batch -", &text);
+                    let link = ipvs::LINK;
+                    let make = format!(
+                        "ip link show {link} > /dev/null 2>&1 || ip link add {link} type dummy\n"
+                    );
+                    heredoc("sh", &make);
+                    heredoc("ip -batch -", &files::address_batch(bound, addresses));
+                    bound = addresses;
                 }
                 Step::Sets { text } => heredoc("ipset restore", text),
                 Step::Nft { text, .. } => heredoc("nft -f -", text),

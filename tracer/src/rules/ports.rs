@@ -77,14 +77,12 @@ impl EndpointText<'_> {
         self.socket.rsplit_once(':').map_or("", |(_, port)| port)
     }
 
-    /// May traffic under the Cluster policy use it?
-    pub(super) fn is_for_cluster(&self) -> bool {
-        self.in_cluster_set
-    }
-
-    /// May traffic under the Local policy use it?
-    pub(super) fn is_for_local(&self) -> bool {
-        self.in_local_set
+    /// May traffic under this policy use it?
+    pub(super) fn is_for(&self, policy: TrafficPolicy) -> bool {
+        match policy {
+            TrafficPolicy::Cluster => self.in_cluster_set,
+            TrafficPolicy::Local => self.in_local_set,
+        }
     }
 }
 

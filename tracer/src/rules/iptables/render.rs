@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::fmt::{Display, Write as _};
 use std::net::IpAddr;
 
-use crate::cluster::Family;
+use crate::cluster::{Family, TrafficPolicy};
 use crate::rules::names::{Hash, endpoint_hash, service_hash};
 use crate::rules::ports::{EndpointText, PortView, Ports};
 use crate::rules::{NodePortAddresses, NodeView};
@@ -603,12 +603,20 @@ impl ServiceRules {
             .collect();
         if port.cluster_count() > 0 {
             push_all(chains, &[":", SVC, hash, " - [0:0]\n"]);
-            let chosen = || reachable.iter().filter(|(e, _)| e.is_for_cluster());
+            let chosen = || {
+                reachable
+                    .iter()
+                    .filter(|(e, _)| e.is_for(TrafficPolicy::Cluster))
+            };
             self.push_choice(nat, port, [SVC, hash], port.cluster_count(), chosen);
         }
         if port.local_count() > 0 {
             push_all(chains, &[":", SVL, hash, " - [0:0]\n"]);
-            let chosen = || reachable.iter().filter(|(e, _)| e.is_for_local());
+            let chosen = || {
+                reachable
+                    .iter()
+                    .filter(|(e, _)| e.is_for(TrafficPolicy::Local))
+            };
             self.push_choice(nat, port, [SVL, hash], port.local_count(), chosen);
         }
         for (endpoint, name) in &reachable {

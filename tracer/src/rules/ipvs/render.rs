@@ -441,13 +441,12 @@ impl<'p> Plan<'p> {
             affinity: port.service.affinity,
             reals,
         };
-        match self.server_index.get(&server.key) {
-            Some(index) => self.servers[*index] = server,
-            None => {
-                let index = self.servers.len();
-                self.server_index.insert(server.key.clone(), index);
-                self.servers.push(server);
-            }
+        if let Some(index) = self.server_index.get(&server.key) {
+            self.servers[*index] = server;
+        } else {
+            let index = self.servers.len();
+            self.server_index.insert(server.key.clone(), index);
+            self.servers.push(server);
         }
     }
 

@@ -33,7 +33,8 @@ pub(in crate::rules) fn sync(old: &[Plan<'_>], new: &[Plan<'_>]) -> Vec<Step> {
     let mut steps = vec![Step::Servers {
         text: update_live_servers(&servers_before, &servers),
     }];
-    if !missing.is_empty() {
+    // Also if only some go, so that the later step tells which.
+    if stale || !missing.is_empty() {
         let mut addresses = bound.clone();
         addresses.extend(missing);
         steps.push(Step::Addresses { addresses });

@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use crate::cluster::{Cidr, Family};
+use crate::cluster::{Cidr, Family, TrafficPolicy};
 use crate::rules::iptables::push_all;
 use crate::rules::names::{nft_endpoint_name, nft_service_name};
 use crate::rules::ports::{EndpointText, PortView, Ports};
@@ -116,12 +116,11 @@ pub(super) struct Elements {
 
 impl Elements {
     fn put(&mut self, key: String, value: String) {
-        match self.index.get(&key) {
-            Some(index) => self.list[*index].1 = value,
-            None => {
-                self.index.insert(key.clone(), self.list.len());
-                self.list.push((key, value));
-            }
+        if let Some(index) = self.index.get(&key) {
+            self.list[*index].1 = value;
+        } else {
+            self.index.insert(key.clone(), self.list.len());
+            self.list.push((key, value));
         }
     }
 
@@ -561,11 +560,11 @@ impl Writer {
         }
         if port.cluster_count() > 0 {
             let chain = ["service-", names.base.as_str()];
-            self.push_choice(port, &names, chain, |endpoint| endpoint.is_for_cluster());
+            self.push_choice(port, &names, chain, TrafficPolicy::Cluster);
         }
         if port.local_count() > 0 {
             let chain = ["local-", names.base.as_str()];
-            self.push_choice(port, &names, chain, |endpoint| endpoint.is_for_local());
+            self.push_choice(port, &names, chain, TrafficPolicy::Local);
         }
     }
 
@@ -638,14 +637,14 @@ impl Writer {
         port: &PortView<'_>,
         names: &Names,
         chain: [&str; 2],
-        is_for: fn(&EndpointText<'_>) -> bool,
+        policy: TrafficPolicy,
     ) {
         let ip = self.family.nft();
         if port.service.affinity.is_some() {
             let chosen: Vec<&String> = port
                 .reachable_endpoints()
                 .zip(&names.endpoints)
-                .filter(|(endpoint, _)| is_for(endpoint))
+                .filter(|(endpoint, _)| endpoint.is_for(policy))
                 .map(|(_, name)| name)
                 .collect();
             for name in &chosen {
@@ -660,7 +659,7 @@ impl Writer {
             self.rule(chain, &[&choice, " }"]);
             return;
         }
-        let count = port.endpoints.iter().filter(|e| is_for(e)).count();
+        let count = port.endpoints.iter().filter(|e| e.is_for(policy)).count();
         let table = &self.table;
         let rules = &mut self.rules;
         push_all(rules, &["add rule ", table, " ", chain[0], chain[1]]);
@@ -669,7 +668,12 @@ impl Writer {
             rules,
             " meta l4proto {protocol} dnat {ip} addr . port to numgen random mod {count} map {{"
         );
-        for (index, endpoint) in port.endpoints.iter().filter(|e| is_for(e)).enumerate() {
+        for (index, endpoint) in port
+            .endpoints
+            .iter()
+            .filter(|e| e.is_for(policy))
+            .enumerate()
+        {
             let separator = if index == 0 { " " } else { " , " };
             let _ = write!(rules, "{separator}{index} : ");
             push_all(rules, &[endpoint.address(), " . ", endpoint.port()]);
