@@ -1,6 +1,8 @@
 //! End-to-end on this machine's kernel, in namespaces of our own: iptables and nftables modes.
 //! Needs root. IPVS runs in `vm.rs`, where every kernel has it.
 
+use tests::oracle::walk_agrees_with_the_kernel;
+use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
 use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
     drops_equal_the_kernels_own_counter, every_service_and_endpoint_answers,
@@ -55,4 +57,43 @@ fn iptables_nft_reaches_everything() {
 #[test]
 fn nftables_reaches_everything() {
     every_service_and_endpoint_answers(Mode::Nftables);
+}
+
+#[test]
+fn iptables_legacy_walk() {
+    let tally = walk_agrees_with_the_kernel(Mode::IptablesLegacy, 20, 500);
+    assert_eq!((tally.packets, tally.right), (10_000, 10_000));
+    assert!(tally.choices >= 20);
+}
+
+#[test]
+fn iptables_nft_walk() {
+    let tally = walk_agrees_with_the_kernel(Mode::IptablesNft, 20, 500);
+    assert_eq!((tally.packets, tally.right), (10_000, 10_000));
+    assert!(tally.choices >= 20);
+}
+
+#[test]
+fn nftables_walk() {
+    let tally = walk_agrees_with_the_kernel(Mode::Nftables, 20, 500);
+    assert_eq!((tally.packets, tally.right), (10_000, 10_000));
+    assert!(tally.choices >= 20);
+}
+
+#[test]
+fn iptables_legacy_rules_are_kube_proxys() {
+    the_real_cluster_is_clean(Mode::IptablesLegacy);
+    random_clusters_are_clean(Mode::IptablesLegacy, 0..3, 300);
+}
+
+#[test]
+fn iptables_nft_rules_are_kube_proxys() {
+    the_real_cluster_is_clean(Mode::IptablesNft);
+    random_clusters_are_clean(Mode::IptablesNft, 0..3, 300);
+}
+
+#[test]
+fn nftables_rules_are_kube_proxys() {
+    the_real_cluster_is_clean(Mode::Nftables);
+    random_clusters_are_clean(Mode::Nftables, 0..3, 300);
 }

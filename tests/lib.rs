@@ -1,6 +1,9 @@
 //! End-to-end checks that any kernel must pass, in whatever place they run: `host.rs` calls them on
 //! this machine, `vm.rs` in a virtual machine with every mode.
 
+pub mod oracle;
+pub mod rules;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 

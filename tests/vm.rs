@@ -72,3 +72,16 @@ fn every_mode_loses_new_flows_to_a_flush() {
 fn drops_equal_the_kernels_own_counter() {
     tests::drops_equal_the_kernels_own_counter();
 }
+
+#[test]
+fn ipvs_walk() {
+    let tally = tests::oracle::walk_agrees_with_the_kernel(Mode::Ipvs, 20, 500);
+    assert_eq!((tally.packets, tally.right), (10_000, 10_000));
+    assert!(tally.choices >= 20);
+}
+
+#[test]
+fn ipvs_rules_are_kube_proxys() {
+    tests::rules::the_real_cluster_is_clean(Mode::Ipvs);
+    tests::rules::random_clusters_are_clean(Mode::Ipvs, 0..2, 100);
+}

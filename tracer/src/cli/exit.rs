@@ -120,6 +120,11 @@ pub(crate) fn print(text: &str) -> Result<(), Stdout> {
         .map_err(Stdout)
 }
 
+/// Says something on standard error. Nobody may be listening, which is no reason to stop.
+pub(crate) fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "svcpath: {line}");
+}
+
 /// A signal asked to stop.
 #[derive(Debug, thiserror::Error)]
 #[error("stopped by {0}: nothing was written, nothing is left behind")]

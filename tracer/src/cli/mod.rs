@@ -5,6 +5,7 @@ mod doctor;
 mod exit;
 mod lab;
 mod report;
+mod rules;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -35,6 +36,8 @@ enum Command {
     Bench(bench::Args),
     /// Show a run as terminal table, Markdown, HTML or JSON.
     Report(report::Args),
+    /// Compile a cluster to rules; check, read and walk the rules of a node.
+    Rules(rules::Args),
     /// Look after the laboratory's namespaces.
     Lab(lab::Args),
     /// What this kernel can do, and what is missing.
@@ -47,6 +50,7 @@ pub(crate) fn main() -> ExitCode {
     let result = match cli.command {
         Command::Bench(args) => bench::run(args),
         Command::Report(args) => report::run(args),
+        Command::Rules(args) => rules::run(args),
         Command::Lab(args) => lab::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };

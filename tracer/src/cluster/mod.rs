@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 mod net;
+pub mod random;
 pub mod read;
 
 pub use net::{Cidr, Family, NotCidr, parse_address};
@@ -191,5 +192,17 @@ impl Cluster {
     /// The node of this name.
     pub fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.iter().find(|node| node.name == name)
+    }
+
+    /// Every address that a Service has: ClusterIPs, external and load balancer IPs.
+    pub fn virtual_ips(&self) -> impl Iterator<Item = IpAddr> {
+        self.services.iter().flat_map(|service| {
+            let lists = [
+                &service.cluster_ips,
+                &service.external_ips,
+                &service.load_balancer_ips,
+            ];
+            lists.into_iter().flatten().copied()
+        })
     }
 }

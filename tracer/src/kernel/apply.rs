@@ -125,7 +125,7 @@ pub fn apply(ns: &Netns, set: &RuleSet) -> Result<Applied, ApplyError> {
                     applied,
                     step: label(step),
                     left,
-                    cause,
+                    cause: *cause,
                     not_tried: after.map(label).collect(),
                 })));
             }
@@ -137,14 +137,14 @@ pub fn apply(ns: &Netns, set: &RuleSet) -> Result<Applied, ApplyError> {
 /// Why a step failed, and what of it is in.
 struct Failed {
     left: Left,
-    cause: ApplyError,
+    cause: Box<ApplyError>,
 }
 
 impl<E: Into<ApplyError>> From<E> for Failed {
     fn from(error: E) -> Self {
         Self {
             left: Left::Nothing,
-            cause: error.into(),
+            cause: Box::new(error.into()),
         }
     }
 }
@@ -240,7 +240,7 @@ fn apply_step(ns: &Netns, step: &Step) -> Result<StepReport, Failed> {
                     ToolError::Missing { .. } | ToolError::Start { .. } => Left::Nothing,
                     ToolError::Failed { .. } | ToolError::Unreadable { .. } => Left::Unknown,
                 },
-                cause: error.into(),
+                cause: Box::new(error.into()),
             })?;
             let tool = format!("{}-restore", backend.tool(*family));
             let rules = count_lines(&update, |line| line.starts_with('-'));
@@ -269,12 +269,11 @@ fn apply_step(ns: &Netns, step: &Step) -> Result<StepReport, Failed> {
         }
         Step::Addresses { addresses } => {
             let mut link = DummyLink::new(ns, ipvs::LINK)?;
-            let bound = match link.addresses()? {
-                Some(bound) => bound,
-                None => {
-                    link.ensure()?;
-                    Vec::new()
-                }
+            let bound = if let Some(bound) = link.addresses()? {
+                bound
+            } else {
+                link.ensure()?;
+                Vec::new()
             };
             let changes = addresses::difference(&bound, addresses);
             meter.load();
@@ -303,7 +302,7 @@ fn apply_step(ns: &Netns, step: &Step) -> Result<StepReport, Failed> {
                 let restored = tool::run_measured(ns, "ipset", &["restore"], &change);
                 let (_, usage) = restored.map_err(|error| Failed {
                     left: sets_left(ns, text, &change),
-                    cause: error.into(),
+                    cause: Box::new(error.into()),
                 })?;
                 Some(usage)
             };
@@ -327,9 +326,9 @@ fn apply_step(ns: &Netns, step: &Step) -> Result<StepReport, Failed> {
 /// The same `iptables-restore` input with each block of chain declarations in falling order.
 ///
 /// libiptc keeps chains sorted by name, whatever order they come in, and finds the place of one
-/// that is before all others at once: 30,000 Services load in about half the time.
+/// that is before all others at once: with 30,000 Services that saves a tenth to a half of its time.
 fn chains_last_name_first(text: &str) -> String {
-    fn flush<'a>(chains: &mut Vec<&'a str>, sorted: &mut String) {
+    fn flush(chains: &mut Vec<&str>, sorted: &mut String) {
         chains.sort_unstable_by(|a, b| b.cmp(a));
         sorted.extend(chains.drain(..));
     }
@@ -355,7 +354,7 @@ fn count_lines(text: &str, counts: impl Fn(&str) -> bool) -> u64 {
 fn unknown(error: impl Into<ApplyError>) -> Failed {
     Failed {
         left: Left::Unknown,
-        cause: error.into(),
+        cause: Box::new(error.into()),
     }
 }
 
@@ -409,12 +408,12 @@ impl Refusals {
                 refused: refused as u64,
                 of: self.of as u64,
             },
-            cause: ApplyError::Refused {
+            cause: Box::new(ApplyError::Refused {
                 namespace: ns.name().to_owned(),
                 first: self.first,
                 more: self.more,
                 of: self.of,
-            },
+            }),
         })
     }
 }

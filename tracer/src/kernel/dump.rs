@@ -9,7 +9,6 @@ use super::tool::{self, ToolError};
 use crate::cluster::Family;
 use crate::rules::Backend;
 use crate::rules::dump::{FamilyTexts, Source, Texts};
-use crate::rules::ipvs;
 
 /// Everything that the namespace holds now. Changes nothing.
 pub fn dump(ns: &Netns) -> Result<Texts, ToolError> {
@@ -22,10 +21,8 @@ pub fn dump(ns: &Netns) -> Result<Texts, ToolError> {
     if in_use(ns, "/proc/net/ip_vs") {
         texts.servers = Some(ask(ns, "ipvsadm", &["-Sn"])?);
         texts.sets = Some(ask(ns, "ipset", &["save"])?);
-        // Without the link there are no addresses, which is an answer too.
-        let addresses = ask(ns, "ip", &["addr", "show", ipvs::LINK]);
-        texts.addresses = addresses.ok();
     }
+    texts.addresses = Some(ask(ns, "ip", &["addr", "show"])?);
     Ok(texts)
 }
 
@@ -45,10 +42,14 @@ fn dump_family(ns: &Netns, family: Family) -> Result<FamilyTexts, ToolError> {
         .push(ask(ns, &save_tool(Backend::Nft, family), &[])?);
     let table = format!("table {} kube-proxy", family.nft());
     let tables = tool::run(ns, "nft", &["list", "tables", family.nft()], "")?;
-    if tables.lines().any(|line| line == table) {
-        let args = ["list", "table", family.nft(), "kube-proxy"];
-        texts.nft = Some(ask(ns, "nft", &args)?);
-    }
+    texts.nft = Some(if tables.lines().any(|line| line == table) {
+        ask(ns, "nft", &["list", "table", family.nft(), "kube-proxy"])?
+    } else {
+        Source {
+            origin: format!("nft list tables {}", family.nft()),
+            text: String::new(),
+        }
+    });
     Ok(texts)
 }
 

@@ -286,12 +286,12 @@ impl fmt::Display for ServerKey {
     }
 }
 
+/// `AF_INET` and `AF_INET6` of Linux.
 const fn family_of(address: IpAddr) -> u16 {
-    // 2 and 10.
-    (match address {
-        IpAddr::V4(_) => libc::AF_INET,
-        IpAddr::V6(_) => libc::AF_INET6,
-    }) as u16
+    match address {
+        IpAddr::V4(_) => 2,
+        IpAddr::V6(_) => 10,
+    }
 }
 
 /// `union nf_inet_addr`.

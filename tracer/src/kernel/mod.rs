@@ -14,6 +14,7 @@ pub mod nfacct;
 pub mod nft;
 pub mod sysctl;
 pub mod tool;
+pub mod tun;
 pub mod usage;
 
 /// The running kernel's release, as `uname -r` prints it.

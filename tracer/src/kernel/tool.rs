@@ -28,7 +28,7 @@ pub enum ToolError {
         source: io::Error,
     },
     /// It refused.
-    #[error("{command} failed in namespace {namespace} ({status}): {said}{}; {remedy}", shown(input.as_ref()))]
+    #[error("{command} failed in namespace {namespace} ({status}): {said}{}; {remedy}", shown(input.as_deref()))]
     Failed {
         /// The command line.
         command: String,
@@ -39,7 +39,7 @@ pub enum ToolError {
         /// What it wrote to standard error, shortened and on one line.
         said: String,
         /// The line of its input that it complained of, if it named one.
-        input: Option<InputLine>,
+        input: Option<Box<InputLine>>,
         /// What to do.
         remedy: &'static str,
     },
@@ -81,7 +81,7 @@ fn package(tool: &str) -> &'static str {
 
 /// What most often helps when a tool fails with such words.
 fn remedy(tool: &str, stderr: &str) -> &'static str {
-    const REMEDIES: [(&str, &str); 10] = [
+    const REMEDIES: [(&str, &str); 11] = [
         ("Permission denied", "run as root (CAP_NET_ADMIN)"),
         ("not permitted", "run as root (CAP_NET_ADMIN)"),
         (
@@ -91,6 +91,10 @@ fn remedy(tool: &str, stderr: &str) -> &'static str {
         (
             "nfacct",
             "the kernel lacks xt_nfacct: render without nfacct",
+        ),
+        (
+            "Extension ipvs",
+            "load the module xt_ipvs (modprobe xt_ipvs)",
         ),
         (
             "IP Virtual Server",
@@ -225,7 +229,7 @@ pub fn run_measured(
             command: command_line(),
             namespace: ns.name().to_owned(),
             status: output.status,
-            input: input_line(&stderr, input),
+            input: input_line(&stderr, input).map(Box::new),
             remedy: remedy(tool, &stderr),
             said: said(&stderr),
         });

@@ -1,13 +1,18 @@
 //! Are the rules on a node the ones that its cluster calls for?
 //!
 //! Each back end compares what it would install with what a dump holds and says what differs, in
-//! the words of this room.
+//! the words of this room; this file asks all of them, because a node can also hold what another
+//! mode left behind.
 
 use std::fmt;
 
 use serde::Serialize;
 
-use crate::cluster::Family;
+use super::dump::{self, Texts, Unreadable};
+use super::iptables::rule::Tables;
+use super::nftables::table::Ruleset;
+use super::{Mode, NodeView, RuleSet, Step, iptables, ipvs, nftables, render};
+use crate::cluster::{Cluster, Family};
 
 /// How a rule differs from what is called for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -59,4 +64,269 @@ pub struct Finding {
     pub service: Option<String>,
     /// What a packet to the Service suffers, one sentence without a full stop.
     pub effect: String,
+}
+
+/// What a check found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// The node.
+    pub node: String,
+    /// The mode whose rules were called for.
+    pub mode: Mode,
+    /// Services that have rules on the node.
+    pub services: usize,
+    /// Endpoints of these Services, ready or not.
+    pub endpoints: usize,
+    /// Every difference.
+    pub differences: Vec<Finding>,
+}
+
+/// Why rules could not be checked.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// A dump that the mode needs is missing.
+    #[error("there is no {file}, which the check of {mode} mode needs: make it with `{command}`")]
+    NoDump {
+        /// The file.
+        file: &'static str,
+        /// The mode.
+        mode: &'static str,
+        /// What makes the file.
+        command: &'static str,
+    },
+    /// A dump cannot be read.
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
+}
+
+/// Compares the rules that `cluster` calls for on `node` with a node's dumps, in both families.
+pub fn check(
+    cluster: &Cluster,
+    node: &NodeView,
+    mode: Mode,
+    texts: &Texts,
+) -> Result<Report, CheckError> {
+    let found = Found::parse(texts)?;
+    let mut node = node.clone();
+    node.nfacct = found.iptables.iter().flatten().any(iptables::uses_nfacct);
+    let rules = render(cluster, &node, mode);
+    let mut differences = Vec::new();
+    for (index, family) in Family::ALL.into_iter().enumerate() {
+        check_iptables(&rules, family, &found.iptables[index], &mut differences)?;
+        check_nftables(&rules, family, found.nft[index].as_ref(), &mut differences)?;
+    }
+    check_ipvs(cluster, &node, &rules, texts, &found.ipvs, &mut differences)?;
+    let has_rules = |service: &&crate::cluster::Service| !service.cluster_ips.is_empty();
+    let services = || cluster.services.iter().filter(has_rules);
+    let endpoints = services().flat_map(|s| &s.ports).map(|p| p.endpoints.len());
+    Ok(Report {
+        node: node.name,
+        mode,
+        services: services().count(),
+        endpoints: endpoints.sum(),
+        differences,
+    })
+}
+
+/// Everything that the dumps hold, for each family of [`Family::ALL`].
+struct Found<'a> {
+    iptables: [Vec<Tables<'a>>; 2],
+    nft: [Option<(Ruleset, nftables::check::Form)>; 2],
+    ipvs: ipvs::check::Found,
+}
+
+impl<'a> Found<'a> {
+    fn parse(texts: &'a Texts) -> Result<Self, Unreadable> {
+        let [v4, v6] = Family::ALL;
+        Ok(Self {
+            iptables: [dump::saves(texts, v4)?, dump::saves(texts, v6)?],
+            nft: [dump::ruleset(texts, v4)?, dump::ruleset(texts, v6)?],
+            ipvs: dump::ipvs_state(texts)?,
+        })
+    }
+}
+
+/// That what was rendered cannot be read would be a fault of ours; it is said like any other.
+fn ours<T, E: Into<dump::Cause>>(result: Result<T, E>) -> Result<T, Unreadable> {
+    result.map_err(|cause| Unreadable {
+        origin: "what was rendered".to_owned(),
+        cause: cause.into(),
+    })
+}
+
+/// The tables of kube-proxy's back end against what is called for; those of the other back end, and
+/// in nftables mode of both, against nothing.
+fn check_iptables(
+    rules: &RuleSet,
+    family: Family,
+    found: &[Tables<'_>],
+    differences: &mut Vec<Finding>,
+) -> Result<(), CheckError> {
+    let text = rules.steps.iter().find_map(|step| match step {
+        Step::Iptables {
+            family: of, text, ..
+        } if *of == family => Some(text),
+        _ => None,
+    });
+    let mut chosen = None;
+    if let Some(text) = text {
+        let expected = ours(iptables::parse(text, family))?;
+        let (index, tables) = found
+            .iter()
+            .enumerate()
+            .max_by_key(|(index, tables)| (chain_count(tables), usize::MAX - index))
+            .ok_or_else(|| no_save(rules.mode, family))?;
+        differences.extend(iptables::check(&expected, tables, rules.mode));
+        chosen = Some(index);
+    }
+    for (index, tables) in found.iter().enumerate() {
+        if chosen != Some(index) {
+            let nothing = Tables::none(family);
+            differences.extend(iptables::check(&nothing, tables, Mode::Nftables));
+        }
+    }
+    Ok(())
+}
+
+/// How many chains named as kube-proxy names them there are.
+fn chain_count(tables: &Tables<'_>) -> usize {
+    let chains = tables.list.iter().flat_map(|table| &table.chains);
+    chains
+        .filter(|chain| chain.name.starts_with("KUBE-"))
+        .count()
+}
+
+fn no_save(mode: Mode, family: Family) -> CheckError {
+    let (file, command) = match family {
+        Family::V4 => ("iptables.save", "iptables-save"),
+        Family::V6 => ("ip6tables.save", "ip6tables-save"),
+    };
+    CheckError::NoDump {
+        file,
+        mode: mode.name(),
+        command,
+    }
+}
+
+fn check_nftables(
+    rules: &RuleSet,
+    family: Family,
+    found: Option<&(Ruleset, nftables::check::Form)>,
+    differences: &mut Vec<Finding>,
+) -> Result<(), CheckError> {
+    let text = rules.steps.iter().find_map(|step| match step {
+        Step::Nft { family: of, text } if *of == family => Some(text),
+        _ => None,
+    });
+    let table = found.and_then(|(ruleset, _)| ruleset.table(family));
+    if let Some(text) = text {
+        let expected = ours(nftables::parse(text))?;
+        let Some((_, form)) = found else {
+            let (file, command) = match family {
+                Family::V4 => ("nft-ip.txt", "nft list table ip kube-proxy"),
+                Family::V6 => ("nft-ip6.txt", "nft list table ip6 kube-proxy"),
+            };
+            return Err(CheckError::NoDump {
+                file,
+                mode: rules.mode.name(),
+                command,
+            });
+        };
+        if let Some(expected) = expected.table(family) {
+            differences.extend(nftables::check::check(expected, table, *form));
+        }
+    } else if let Some(table) = table {
+        differences.push(Finding {
+            kind: Kind::Leftover,
+            family,
+            place: format!("table {} kube-proxy", family.nft()),
+            rule: format!(
+                "{} chains, {} elements",
+                table.chains.len(),
+                table.element_count()
+            ),
+            found: None,
+            line: None,
+            service: None,
+            effect:
+                "nftables mode was not cleaned up: its table still decides where new flows go, \
+                     with the Services and endpoints of the time it was written"
+                    .to_owned(),
+        });
+    }
+    Ok(())
+}
+
+fn check_ipvs(
+    cluster: &Cluster,
+    node: &NodeView,
+    rules: &RuleSet,
+    texts: &Texts,
+    found: &ipvs::check::Found,
+    differences: &mut Vec<Finding>,
+) -> Result<(), CheckError> {
+    if rules.mode == Mode::Ipvs {
+        for (source, file, command) in [
+            (&texts.servers, "ipvsadm.save", "ipvsadm -Sn"),
+            (&texts.sets, "ipset.save", "ipset save"),
+            (&texts.addresses, "ip-addr.txt", "ip addr show kube-ipvs0"),
+        ] {
+            if source.is_none() {
+                let mode = rules.mode.name();
+                return Err(CheckError::NoDump {
+                    file,
+                    mode,
+                    command,
+                });
+            }
+        }
+        let wanted = ours(ipvs::check::Wanted::of(rules))?;
+        differences.extend(ipvs::check::check(cluster, node, &wanted, found));
+        return Ok(());
+    }
+    differences.extend(ipvs_leftovers(found));
+    Ok(())
+}
+
+/// What IPVS mode left on a node of another mode: one difference for each kind of thing.
+fn ipvs_leftovers(found: &ipvs::check::Found) -> Vec<Finding> {
+    let leftover = |place: &str, rule: String, effect: &str| Finding {
+        kind: Kind::Leftover,
+        family: Family::V4,
+        place: place.to_owned(),
+        rule,
+        found: None,
+        line: None,
+        service: None,
+        effect: effect.to_owned(),
+    };
+    let mut findings = Vec::new();
+    let bound = found.addresses.bound.len();
+    if found.addresses.link {
+        findings.push(leftover(
+            ipvs::LINK,
+            format!("{bound} addresses"),
+            "IPVS mode was not cleaned up: the node takes packets to these addresses in instead of \
+             forwarding them, where no rule translates them first",
+        ));
+    }
+    let servers = found.servers.list.len();
+    if servers > 0 && found.addresses.link {
+        findings.push(leftover(
+            "virtual servers",
+            format!("{servers} virtual servers"),
+            "IPVS mode was not cleaned up: packets that no rule translates go to the endpoints of \
+             the time it ended",
+        ));
+    }
+    let sets = found.sets.list.len();
+    if sets > 0 {
+        findings.push(leftover(
+            "ipset",
+            format!("{sets} sets of kube-proxy"),
+            "IPVS mode was not cleaned up: unused, but rules that refer to them stand in the way of \
+             a cleanup",
+        ));
+    }
+    findings
 }

@@ -4,6 +4,10 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
+use super::files::address_listing;
+use super::iptables::rule::Tables;
+use super::nftables::table::Ruleset;
+use super::{RuleSet, Step, iptables, ipvs, nftables};
 use crate::cluster::Family;
 
 /// The files of a dump folder, and the command that makes each.
@@ -88,6 +92,89 @@ pub enum DumpError {
     Empty(PathBuf),
 }
 
+/// A dump that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("{origin}: {cause}")]
+pub struct Unreadable {
+    /// The file or command.
+    pub origin: String,
+    /// What is wrong with it.
+    pub cause: Cause,
+}
+
+/// What is wrong with a dump.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// Of `iptables-save`.
+    #[error(transparent)]
+    Iptables(#[from] iptables::ParseError),
+    /// Of `nft list`.
+    #[error(transparent)]
+    Nft(#[from] nftables::ParseError),
+    /// Of `nft -j list`.
+    #[error(transparent)]
+    NftJson(#[from] nftables::json::JsonError),
+    /// Of `ipvsadm -Sn`, `ipset save` or `ip addr`.
+    #[error(transparent)]
+    Ipvs(#[from] ipvs::ParseError),
+}
+
+/// Says which dump it is that cannot be read.
+pub(super) fn at<T, E: Into<Cause>>(
+    source: &Source,
+    result: Result<T, E>,
+) -> Result<T, Unreadable> {
+    result.map_err(|cause| Unreadable {
+        origin: source.origin.clone(),
+        cause: cause.into(),
+    })
+}
+
+/// The tables of every `iptables-save` of a family.
+pub(super) fn saves(texts: &Texts, family: Family) -> Result<Vec<Tables<'_>>, Unreadable> {
+    let saves = texts.of(family).iptables.iter();
+    saves
+        .map(|save| at(save, iptables::parse(&save.text, family)))
+        .collect()
+}
+
+/// What `nft list` showed of a family, and as what.
+pub(super) fn ruleset(
+    texts: &Texts,
+    family: Family,
+) -> Result<Option<(Ruleset, nftables::check::Form)>, Unreadable> {
+    let dumps = texts.of(family);
+    Ok(match (&dumps.nft, &dumps.nft_json) {
+        (Some(source), _) => Some((
+            at(source, nftables::parse(&source.text))?,
+            nftables::check::Form::Text,
+        )),
+        (None, Some(source)) => Some((
+            at(source, nftables::json::parse(&source.text))?,
+            nftables::check::Form::Json,
+        )),
+        (None, None) => None,
+    })
+}
+
+/// Virtual servers, ipsets and addresses; empty ones where there is no dump.
+pub(super) fn ipvs_state(texts: &Texts) -> Result<ipvs::check::Found, Unreadable> {
+    fn parsed<T: Default>(
+        source: Option<&Source>,
+        parse: impl FnOnce(&str) -> Result<T, ipvs::ParseError>,
+    ) -> Result<T, Unreadable> {
+        source.map_or_else(
+            || Ok(T::default()),
+            |source| at(source, parse(&source.text)),
+        )
+    }
+    Ok(ipvs::check::Found {
+        servers: parsed(texts.servers.as_ref(), ipvs::Servers::parse)?,
+        sets: parsed(texts.sets.as_ref(), ipvs::Sets::parse)?,
+        addresses: parsed(texts.addresses.as_ref(), ipvs::Addresses::parse)?,
+    })
+}
+
 impl Texts {
     /// Reads the files that are there.
     pub fn read(folder: &Path) -> Result<Self, DumpError> {
@@ -122,6 +209,37 @@ impl Texts {
             return Err(DumpError::Empty(folder.to_owned()));
         }
         Ok(texts)
+    }
+
+    /// What was rendered, as if it had been dumped.
+    pub fn rendered(rules: &RuleSet) -> Self {
+        let source = |text: &str| Source {
+            origin: "what was rendered".to_owned(),
+            text: text.to_owned(),
+        };
+        let mut texts = Self::default();
+        for step in &rules.steps {
+            match step {
+                Step::Sysctl(_) | Step::Accounting(_) => {}
+                Step::Iptables { family, text, .. } => {
+                    texts.of_mut(*family).iptables.push(source(text));
+                }
+                Step::Nft { family, text } => texts.of_mut(*family).nft = Some(source(text)),
+                Step::Servers { text } => texts.servers = Some(source(text)),
+                Step::Sets { text } => texts.sets = Some(source(text)),
+                Step::Addresses { addresses } => {
+                    texts.addresses = Some(source(&address_listing(addresses)));
+                }
+            }
+        }
+        texts
+    }
+
+    const fn of_mut(&mut self, family: Family) -> &mut FamilyTexts {
+        match family {
+            Family::V4 => &mut self.v4,
+            Family::V6 => &mut self.v6,
+        }
     }
 
     /// The dumps of a family.

@@ -23,6 +23,7 @@ pub mod ipvs;
 pub mod names;
 pub mod nftables;
 mod node;
+pub mod oracle;
 mod ports;
 pub mod services;
 mod sync;

@@ -8,6 +8,10 @@ use crate::rules::check::Kind;
 pub(super) const CUT: &str =
     "the dump does not declare this chain: it was cut or edited, and cannot be relied on";
 
+/// Of a rule that the kernel would hold as called for, in words that `iptables-save` does not use.
+pub(super) const REWRITTEN: &str =
+    "none if the kernel holds it; but it never prints it so: the dump was edited";
+
 /// Of a chain that is not there, or is empty.
 pub(super) const fn missing_chain(kind: ChainKind) -> &'static str {
     match kind {

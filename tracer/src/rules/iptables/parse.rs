@@ -501,7 +501,7 @@ impl<'a, 'v> RuleReader<'a, 'v> {
         self.line.next().ok_or_else(missing)
     }
 
-    /// The value of an option, which may have the old place of `!` before it.
+    /// The value of an option, as it was written.
     fn text(&mut self, option: &str) -> Result<&'a str, Problem> {
         Ok(self.value(option)?.borrowed(self.line.text))
     }
@@ -528,7 +528,7 @@ impl<'a, 'v> RuleReader<'a, 'v> {
             }
             "-i" | "--in-interface" => self.rule.in_interface = self.interface(option, negated)?,
             "-o" | "--out-interface" => {
-                self.rule.out_interface = self.interface(option, negated)?
+                self.rule.out_interface = self.interface(option, negated)?;
             }
             "-g" | "--goto" => {
                 self.rule.target = Target::Goto(self.text(option)?);
@@ -563,10 +563,12 @@ impl<'a, 'v> RuleReader<'a, 'v> {
     ) -> Result<Option<Not<Cidr>>, Problem> {
         let text = self.text(option)?;
         match read_network(text, self.family) {
-            // Any address: the kernel holds the same without it.
-            Some(Some(value)) if value.prefix == 0 && !negated => Ok(None),
-            Some(Some(value)) => Ok(Some(Not { negated, value })),
-            Some(None) => {
+            Some(Network::Cidr { value, as_printed }) => {
+                self.rule.as_printed &= as_printed;
+                // Any address: the kernel holds the same without it.
+                Ok((value.prefix > 0 || negated).then_some(Not { negated, value }))
+            }
+            Some(Network::WithHoles) => {
                 self.keep(start);
                 Ok(None)
             }
@@ -774,14 +776,16 @@ impl<'a, 'v> RuleReader<'a, 'v> {
                     ..dnat
                 });
             }
-            (&Target::Dnat(dnat), "--to-destination") => return self.to_destination(option, dnat),
+            (&Target::Dnat(dnat), "--to-destination") => {
+                return self.read_destination(option, dnat);
+            }
             _ => return Ok(false),
         }
         Ok(true)
     }
 
     /// `ADDRESS`, `ADDRESS:PORT`, `:PORT`; ranges are not understood.
-    fn to_destination(&mut self, option: &str, dnat: Dnat) -> Understood {
+    fn read_destination(&mut self, option: &str, dnat: Dnat) -> Understood {
         let text = self.text(option)?;
         if text.contains('-') || dnat.address.is_some() || dnat.port.is_some() {
             let Extension::Target(start) = self.extension else {
@@ -893,7 +897,9 @@ impl<'a, 'v> RuleReader<'a, 'v> {
             (Match::Statistic(probability), "--probability") => {
                 let text = self.text(option)?;
                 let value = read_probability(text);
-                let value = value.ok_or_else(|| Problem::value(option, text, "probability"))?;
+                let (value, as_printed) =
+                    value.ok_or_else(|| Problem::value(option, text, "probability"))?;
+                self.rule.as_printed &= as_printed;
                 *probability = Not { negated, value };
             }
             (Match::Recent(recent), option) => return self.fill_recent(recent, option, negated),
@@ -989,8 +995,9 @@ impl<'a, 'v> RuleReader<'a, 'v> {
             }
             "--vaddr" => {
                 let text = self.text(option)?;
-                let value = read_network(text, self.family).flatten();
-                let value = value.ok_or_else(|| Problem::value(option, text, "address"))?;
+                let Some(Network::Cidr { value, .. }) = read_network(text, self.family) else {
+                    return Err(Problem::value(option, text, "address"));
+                };
                 ipvs.address = Some(Not { negated, value });
             }
             "--vport" => {
@@ -1069,10 +1076,19 @@ fn read_address(text: &str, family: Family) -> Option<IpAddr> {
     }
 }
 
+/// What `-s` and `-d` take.
+enum Network {
+    Cidr {
+        value: Cidr,
+        as_printed: bool,
+    },
+    /// A mask that the kernel can hold but a length cannot say.
+    WithHoles,
+}
+
 /// An address, or a network with its length or mask. The bits outside of it are cleared, as
-/// iptables does. `Some(None)` for a mask with holes, which the kernel can hold but a length
-/// cannot say.
-fn read_network(text: &str, family: Family) -> Option<Option<Cidr>> {
+/// iptables does.
+fn read_network(text: &str, family: Family) -> Option<Network> {
     let (address, mask) = match text.split_once('/') {
         Some((address, mask)) => (address, Some(mask)),
         None => (text, None),
@@ -1086,7 +1102,7 @@ fn read_network(text: &str, family: Family) -> Option<Option<Cidr>> {
             Ok(_) => return None,
             Err(_) => match length_of_mask(read_address(mask, family)?) {
                 Some(length) => length,
-                None => return Some(None),
+                None => return Some(Network::WithHoles),
             },
         },
     };
@@ -1100,7 +1116,10 @@ fn read_network(text: &str, family: Family) -> Option<Option<Cidr>> {
             std::net::Ipv6Addr::from_bits(address.to_bits() & mask).into()
         }
     };
-    Some(Some(Cidr { base, prefix }))
+    Some(Network::Cidr {
+        value: Cidr { base, prefix },
+        as_printed: base == address && mask.is_some(),
+    })
 }
 
 fn length_of_mask(mask: IpAddr) -> Option<u8> {
@@ -1154,17 +1173,25 @@ fn read_u32(text: &str) -> Option<u32> {
     }
 }
 
-/// In units of 2^-31, rounded as iptables does.
-fn read_probability(text: &str) -> Option<u32> {
+/// In units of 2^-31, rounded as iptables does, and whether `iptables-save` can have printed it.
+fn read_probability(text: &str) -> Option<(u32, bool)> {
+    /// `iptables-save` prints eleven decimals.
+    const PRINTED: usize = "0.00000000000".len();
+    const HALF_A_DECIMAL: f64 = 0.5e-11;
     let probability: f64 = text.parse().ok()?;
+    if !(0.0..=1.0).contains(&probability) {
+        return None;
+    }
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "between 0 and 2^31"
     )]
-    (0.0..=1.0)
-        .contains(&probability)
-        .then(|| (probability * PROBABILITY_ONE).round() as u32)
+    let rounded = (probability * PROBABILITY_ONE).round() as u32;
+    let error = (f64::from(rounded) / PROBABILITY_ONE - probability).abs();
+    // The halves of decimals are no floats: a hundredth more covers that.
+    let as_printed = text.len() == PRINTED && error < HALF_A_DECIMAL * 1.01;
+    Some((rounded, as_printed))
 }
 
 #[cfg(test)]
@@ -1205,7 +1232,7 @@ mod tests {
         let text = format!("*filter\n:X - [0:0]\n-A X {line}\nCOMMIT\n");
         match parse(&text, family) {
             Ok(tables) => {
-                let rules = &tables.chain("filter", "X").unwrap().rules;
+                let rules = &tables.chain("filter", "X").expect("a chain").rules;
                 assert_eq!(rules.len(), 1);
                 assert_eq!(rules[0].line, 3);
                 Ok(rules[0].to_string())
@@ -1218,13 +1245,13 @@ mod tests {
     }
 
     fn v4(line: &str) -> String {
-        rule(line, Family::V4).unwrap()
+        rule(line, Family::V4).expect("one")
     }
 
     #[test]
     fn real_dumps_print_as_they_were() {
         for (family, dump) in DUMPS {
-            let tables = parse(dump, family).unwrap();
+            let tables = parse(dump, family).expect("a dump");
             let printed = tables.list.iter().flat_map(|table| {
                 table.chains.iter().flat_map(|chain| {
                     chain
@@ -1241,7 +1268,7 @@ mod tests {
             assert_eq!(printed, rules);
             for (at, line) in (1..).zip(dump.lines()) {
                 if let Some(declared) = line.strip_prefix(':') {
-                    let name = declared.split(' ').next().unwrap();
+                    let name = declared.split(' ').next().expect("one");
                     let chains = tables.list.iter().filter_map(|table| table.chain(name));
                     assert!(
                         chains.into_iter().any(|chain| chain.declared == Some(at)
@@ -1256,11 +1283,12 @@ mod tests {
     #[test]
     fn nothing_in_real_dumps_is_unknown() {
         for (family, dump) in DUMPS {
-            for table in parse(dump, family).unwrap().list {
+            for table in parse(dump, family).expect("a dump").list {
                 for rule in table.chains.iter().flat_map(|chain| &chain.rules) {
                     let known = |part: &Match<'_>| !matches!(part, Match::Other(_));
                     assert!(rule.matches.iter().all(known), "{rule}");
                     assert!(!matches!(rule.target, Target::Other(_)), "{rule}");
+                    assert!(rule.as_printed, "{rule}");
                 }
             }
         }
@@ -1338,7 +1366,7 @@ mod tests {
             assert_eq!(v4(saved).trim_start(), saved);
         }
         assert_eq!(
-            rule("-j REJECT", Family::V6).unwrap(),
+            rule("-j REJECT", Family::V6).expect("one"),
             " -j REJECT --reject-with icmp6-port-unreachable"
         );
         assert_eq!(
@@ -1346,7 +1374,7 @@ mod tests {
                 "-s fd00::1 -j DNAT --to-destination [fd00::2]:80",
                 Family::V6
             )
-            .unwrap(),
+            .expect("one"),
             " -s fd00::1/128 -j DNAT --to-destination [fd00::2]:80"
         );
     }
@@ -1375,8 +1403,8 @@ mod tests {
     #[test]
     fn comments_are_unquoted() {
         let text = "*nat\n:X - [0:0]\n-A X -m comment --comment \"a \\\"b\\\\ \\'c\"\nCOMMIT\n";
-        let tables = parse(text, Family::V4).unwrap();
-        let rule = &tables.chain("nat", "X").unwrap().rules[0];
+        let tables = parse(text, Family::V4).expect("a dump");
+        let rule = &tables.chain("nat", "X").expect("a chain").rules[0];
         assert_eq!(rule.comment(), Some("a \"b\\ 'c"));
         assert_eq!(
             rule.to_string(),
@@ -1412,10 +1440,10 @@ mod tests {
     fn restores_commands_are_done() {
         let text = "*nat\n:A - [0:0]\n:B - [0:0]\n-A A -j B\n-I A -j ACCEPT\n[1:2] -I A -j DROP\n\
                     -I OUTPUT -j A\n:B - [0:0]\n-X B\nCOMMIT\n*nat\n-A A -j RETURN\nCOMMIT\n";
-        let tables = parse(text, Family::V4).unwrap();
-        let nat = tables.table("nat").unwrap();
+        let tables = parse(text, Family::V4).expect("a dump");
+        let nat = tables.table("nat").expect("one");
         let rules = |chain: &str| -> Vec<String> {
-            let chain = nat.chain(chain).unwrap();
+            let chain = nat.chain(chain).expect("a chain");
             chain.rules.iter().map(Rule::to_string).collect()
         };
         assert_eq!(
@@ -1424,13 +1452,13 @@ mod tests {
         );
         assert_eq!(rules("OUTPUT"), [" -j A"]);
         assert!(nat.chain("B").is_none());
-        assert_eq!(nat.chain("A").unwrap().declared, Some(2));
-        assert_eq!(nat.chain("OUTPUT").unwrap().declared, None);
+        assert_eq!(nat.chain("A").expect("a chain").declared, Some(2));
+        assert_eq!(nat.chain("OUTPUT").expect("a chain").declared, None);
     }
 
     #[test]
     fn text_that_is_no_dump_is_an_error() {
-        let problem = |text: &str| parse(text, Family::V4).unwrap_err();
+        let problem = |text: &str| parse(text, Family::V4).expect_err("no dump");
         assert_eq!(problem("-A X -j Y\n").problem, Problem::NoTable);
         assert_eq!(problem(":X - [0:0]\n").problem, Problem::NoTable);
         assert_eq!(

@@ -126,6 +126,9 @@ impl<T> Not<T> {
 pub struct Rule<'a> {
     /// The line it was read from, from 1.
     pub line: u32,
+    /// Can `iptables-save` have printed its networks and probability so? Not with bits of an address
+    /// outside of its network, for one: the kernel has forgotten those.
+    pub as_printed: bool,
     /// `-s`; `None` for any.
     pub source: Option<Not<Cidr>>,
     /// `-d`; `None` for any.
@@ -147,6 +150,7 @@ impl<'a> Rule<'a> {
     pub(super) fn empty(line: u32) -> Self {
         Self {
             line,
+            as_printed: true,
             source: None,
             destination: None,
             in_interface: None,
@@ -157,7 +161,7 @@ impl<'a> Rule<'a> {
         }
     }
 
-    /// Everything but where it stood.
+    /// Everything but where it stood and how it was written.
     fn parts(&self) -> impl PartialEq + Hash {
         (
             self.source,

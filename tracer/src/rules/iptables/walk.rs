@@ -156,7 +156,7 @@ enum Answer<'a> {
     Unknown(&'a str),
 }
 
-impl<'a> Answer<'a> {
+impl Answer<'_> {
     const fn from(matches: bool) -> Self {
         if matches { Self::Yes } else { Self::No }
     }
@@ -547,8 +547,8 @@ mod tests {
 
     /// What becomes of a packet: each fate's probability, and whether it is masqueraded.
     fn fates(text: &str, sets: &str, packet: &Packet) -> BTreeMap<String, (f64, bool)> {
-        let tables = parse(text, Family::V4).unwrap();
-        let sets = SetTable::new(&Sets::parse(sets).unwrap());
+        let tables = parse(text, Family::V4).expect("a dump");
+        let sets = SetTable::new(&Sets::parse(sets).expect("a dump"));
         let chains = Chains::new(&tables, &sets);
         let place = place();
         let mut fates = BTreeMap::new();
@@ -649,7 +649,7 @@ mod tests {
     }
 
     fn outcomes<R>(text: &str, packet: &Packet, read: impl FnOnce(&[Outcome<'_>]) -> R) -> R {
-        let tables = parse(text, Family::V4).unwrap();
+        let tables = parse(text, Family::V4).expect("a dump");
         let sets = SetTable::default();
         let chains = Chains::new(&tables, &sets);
         let place = Place {

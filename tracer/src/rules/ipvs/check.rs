@@ -12,7 +12,7 @@ use super::sets::{Entry, Member, Role, Set, Sets};
 use super::{LINK, ParseError};
 use crate::cluster::{Cluster, Family, Protocol, Service, ServicePort};
 use crate::rules::check::{Finding, Kind};
-use crate::rules::{RuleSet, Step};
+use crate::rules::{Mode, NodeView, RuleSet, Step, render};
 
 /// What the cluster calls for, besides iptables rules.
 #[derive(Clone, Debug, Default)]
@@ -54,8 +54,12 @@ pub struct Found {
 
 /// Compares the two; nothing is found if the node holds what is wanted. The sets and firewall marks
 /// of others are left alone.
-pub fn check(cluster: &Cluster, wanted: &Wanted, found: &Found) -> Vec<Finding> {
+///
+/// If several Services want one virtual server, kube-proxy gives it to the one that it comes to
+/// last, in an order that changes with every sync: any of them will do.
+pub fn check(cluster: &Cluster, node: &NodeView, wanted: &Wanted, found: &Found) -> Vec<Finding> {
     let mut checker = Checker {
+        node,
         names: Names::new(cluster),
         bound: found.addresses.bound.iter().map(|b| b.address).collect(),
         findings: Vec::new(),
@@ -115,6 +119,16 @@ impl<'a> Names<'a> {
         }
     }
 
+    /// The Services that want a virtual server.
+    fn claims(&self, key: ServerKey) -> Vec<&'a Service> {
+        let ServerKey { protocol, socket } = key;
+        let index = self.index();
+        let by_socket = index.sockets.get(&(protocol, socket));
+        let by_node_port = index.node_ports.get(&(protocol, socket.port()));
+        let ports = by_socket.into_iter().chain(by_node_port).flatten();
+        ports.map(|(service, _)| *service).collect()
+    }
+
     /// The Services of an address.
     fn address(&self, address: IpAddr) -> Option<String> {
         let services = self.index().addresses.get(&address)?;
@@ -143,7 +157,7 @@ impl<'a> Names<'a> {
             Entry::Port(port) => match role {
                 Role::HealthCheckNodePort => {
                     let service = self.index().health_checks.get(&port)?;
-                    Some(format!("{}/{}", service.namespace, service.name))
+                    Some(service_name(service))
                 }
                 Role::NodePortUdp | Role::NodePortLocalUdp => self.node_port(Protocol::Udp, port),
                 _ => self.node_port(Protocol::Tcp, port),
@@ -195,6 +209,14 @@ impl<'a> Index<'a> {
     }
 }
 
+/// `ns/name:port`, or `ns/name` for a Service with several ports.
+fn service_name(service: &Service) -> String {
+    match service.ports.as_slice() {
+        [port] => service.port_name(port),
+        _ => format!("{}/{}", service.namespace, service.name),
+    }
+}
+
 fn port_names(ports: &[Port<'_>]) -> String {
     join(ports.iter().map(|(service, port)| service.port_name(port)))
 }
@@ -208,6 +230,7 @@ fn join(names: impl Iterator<Item = String>) -> String {
 }
 
 struct Checker<'a> {
+    node: &'a NodeView,
     names: Names<'a>,
     /// The addresses that `kube-ipvs0` has.
     bound: HashSet<IpAddr>,
@@ -232,7 +255,9 @@ impl Checker<'_> {
         let mut missing = HashSet::new();
         for server in &wanted.list {
             if let Some(found) = there.remove(&server.key) {
-                self.same_server(server, found);
+                if !is_same(server, found) && !self.is_anothers(found) {
+                    self.same_server(server, found);
+                }
             } else {
                 missing.insert(server.key);
                 let effect = "IPVS does not take its packets: the node answers them itself, with \
@@ -315,6 +340,21 @@ impl Checker<'_> {
             (Kind::Extra, effect.to_owned())
         };
         self.server(kind, server, None, Some(server.line), effect);
+    }
+
+    /// Is the virtual server as one of the Services that want it would have it by itself?
+    fn is_anothers(&self, found: &VirtualServer) -> bool {
+        let claims = self.names.claims(found.key);
+        claims.len() > 1
+            && claims.into_iter().any(|service| {
+                let alone = Cluster {
+                    services: vec![service.clone()],
+                    nodes: self.names.cluster.nodes.clone(),
+                    service_cidrs: Vec::new(),
+                };
+                Wanted::of(&render(&alone, self.node, Mode::Ipvs))
+                    .is_ok_and(|wanted| wanted.servers.list.iter().any(|s| is_same(s, found)))
+            })
     }
 
     /// The same virtual server, wanted and found.
@@ -581,6 +621,18 @@ impl Checker<'_> {
     }
 }
 
+/// The same virtual server with the same real servers?
+fn is_same(a: &VirtualServer, b: &VirtualServer) -> bool {
+    fn sorted(server: &VirtualServer) -> Vec<&RealServer> {
+        let mut real_servers: Vec<&RealServer> = server.real_servers.iter().collect();
+        real_servers.sort_unstable_by_key(|real_server| real_server.socket);
+        real_servers
+    }
+    a.same(b)
+        && a.real_servers.len() == b.real_servers.len()
+        && sorted(a).iter().zip(sorted(b)).all(|(a, b)| a.same(b))
+}
+
 /// The prefix length of a single address.
 const fn whole(address: IpAddr) -> u8 {
     match address {
@@ -739,20 +791,34 @@ const fn stale_entry(role: Role) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::cluster::Endpoint;
+    use crate::rules::services::tests::{a_node, any_cluster};
 
+    const CLUSTER: &str = include_str!("../fixtures/kube-proxy-1.36.2/cluster.json");
     const SERVERS: &str = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/ipvsadm.save");
     const SETS: &str = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/ipset.save");
     const ADDRESSES: &str = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/ip-addr.txt");
 
-    fn wanted() -> Wanted {
-        let addresses = Addresses::parse(ADDRESSES).expect("a real dump");
-        Wanted {
-            servers: Servers::parse(SERVERS).expect("a real dump"),
-            sets: Sets::parse(SETS).expect("a real dump"),
-            addresses: addresses.bound.iter().map(|bound| bound.address).collect(),
+    fn cluster() -> Cluster {
+        let read = crate::cluster::read::read(CLUSTER.as_bytes(), "cluster.json");
+        read.expect("a cluster").cluster
+    }
+
+    fn node() -> NodeView {
+        NodeView {
+            name: "worker-0".to_owned(),
+            zone: Some("z1".to_owned()),
+            addresses: vec![[172, 31, 255, 2].into(), [10, 0, 2, 15].into()],
+            cluster_cidrs: vec!["10.244.0.0/16".parse().expect("a network")],
+            ..NodeView::default()
         }
+    }
+
+    fn wanted(cluster: &Cluster) -> Wanted {
+        Wanted::of(&render(cluster, &node(), Mode::Ipvs)).expect("what was rendered")
     }
 
     fn found(servers: &str, sets: &str, addresses: &str) -> Result<Found, ParseError> {
@@ -763,43 +829,10 @@ mod tests {
         })
     }
 
-    /// The Services that the addresses and ports of the dumps are of, as far as the findings name
-    /// them: a Service a virtual server, named by what it serves.
-    fn cluster() -> Cluster {
-        let mut services: HashMap<IpAddr, Service> = HashMap::new();
-        for server in wanted().servers.list {
-            let ServerKey { protocol, socket } = server.key;
-            let node_port = socket.port() >= 30000;
-            let service = services.entry(socket.ip()).or_default();
-            "ns".clone_into(&mut service.namespace);
-            service.name = format!("of-{}", socket.ip());
-            if !node_port {
-                service.cluster_ips = vec![socket.ip()];
-            }
-            service.ports.push(ServicePort {
-                name: format!("{protocol}-{}", socket.port()),
-                protocol,
-                port: socket.port(),
-                node_port: node_port.then_some(socket.port()),
-                endpoints: server
-                    .real_servers
-                    .iter()
-                    .map(|real| Endpoint::ready(real.socket.ip(), real.socket.port(), ""))
-                    .collect(),
-            });
-            if socket.to_string() == "198.51.100.11:80" {
-                service.health_check_node_port = Some(30191);
-            }
-        }
-        Cluster {
-            services: services.into_values().collect(),
-            ..Cluster::default()
-        }
-    }
-
     fn findings(servers: &str, sets: &str, addresses: &str) -> Vec<Finding> {
         let found = found(servers, sets, addresses).expect("readable");
-        check(&cluster(), &wanted(), &found)
+        let cluster = cluster();
+        check(&cluster, &node(), &wanted(&cluster), &found)
     }
 
     fn servers(from: &str, to: &str) -> Vec<Finding> {
@@ -831,7 +864,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dump_against_itself_is_clean_in_any_order() {
+    fn a_real_dump_is_clean_in_any_order() {
         assert_eq!(findings(SERVERS, SETS, ADDRESSES), []);
         let reversed = |text: &str, first: &str| {
             let (mut heads, tails): (Vec<_>, Vec<_>) =
@@ -847,7 +880,7 @@ mod tests {
 
     #[test]
     fn servers_that_differ_say_what_happens() {
-        let web = Some("ns/of-10.96.10.1:tcp-80");
+        let web = Some("shop/web:http");
         let gone = servers(" -r 10.244.1.13:8080", " -r 10.244.9.9:8080");
         assert!(gone.len() > 2);
         one(
@@ -865,7 +898,7 @@ mod tests {
         one(
             &servers("-a -t 10.96.0.1:443 -r 172.31.255.1:6443 -m -w 1\n", ""),
             Kind::Missing,
-            Some("ns/of-10.96.0.1:tcp-443"),
+            Some("default/kubernetes:https"),
             "all are refused",
         );
         let more = "-a -t 10.96.10.1:80 -r 10.244.9.9:8080 -m -w 1\n-A -t 10.96.10.2:80 -s rr\n";
@@ -888,7 +921,7 @@ mod tests {
             ),
             Kind::Extra,
             web,
-            "an endpoint of ns/of-10.96.0.10:tcp-53",
+            "an endpoint of kube-system/kube-dns:dns-tcp",
         );
         one(
             &servers(
@@ -896,13 +929,13 @@ mod tests {
                 "-a -t 10.96.0.1:443 -r 172.31.255.1:6443 -m -w 0",
             ),
             Kind::Altered,
-            Some("ns/of-10.96.0.1:tcp-443"),
+            Some("default/kubernetes:https"),
             "all are refused",
         );
         one(
             &servers("-s rr -p 10800", "-s rr"),
             Kind::Altered,
-            Some("ns/of-10.96.10.4:tcp-9000"),
+            Some("shop/cart:grpc"),
             "staying with one",
         );
         one(
@@ -917,7 +950,7 @@ mod tests {
             (
                 "192.168.7.7:30080",
                 Kind::Extra,
-                Some("ns/of-10.0.2.15:tcp-30080, ns/of-172.31.255.2:tcp-30080"),
+                Some("shop/web-np:http"),
                 "--node-address",
             ),
         ] {
@@ -926,9 +959,76 @@ mod tests {
         }
     }
 
+    /// What a node holds that has what is wanted.
+    fn held(wanted: &Wanted) -> Found {
+        let Wanted {
+            mut servers,
+            mut sets,
+            addresses,
+        } = wanted.clone();
+        servers.list.reverse();
+        sets.list.reverse();
+        let bound = addresses.into_iter().map(|address| Bound {
+            address,
+            prefix: whole(address),
+            lifetime: None,
+            line: 1,
+        });
+        let addresses = Addresses {
+            link: true,
+            bound: bound.collect(),
+            others: Vec::new(),
+        };
+        Found {
+            servers,
+            sets,
+            addresses,
+        }
+    }
+
+    #[test]
+    fn of_services_that_want_the_same_any_may_have_it() {
+        let claimant = |name: &str, last: u8| {
+            let endpoint = Endpoint::ready([10, 244, 1, last].into(), 8080, "worker-1");
+            Service {
+                namespace: "ns".to_owned(),
+                name: name.to_owned(),
+                cluster_ips: vec![[10, 96, 9, last].into()],
+                external_ips: vec![[192, 0, 2, 77].into()],
+                ports: vec![ServicePort {
+                    name: String::new(),
+                    protocol: Protocol::Tcp,
+                    port: 80,
+                    node_port: None,
+                    endpoints: vec![endpoint],
+                }],
+                ..Service::default()
+            }
+        };
+        let mut cluster = Cluster {
+            services: vec![claimant("a", 1), claimant("b", 2)],
+            ..Cluster::default()
+        };
+        let mut found = held(&wanted(&cluster));
+        cluster.services.reverse();
+        let findings = check(&cluster, &node(), &wanted(&cluster), &found);
+        assert_eq!(findings, []);
+        let shared =
+            |server: &&mut VirtualServer| server.key.socket.ip() == IpAddr::from([192, 0, 2, 77]);
+        let server = found.servers.list.iter_mut().find(shared);
+        server.expect("the shared one").real_servers[0]
+            .socket
+            .set_port(8081);
+        let findings = check(&cluster, &node(), &wanted(&cluster), &found);
+        assert_eq!(findings.len(), 2);
+        for finding in &findings {
+            assert_eq!(finding.service.as_deref(), Some("ns/a, ns/b"));
+        }
+    }
+
     #[test]
     fn sets_that_differ_say_what_happens() {
-        let web = Some("ns/of-10.96.10.1:tcp-80");
+        let web = Some("shop/web:http");
         one(
             &sets("add KUBE-CLUSTER-IP 10.96.10.1,tcp:80\n", ""),
             Kind::Missing,
@@ -938,13 +1038,13 @@ mod tests {
         one(
             &sets("tcp:80,203.0.113.0/25", "tcp:80,203.0.113.0/25 nomatch"),
             Kind::Altered,
-            Some("ns/of-198.51.100.10:tcp-80"),
+            Some("edge/gateway:http"),
             "dropped",
         );
         one(
             &sets("add KUBE-HEALTH-CHECK-NODE-PORT 30191\n", ""),
             Kind::Missing,
-            Some("ns/of-198.51.100.11"),
+            Some("edge/gateway-local:http"),
             "health checks",
         );
         one(
@@ -971,7 +1071,7 @@ mod tests {
     fn addresses_that_differ_say_what_happens() {
         let lifetime = "       valid_lft forever preferred_lft forever\n";
         let line = "    inet 10.96.0.1/32 scope global kube-ipvs0\n";
-        let kubernetes = Some("ns/of-10.96.0.1:tcp-443");
+        let kubernetes = Some("default/kubernetes:https");
         one(
             &addresses(&format!("{line}{lifetime}"), ""),
             Kind::Missing,
@@ -1010,7 +1110,7 @@ mod tests {
     #[test]
     fn every_change_of_every_line_is_found() {
         let cluster = cluster();
-        let wanted = wanted();
+        let (node, wanted) = (node(), wanted(&cluster));
         let mut changes = 0;
         for (file, text) in [SERVERS, SETS, ADDRESSES].into_iter().enumerate() {
             let lines: Vec<&str> = text.lines().collect();
@@ -1033,7 +1133,7 @@ mod tests {
                     let Ok(found) = found(&texts[0], &texts[1], &texts[2]) else {
                         continue;
                     };
-                    let findings = check(&cluster, &wanted, &found);
+                    let findings = check(&cluster, &node, &wanted, &found);
                     assert_ne!(findings, [], "{line} -> {new}");
                     let shared = line.starts_with("create");
                     let named = findings.iter().any(|finding| finding.service.is_some());
@@ -1052,5 +1152,57 @@ mod tests {
         }
         let end = line.find(" hashsize ").or_else(|| line.find(" scope "));
         end.map_or(line, |end| &line[..end])
+    }
+
+    proptest! {
+        /// Of any cluster, what was rendered is clean, and anything taken out of it is missed.
+        #[test]
+        fn anything_that_is_missing_is_found(
+            cluster in any_cluster(),
+            at in any::<prop::sample::Index>(),
+        ) {
+            let node = a_node();
+            let rules = render(&cluster, &node, Mode::Ipvs);
+            let wanted = Wanted::of(&rules).expect("what was rendered");
+            let whole = held(&wanted);
+            prop_assert_eq!(check(&cluster, &node, &wanted, &whole), []);
+
+            let mut cut: Vec<Found> = Vec::new();
+            let mut without = |cut_out: &dyn Fn(&mut Found)| {
+                let mut found = whole.clone();
+                cut_out(&mut found);
+                cut.push(found);
+            };
+            let mut taken = Vec::new();
+            if !wanted.servers.list.is_empty() {
+                let at = at.index(wanted.servers.list.len());
+                taken.push(Kind::Missing);
+                without(&|found| { found.servers.list.remove(at); });
+                if !whole.servers.list[at].real_servers.is_empty() {
+                    taken.push(Kind::Missing);
+                    without(&|found| { found.servers.list[at].real_servers.pop(); });
+                }
+                taken.push(Kind::Altered);
+                without(&|found| "lc".clone_into(&mut found.servers.list[at].scheduler));
+            }
+            if !wanted.addresses.is_empty() {
+                let at = at.index(wanted.addresses.len());
+                taken.push(Kind::Missing);
+                without(&|found| { found.addresses.bound.remove(at); });
+            }
+            for (index, set) in whole.sets.list.iter().enumerate() {
+                if !set.members.is_empty() {
+                    let at = at.index(set.members.len());
+                    taken.push(Kind::Missing);
+                    without(&|found| { found.sets.list[index].members.remove(at); });
+                }
+            }
+            for (found, kind) in cut.iter().zip(taken) {
+                let findings = check(&cluster, &node, &wanted, found);
+                prop_assert_eq!(findings.len(), 1);
+                prop_assert_eq!(findings[0].kind, kind);
+                prop_assert!(findings[0].service.is_some(), "{:?}", findings[0]);
+            }
+        }
     }
 }

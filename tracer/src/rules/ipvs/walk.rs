@@ -258,6 +258,9 @@ impl Lookup {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::Family;
+    use crate::rules::iptables;
+    use crate::rules::ipvs::Addresses;
     use crate::rules::walk::{Fate, Oracle, Origin, Outcome, Packet};
 
     const SERVERS: &str = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/ipvsadm.save");
@@ -429,6 +432,92 @@ mod tests {
             gateway.from = from.parse().expect("an address");
             let answer = ask("KUBE-LOAD-BALANCER-SOURCE-CIDR", &sides, &gateway);
             assert_eq!(answer, Some(inside));
+        }
+    }
+
+    /// Endpoints with their probabilities and whether packets to them are masqueraded, or the
+    /// other end, of a packet that comes to the node of the real dumps.
+    fn journey(from: &str, to: &str, origin: Origin) -> Vec<(f64, Fate, bool)> {
+        let tables = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/iptables.save");
+        let tables = iptables::parse(tables, Family::V4).expect("a real dump");
+        let addresses = include_str!("../fixtures/kube-proxy-1.36.2/ipvs/ip-addr.txt");
+        let addresses = Addresses::parse(addresses).expect("a real dump");
+        let sets = SetTable::new(&Sets::parse(SETS).expect("a real dump"));
+        let chains = iptables::walk::Chains::new(&tables, &sets);
+        let director = Director::new(Servers::parse(SERVERS).expect("a real dump"));
+        let mut place = Place::default();
+        let bound = addresses.bound.iter().map(|bound| bound.address);
+        place.local.extend(bound);
+        place
+            .local
+            .extend([IpAddr::from([172, 31, 255, 2]), [10, 0, 2, 15].into()]);
+        let mut packet = packet(to, Protocol::Tcp, origin);
+        packet.from = from.parse().expect("an address");
+        let outcomes = Oracle::new(&place, &[&chains, &director]).walk(&packet);
+        let end = |outcome: &Outcome<'_>| (outcome.probability, outcome.fate, outcome.masqueraded);
+        outcomes.iter().map(end).collect()
+    }
+
+    #[test]
+    fn a_packet_passes_all_of_a_real_node() {
+        let link = Origin::Link(None);
+        let input = Hook::Input;
+        let third = 1.0 / 3.0;
+        let [one, two, three] =
+            ["10.244.0.11:8080", "10.244.0.12:8080", "10.244.1.13:8080"].map(endpoint);
+        // A pod that reaches itself is masqueraded.
+        assert_eq!(
+            journey("10.244.0.11", "10.96.10.1:80", link.clone()),
+            [
+                (third, one, true),
+                (third, two, false),
+                (third, three, false)
+            ]
+        );
+        for (from, origin) in [
+            ("192.168.9.9", link.clone()),
+            ("172.31.255.2", Origin::Node),
+        ] {
+            assert_eq!(
+                journey(from, "10.96.10.1:80", origin),
+                [(third, one, true), (third, two, true), (third, three, true)]
+            );
+        }
+        for (from, to, ends) in [
+            // Source ranges.
+            (
+                "203.0.113.5",
+                "198.51.100.10:80",
+                vec![
+                    (0.5, endpoint("10.244.0.51:8080"), true),
+                    (0.5, endpoint("10.244.1.52:8080"), true),
+                ],
+            ),
+            (
+                "203.0.113.200",
+                "198.51.100.10:80",
+                vec![(1.0, Fate::Dropped { hook: input }, false)],
+            ),
+            // Policies of NodePorts.
+            ("192.168.9.9", "172.31.255.2:30081", vec![(1.0, two, false)]),
+            (
+                "192.168.9.9",
+                "10.0.2.15:30080",
+                vec![(0.5, one, true), (0.5, three, true)],
+            ),
+            // No real servers; a port that the Service does not have.
+            (
+                "10.244.0.11",
+                "10.96.10.5:80",
+                vec![(1.0, Fate::Rejected { hook: input }, false)],
+            ),
+            (
+                "10.244.0.11",
+                "10.96.10.1:81",
+                vec![(1.0, Fate::Rejected { hook: input }, false)],
+            ),
+        ] {
+            assert_eq!(journey(from, to, link.clone()), ends, "{from} to {to}");
         }
     }
 }

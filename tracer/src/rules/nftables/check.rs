@@ -107,6 +107,24 @@ fn no_table(expected: &Table) -> Finding {
     }
 }
 
+/// What is left of nftables mode on a node of another mode.
+pub fn leftover(found: &Table) -> Finding {
+    let table = format!("{} {TABLE}", found.family.nft());
+    Finding {
+        kind: Kind::Leftover,
+        family: found.family,
+        rule: format!("table {table}"),
+        place: table,
+        found: None,
+        line: found.line.known(),
+        service: None,
+        effect: format!(
+            "its {} rules still refuse, translate and masquerade beside those of this node's mode",
+            found.rule_count()
+        ),
+    }
+}
+
 /// Which Services addresses and ports belong to.
 #[derive(Default)]
 struct Services {
@@ -998,20 +1016,12 @@ fn shape(rule: &Rule) -> Vec<std::mem::Discriminant<Statement>> {
 }
 
 fn altered(chain: &str, expected: &Rule, found: &Rule) -> Difference {
-    let target = |rule: &Rule| {
-        rule.statements
-            .iter()
-            .find_map(|statement| match statement {
-                Statement::Dnat(target) => Some(target.clone()),
-                _ => None,
-            })
-    };
     let effect = if expected.statements == found.statements {
         "only the comment differs: packets fare the same".to_owned()
     } else {
-        match (target(expected), target(found)) {
+        match (choice(expected), choice(found)) {
             (Some(expected), Some(found)) if expected != found => {
-                moved_shares(&shares(&expected), &shares(&found))
+                moved_shares(&expected.shares(), &found.shares())
             }
             _ => format!("packets meet another rule: {}", lost_rule(chain, expected)),
         }
@@ -1026,30 +1036,81 @@ fn altered(chain: &str, expected: &Rule, found: &Rule) -> Difference {
     }
 }
 
-/// The share of new flows that each destination gets, 0 to 1.
-fn shares(target: &Target) -> BTreeMap<Destination, f64> {
-    match target {
-        Target::One(destination) => [(*destination, 1.0)].into(),
-        Target::Random {
-            modulus,
-            destinations,
-        } => {
-            let mut shares = BTreeMap::new();
-            for (number, destination) in destinations {
-                if number < modulus {
-                    *shares.entry(*destination).or_insert(0.0) += 1.0 / f64::from(*modulus);
-                }
+/// What a rule chooses an endpoint from.
+#[derive(PartialEq, Eq)]
+struct Choice {
+    modulus: u32,
+    /// Number and endpoint.
+    endpoints: Vec<(u32, String)>,
+}
+
+impl Choice {
+    /// The share of new flows that each endpoint gets, 0 to 1.
+    fn shares(&self) -> BTreeMap<&str, f64> {
+        let mut shares = BTreeMap::new();
+        for (number, endpoint) in &self.endpoints {
+            if *number < self.modulus {
+                *shares.entry(&**endpoint).or_insert(0.0) += 1.0 / f64::from(self.modulus);
             }
-            shares
         }
+        shares
     }
 }
 
+/// The choice that a rule of a Service's chain makes, if it makes one.
+fn choice(rule: &Rule) -> Option<Choice> {
+    rule.statements
+        .iter()
+        .find_map(|statement| match statement {
+            Statement::Dnat(Target::One(destination)) => Some(Choice {
+                modulus: 1,
+                endpoints: vec![(0, destination.to_string())],
+            }),
+            Statement::Dnat(Target::Random {
+                modulus,
+                destinations,
+            }) => Some(Choice {
+                modulus: *modulus,
+                endpoints: destinations
+                    .iter()
+                    .map(|(number, destination)| (*number, destination.to_string()))
+                    .collect(),
+            }),
+            Statement::Vmap {
+                fields,
+                map: VerdictMap::Inline(verdicts),
+            } => {
+                let [Field::Random(modulus)] = fields[..] else {
+                    return None;
+                };
+                let endpoints = verdicts.iter().filter_map(|(key, verdict)| match &**key {
+                    [Value::Number(number)] => Some((*number, endpoint_of(verdict.chain()?))),
+                    _ => None,
+                });
+                Some(Choice {
+                    modulus,
+                    endpoints: endpoints.collect(),
+                })
+            }
+            _ => None,
+        })
+}
+
+/// The endpoint that a chain `endpoint-…__address/port` is for, or the chain.
+fn endpoint_of(chain: &str) -> String {
+    let endpoint = || {
+        let (address, port) = chain.split_once("__")?.1.split_once('/')?;
+        Some(match address.parse::<IpAddr>() {
+            Ok(address) => format!("{address}:{port}"),
+            // In names, dots stand for the colons of IPv6.
+            Err(_) => format!("[{}]:{port}", address.replace('.', ":")),
+        })
+    };
+    endpoint().unwrap_or_else(|| chain.to_owned())
+}
+
 /// What becomes of new flows when `found` stands for `expected`.
-fn moved_shares(
-    expected: &BTreeMap<Destination, f64>,
-    found: &BTreeMap<Destination, f64>,
-) -> String {
+fn moved_shares(expected: &BTreeMap<&str, f64>, found: &BTreeMap<&str, f64>) -> String {
     const NONE: f64 = 1e-9;
     let mut effect = String::new();
     let mut say = |text: String| {
@@ -1058,12 +1119,13 @@ fn moved_shares(
         }
         effect.push_str(&text);
     };
-    let lost: Vec<&Destination> = expected
+    let lost: Vec<&str> = expected
         .keys()
+        .copied()
         .filter(|key| !found.contains_key(key))
         .collect();
     if let Some(first) = lost.first() {
-        let mut names = first.to_string();
+        let mut names = (*first).to_owned();
         for other in lost.iter().skip(1).take(2) {
             let _ = write!(names, ", {other}");
         }
@@ -1076,7 +1138,9 @@ fn moved_shares(
             expected.len()
         ));
     }
-    let mut foreign = found.iter().filter(|(key, _)| !expected.contains_key(key));
+    let mut foreign = found
+        .iter()
+        .filter(|(key, _)| !expected.contains_key(**key));
     if let Some((first, _)) = foreign.clone().next() {
         let share: f64 = foreign.by_ref().map(|(_, share)| share).sum();
         say(format!(
@@ -1448,6 +1512,49 @@ mod tests {
             "1 of 3 endpoints get no new flows (10.244.0.12:8080), and 33.3 % of new flows go to \
              10.9.9.9:8080, which is no endpoint"
         );
+    }
+
+    #[test]
+    fn an_endpoint_with_affinity_that_is_gone() {
+        let gone = IP.replace(
+            "numgen random mod 2 vmap { 0 : goto endpoint-DURU7V52-shop/cart/tcp/grpc__10.244.0.21/9000, 1",
+            "numgen random mod 2 vmap { 1",
+        );
+        let finding = one(&table(IP), &gone);
+        assert_eq!(finding.service.as_deref(), Some("shop/cart:grpc"));
+        assert_eq!(
+            finding.effect,
+            "1 of 2 endpoints get no new flows (10.244.0.21:9000), and 50.0 % of new flows are not \
+             translated"
+        );
+        assert_eq!(
+            endpoint_of("endpoint-AAAAAAAA-a/b/tcp/c__fd00.10..1/80"),
+            "[fd00:10::1]:80"
+        );
+    }
+
+    #[test]
+    fn any_object_that_is_gone_from_json_is_found() {
+        let expected = table(IP);
+        let whole: serde_json::Value = serde_json::from_str(JSON).expect("JSON");
+        let objects = whole["nftables"].as_array().expect("a list");
+        for (index, object) in objects.iter().enumerate().skip(1) {
+            let mut rest = objects.clone();
+            rest.remove(index);
+            let text = serde_json::json!({ "nftables": rest }).to_string();
+            if let Ok(ruleset) = json::parse(&text) {
+                let found = check(&expected, ruleset.ip.as_ref(), Form::Json);
+                assert_found(&expected, &found, &object.to_string(), "", "JSON without");
+            }
+        }
+    }
+
+    #[test]
+    fn a_table_of_another_mode_is_left_over() {
+        let finding = leftover(&table(IP6));
+        assert_eq!(finding.kind, Kind::Leftover);
+        assert_eq!(finding.rule, "table ip6 kube-proxy");
+        assert_eq!(finding.line, Some(1));
     }
 
     #[test]

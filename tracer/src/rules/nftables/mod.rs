@@ -12,3 +12,6 @@ mod sync;
 pub mod table;
 mod text;
 pub mod walk;
+
+#[cfg(test)]
+mod tests;

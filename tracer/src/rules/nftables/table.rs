@@ -146,7 +146,7 @@ pub struct Set {
 }
 
 impl Set {
-    /// The size that the kernel gives to a dynamic set without one.
+    /// The size that nft gives to a set without one when a rule updates it.
     pub const DYNAMIC_SIZE: u64 = 65535;
 
     /// Does the traffic itself add elements? Then they are no part of what kube-proxy configured.

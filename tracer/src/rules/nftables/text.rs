@@ -617,20 +617,19 @@ impl<'a> Parser<'a> {
                     ..Set::default()
                 };
                 self.set_body(&mut set, object)?;
-                if set.flags.dynamic && set.size.is_none() {
-                    set.size = Some(Set::DYNAMIC_SIZE);
-                }
                 match table.sets.entry(name.into()) {
                     Entry::Vacant(entry) => {
                         entry.insert(set);
                     }
-                    Entry::Occupied(entry) => {
-                        let there = entry.get();
-                        if (&there.key, &there.value, there.flags, there.timeout)
-                            != (&set.key, &set.value, set.flags, set.timeout)
+                    Entry::Occupied(mut entry) => {
+                        let there = entry.get_mut();
+                        if (&there.key, &there.value, there.flags)
+                            != (&set.key, &set.value, set.flags)
                         {
                             return Err(self.other_definition(object, name));
                         }
+                        // The one property that a kernel of today updates.
+                        there.timeout = set.timeout;
                     }
                 }
             }
@@ -638,7 +637,17 @@ impl<'a> Parser<'a> {
                 let first = self.lexer.next()?;
                 let first = first.ok_or_else(|| self.lexer.error("the rule is missing"))?;
                 self.statement(first)?;
+                if self.tokens.is_empty() {
+                    return Err(self.lexer.error("the rule is missing"));
+                }
                 let added = rule(&self.tokens, line);
+                for statement in &added.statements {
+                    if let Statement::Update { set, .. } = statement
+                        && let Some(set) = table.sets.get_mut(set)
+                    {
+                        set.size.get_or_insert(Set::DYNAMIC_SIZE);
+                    }
+                }
                 let chain = table
                     .chains
                     .get_mut(name)
@@ -1539,7 +1548,8 @@ mod tests {
             set("type ipv4_addr ; size 65535 ; flags dynamic,timeout ; timeout 10800s ;")
         );
         let script = "add table ip kube-proxy\n\
-             add set ip kube-proxy s { type ipv4_addr ; flags dynamic,timeout ; timeout 10800s ; }";
+             add set ip kube-proxy s { type ipv4_addr ; flags dynamic,timeout ; timeout 10800s ; }\n\
+             add chain ip kube-proxy c\nadd rule ip kube-proxy c update @s { ip saddr }";
         assert_eq!(there.size, table(script).sets["s"].size);
     }
 

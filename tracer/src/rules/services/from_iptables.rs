@@ -5,6 +5,7 @@
 //! ranges. Up to Kubernetes 1.23 `KUBE-XLB-` was the last two of a Local policy in one, `KUBE-FW-`
 //! stood for every load balancer, and a NodePort led to `KUBE-SVC-`.
 
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 
 use super::{Collector, Foreign, Found, FoundService, FrontendKind, Refusal, owner};
@@ -239,6 +240,8 @@ fn external_policy(chains: [Option<&Chain<'_>>; 2]) -> TrafficPolicy {
 /// Where a balancing chain's rules lead, in their order.
 fn endpoints_of(nat: &Table<'_>, chain: &Chain<'_>) -> Vec<SocketAddr> {
     let mut endpoints = Vec::new();
+    // With affinity each stands there twice.
+    let mut seen = HashSet::new();
     let targets = chain.rules.iter().filter_map(Rule::chain);
     for target in targets.filter(|target| target.starts_with(SEP)) {
         let endpoint = rules(nat, target)
@@ -247,8 +250,7 @@ fn endpoints_of(nat: &Table<'_>, chain: &Chain<'_>) -> Vec<SocketAddr> {
                 Target::Dnat(dnat) => Some(SocketAddr::new(dnat.address?, dnat.port?)),
                 _ => None,
             });
-        // With affinity each stands there twice.
-        endpoints.extend(endpoint.filter(|endpoint| !endpoints.contains(endpoint)));
+        endpoints.extend(endpoint.filter(|endpoint| seen.insert(*endpoint)));
     }
     endpoints
 }
@@ -308,14 +310,12 @@ fn add_refusal(rule: &Rule<'_>, kind: FrontendKind, collector: &mut Collector) {
 
 /// The health check is of the whole Service, and its rule is named for one of its ports.
 fn add_health_check(name: &str, port: u16, collector: &mut Collector) {
-    let named = collector
-        .services
-        .values_mut()
-        .filter(|service| service.name.as_deref() == Some(name));
     let mut any = false;
-    for service in named {
-        service.health_check_node_port = Some(port);
-        any = true;
+    for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+        if let Some(service) = collector.services.get_mut(&(name.to_owned(), protocol)) {
+            service.health_check_node_port = Some(port);
+            any = true;
+        }
     }
     if !any {
         let service = collector.named(name, Protocol::Tcp);

@@ -136,11 +136,10 @@ fn add(server: &VirtualServer, roles: &Roles, collector: &mut Collector) {
     if server.real_servers.iter().all(|real| real.weight == 0) {
         frontend.refusal = Some(Refusal::Reject);
     }
-    for real_server in &server.real_servers {
-        // One without weight drains, and is no endpoint any more.
-        if real_server.weight > 0 && !service.endpoints.contains(&real_server.socket) {
-            service.endpoints.push(real_server.socket);
-        }
+    // A NodePort has the same ones on each address; one without weight drains.
+    if service.endpoints.is_empty() {
+        let serving = server.real_servers.iter().filter(|real| real.weight > 0);
+        service.endpoints = serving.map(|real| real.socket).collect();
     }
     service.affinity = server.persistence;
     if kind != FrontendKind::ClusterIp {

@@ -10,8 +10,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 
-use super::dump::{Source, Texts};
-use super::{Mode, iptables, ipvs, nftables};
+use super::Mode;
+use super::dump::{self, Source, Texts, Unreadable};
 use crate::cluster::{Family, Protocol, TrafficPolicy};
 
 mod from_iptables;
@@ -31,6 +31,14 @@ pub struct Found {
     pub health_check_node_ports: Vec<u16>,
     /// What is not kube-proxy's.
     pub foreign: Vec<Foreign>,
+}
+
+impl Found {
+    /// Every address of a Service that the rules name.
+    pub fn virtual_ips(&self) -> impl Iterator<Item = IpAddr> {
+        let frontends = self.services.iter().flat_map(|service| &service.frontends);
+        frontends.filter_map(|frontend| frontend.address)
+    }
 }
 
 /// One `ServicePort` of one family, as far as the rules tell. In IPVS mode, which groups nothing,
@@ -130,70 +138,29 @@ pub struct Foreign {
     pub count: Option<u64>,
 }
 
-/// A dump that cannot be read.
-#[derive(Debug, thiserror::Error)]
-#[error("{origin}: {cause}")]
-pub struct ReadError {
-    /// The file or command.
-    pub origin: String,
-    /// What is wrong with it.
-    pub cause: Cause,
-}
-
-/// What is wrong with a dump.
-#[derive(Debug, thiserror::Error)]
-pub enum Cause {
-    /// Of `iptables-save`.
-    #[error(transparent)]
-    Iptables(#[from] iptables::ParseError),
-    /// Of `nft list`.
-    #[error(transparent)]
-    Nft(#[from] nftables::ParseError),
-    /// Of `nft -j list`.
-    #[error(transparent)]
-    NftJson(#[from] nftables::json::JsonError),
-    /// Of `ipvsadm -Sn`, `ipset save` or `ip addr`.
-    #[error(transparent)]
-    Ipvs(#[from] ipvs::ParseError),
-}
-
 /// Reads all dumps of a node.
-pub fn read(texts: &Texts) -> Result<Found, ReadError> {
+pub fn read(texts: &Texts) -> Result<Found, Unreadable> {
     let mut found = Found::default();
     for family in Family::ALL {
-        let dumps = texts.of(family);
-        for source in &dumps.iptables {
-            let tables = at(source, iptables::parse(&source.text, family))?;
+        for (source, tables) in texts
+            .of(family)
+            .iptables
+            .iter()
+            .zip(dump::saves(texts, family)?)
+        {
             from_iptables::read(&tables, iptables_mode(source), &mut found);
         }
-        let ruleset = match (&dumps.nft, &dumps.nft_json) {
-            (Some(source), _) => Some(at(source, nftables::parse(&source.text))?),
-            (None, Some(source)) => Some(at(source, nftables::json::parse(&source.text))?),
-            (None, None) => None,
-        };
-        if let Some(ruleset) = &ruleset {
-            from_nftables::read(ruleset, family, &mut found);
+        if let Some((ruleset, _)) = dump::ruleset(texts, family)? {
+            from_nftables::read(&ruleset, family, &mut found);
         }
     }
-    let servers = texts.servers.as_ref();
-    let servers = servers.map(|source| at(source, ipvs::Servers::parse(&source.text)));
-    let sets = texts.sets.as_ref();
-    let sets = sets.map(|source| at(source, ipvs::Sets::parse(&source.text)));
-    let servers = servers.transpose()?.unwrap_or_default();
-    let sets = sets.transpose()?.unwrap_or_default();
-    from_ipvs::read(&servers, &sets, &mut found);
+    let ipvs = dump::ipvs_state(texts)?;
+    from_ipvs::read(&ipvs.servers, &ipvs.sets, &mut found);
     found.modes.sort_unstable();
     found.modes.dedup();
     found.foreign.sort_unstable();
     found.foreign.dedup();
     Ok(found)
-}
-
-fn at<T, E: Into<Cause>>(source: &Source, result: Result<T, E>) -> Result<T, ReadError> {
-    result.map_err(|cause| ReadError {
-        origin: source.origin.clone(),
-        cause: cause.into(),
-    })
 }
 
 /// The back end that a dump is of, which its first line or its origin says.
@@ -411,4 +378,4 @@ impl fmt::Display for FoundService {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

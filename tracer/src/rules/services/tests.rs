@@ -496,6 +496,30 @@ fn service_of(index: u8, features: &Features) -> Service {
     }
 }
 
+/// Up to seven Services with any features, one port each, and endpoints on [`HERE`] and elsewhere.
+pub(in crate::rules) fn any_cluster() -> impl Strategy<Value = Cluster> {
+    any_features().prop_map(|features| Cluster {
+        services: (1_u8..)
+            .zip(&features)
+            .map(|(index, features)| service_of(index, features))
+            .collect(),
+        ..Cluster::default()
+    })
+}
+
+/// The node that the clusters of [`any_cluster`] are seen from.
+pub(in crate::rules) fn a_node() -> NodeView {
+    NodeView {
+        name: HERE.to_owned(),
+        addresses: vec![
+            [172, 31, 255, 2].into(),
+            [0xfd00, 1, 0, 0, 0, 0, 0, 2].into(),
+        ],
+        cluster_cidrs: vec![Cidr::v4(10, 244, 0, 0, 16)],
+        ..NodeView::default()
+    }
+}
+
 /// What the rules of a Service say, if they say all.
 fn told(service: &Service, family: Family) -> FoundService {
     let port = &service.ports[0];
@@ -652,18 +676,8 @@ fn rendered(rules: &RuleSet) -> Texts {
 proptest! {
     /// What was rendered is read back, as far as the rules of the mode tell it.
     #[test]
-    fn what_is_rendered_is_read_back(features in any_features()) {
-        let services = (1_u8..).zip(&features);
-        let cluster = Cluster {
-            services: services.map(|(index, features)| service_of(index, features)).collect(),
-            ..Cluster::default()
-        };
-        let node = NodeView {
-            name: HERE.to_owned(),
-            addresses: vec![[172, 31, 255, 2].into(), [0xfd00, 1, 0, 0, 0, 0, 0, 2].into()],
-            cluster_cidrs: vec![Cidr::v4(10, 244, 0, 0, 16)],
-            ..NodeView::default()
-        };
+    fn what_is_rendered_is_read_back(cluster in any_cluster()) {
+        let node = a_node();
         let found = |mode| {
             read(&rendered(&render(&cluster, &node, mode))).expect("what was rendered")
         };

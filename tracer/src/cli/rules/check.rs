@@ -1,0 +1,96 @@
+//! `svcpath rules check`.
+
+use std::fmt::Write as _;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use tracer::rules::check::{Finding, Report, check};
+
+use super::super::exit;
+use super::{ClusterArgs, Output, Rules, read_cluster};
+
+/// The rules differ from what the cluster calls for.
+const DIFFERS: u8 = 1;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    svcpath rules check --live --cluster cluster.json --node worker-0 --mode iptables \\\n      \
+    --cluster-cidr 10.244.0.0/16\n  \
+    svcpath rules check --dump /var/tmp/dump --cluster cluster.json --node worker-0 --mode ipvs \\\n      \
+    --node-address 10.0.2.15 --output json\n\n\
+    Exit codes: 0 the rules are the ones called for, 1 they differ or the check failed, 2 usage, \
+    3 not permitted.")]
+pub(super) struct Args {
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    #[command(flatten)]
+    rules: Rules,
+    /// How to show the differences.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+    /// Show at most this many differences as text (0: all); all are counted.
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    limit: usize,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    let cluster = read_cluster(&args.cluster.cluster)?;
+    let view = args.cluster.flags.view(&cluster, &args.cluster.node)?;
+    let texts = args.rules.texts()?;
+    let report = check(&cluster, &view, args.cluster.mode.into(), &texts)?;
+    let text = match args.output {
+        Output::Json => serde_json::to_string_pretty(&report)? + "\n",
+        Output::Text => show(&report, started.elapsed().as_secs_f64(), args.limit),
+    };
+    exit::print(&text)?;
+    Ok(if report.differences.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(DIFFERS)
+    })
+}
+
+fn show(report: &Report, seconds: f64, limit: usize) -> String {
+    let mut text = String::new();
+    let count = report.differences.len();
+    let differences = match count {
+        0 => "no difference".to_owned(),
+        1 => "1 difference".to_owned(),
+        _ => format!("{count} differences"),
+    };
+    // Writing into a String cannot fail, here and below.
+    let _ = writeln!(
+        text,
+        "{differences} ({} Services, {} endpoints checked in {seconds:.1} s)",
+        report.services, report.endpoints
+    );
+    let shown = if limit == 0 { count } else { limit.min(count) };
+    for finding in report.differences.iter().take(shown) {
+        show_finding(&mut text, finding);
+    }
+    if shown < count {
+        let _ = writeln!(text, "  and {} more: --limit 0 shows all", count - shown);
+    }
+    text
+}
+
+/// Three or four lines: where, what, what is there instead, and what it does to whom.
+fn show_finding(text: &mut String, finding: &Finding) {
+    let line = finding.line.map(|line| format!(", line {line}"));
+    // Writing into a String cannot fail, here and below.
+    let _ = writeln!(
+        text,
+        "  {:<8}  {} {}{}\n            {}",
+        finding.kind,
+        finding.family,
+        finding.place,
+        line.unwrap_or_default(),
+        finding.rule
+    );
+    if let Some(found) = &finding.found {
+        let _ = writeln!(text, "       is:  {found}");
+    }
+    let service = finding.service.as_deref().unwrap_or("all Services");
+    let _ = writeln!(text, "            {service}: {}", finding.effect);
+}

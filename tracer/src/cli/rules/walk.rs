@@ -1,0 +1,294 @@
+//! `svcpath rules walk`.
+
+use std::collections::HashSet;
+use std::fmt::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use clap::ValueEnum;
+use serde_json::json;
+use tracer::cluster::{Family, Protocol};
+use tracer::rules::dump::Texts;
+use tracer::rules::oracle::Rules;
+use tracer::rules::services;
+use tracer::rules::walk::{Action, Fate, Origin, Outcome, Packet, State, Visited};
+use tracer::rules::{Mode, render};
+
+use super::super::exit;
+use super::{Flags, ModeArg, Output, Usage, live, read_cluster};
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    svcpath rules walk --live --from 10.244.0.7 --to 10.96.0.10:53/udp\n  \
+    svcpath rules walk --dump /var/tmp/dump --from 192.0.2.7 --to 10.0.2.15:30080 --output json\n  \
+    svcpath rules walk --cluster cluster.json --node worker-0 --mode nftables \\\n      \
+    --cluster-cidr 10.244.0.0/16 --from 10.244.0.7 --to '[fd00:10:96::a]:80'")]
+pub(super) struct Args {
+    /// The rules that this cluster calls for: what
+    /// `kubectl get services,endpointslices,nodes -A -o json` printed.
+    #[arg(long, value_name = "FILE", requires_all = ["node", "mode"])]
+    cluster: Option<PathBuf>,
+    /// The rules in this folder of dumps.
+    #[arg(long, value_name = "DIR", conflicts_with = "cluster")]
+    dump: Option<PathBuf>,
+    /// The rules of this node, now. Needs root, changes nothing.
+    #[arg(long, conflicts_with_all = ["cluster", "dump"])]
+    live: bool,
+    /// The node's name, with --cluster.
+    #[arg(long, value_name = "NAME")]
+    node: Option<String>,
+    /// kube-proxy's mode, with --cluster.
+    #[arg(long, value_enum)]
+    mode: Option<ModeArg>,
+    #[command(flatten)]
+    flags: Flags,
+    /// Who sends: ADDR, ADDR:PORT, `[ADDR6]:PORT`.
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    from: From,
+    /// To whom: ADDR:PORT/PROTO; PROTO is tcp (if left out), udp or sctp.
+    #[arg(long, value_name = "ADDR:PORT/PROTO")]
+    to: To,
+    /// The link that the packet arrives on.
+    #[arg(long = "in", value_name = "IFACE")]
+    link: Option<String>,
+    /// How the packet comes to the node; default: from the node itself if --from is one of its
+    /// addresses and --in is not given.
+    #[arg(long, value_enum)]
+    path: Option<Path>,
+    /// What conntrack says of the packet.
+    #[arg(long, value_enum, default_value = "new")]
+    state: StateArg,
+    /// How to show the ways.
+    #[arg(long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+/// How traffic enters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Path {
+    /// A pod on this node sends it.
+    PodToClusterip,
+    /// A process on the node sends it.
+    HostToClusterip,
+    /// It comes from outside.
+    ExternalToNodeport,
+    /// A pod on this node sends it to a NodePort.
+    PodToNodeport,
+    /// A pod sends it to a Service that it is an endpoint of.
+    Hairpin,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum StateArg {
+    /// The first packet of a flow.
+    New,
+    /// A later one: its translation is in its conntrack entry.
+    Established,
+    /// One that belongs to no flow.
+    Invalid,
+}
+
+/// `ADDR` or `ADDR:PORT`.
+#[derive(Clone, Copy, Debug)]
+struct From(IpAddr, Option<u16>);
+
+impl FromStr for From {
+    type Err = Usage;
+
+    fn from_str(s: &str) -> Result<Self, Usage> {
+        if let Ok(address) = s.parse() {
+            return Ok(Self(address, None));
+        }
+        s.parse::<SocketAddr>()
+            .map(|socket| Self(socket.ip(), Some(socket.port())))
+            .map_err(|_| Usage(format!("'{s}' is no ADDR or ADDR:PORT")))
+    }
+}
+
+/// `ADDR:PORT/PROTO`.
+#[derive(Clone, Copy, Debug)]
+struct To(SocketAddr, Protocol);
+
+impl FromStr for To {
+    type Err = Usage;
+
+    fn from_str(s: &str) -> Result<Self, Usage> {
+        let (socket, protocol) = s.split_once('/').unwrap_or((s, "tcp"));
+        let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+            .into_iter()
+            .find(|known| known.name().eq_ignore_ascii_case(protocol))
+            .ok_or_else(|| Usage(format!("'{protocol}' is no protocol: use tcp, udp or sctp")))?;
+        let socket = socket.parse().map_err(|_| {
+            Usage(format!(
+                "'{socket}' is no ADDR:PORT (IPv6: [ADDR]:PORT), such as 10.96.0.10:53/udp"
+            ))
+        })?;
+        Ok(Self(socket, protocol))
+    }
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    if Family::of(args.from.0) != Family::of(args.to.0.ip()) {
+        return Err(Usage("--from and --to are of different IP families".to_owned()).into());
+    }
+    let (texts, virtual_ips, mut local) = sources(args)?;
+    local.extend(args.flags.node_address.iter().copied());
+    let rules = Rules::parse(&texts, Family::of(args.from.0))?;
+    let place = rules.place(local, virtual_ips);
+    let packet = Packet {
+        origin: origin(args, |address| place.is_local(address)),
+        from: args.from.0,
+        from_port: args.from.1,
+        to: args.to.0.ip(),
+        to_port: args.to.0.port(),
+        protocol: args.to.1,
+        state: match args.state {
+            StateArg::New => State::New,
+            StateArg::Established => State::Established,
+            StateArg::Invalid => State::Invalid,
+        },
+    };
+    let layers = rules.layers();
+    let outcomes = layers.oracle(&place).walk(&packet);
+    let text = match args.output {
+        Output::Json => {
+            let answer = json!({
+                "from": packet.from,
+                "from_port": packet.from_port,
+                "to": packet.to,
+                "to_port": packet.to_port,
+                "protocol": packet.protocol,
+                "state": packet.state,
+                "arrives": packet.origin != Origin::Node,
+                "outcomes": outcomes,
+            });
+            serde_json::to_string_pretty(&answer)? + "\n"
+        }
+        Output::Text => show(&packet, &outcomes),
+    };
+    exit::print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The rules' texts, the Services' addresses and the node's own.
+fn sources(args: &Args) -> anyhow::Result<(Texts, HashSet<IpAddr>, HashSet<IpAddr>)> {
+    if let Some(file) = &args.cluster {
+        let (Some(node), Some(mode)) = (&args.node, args.mode) else {
+            return Err(Usage("--cluster needs --node and --mode".to_owned()).into());
+        };
+        let cluster = read_cluster(file)?;
+        let view = args.flags.view(&cluster, node)?;
+        let texts = Texts::rendered(&render(&cluster, &view, Mode::from(mode)));
+        let local = view.addresses.iter().copied().collect();
+        return Ok((texts, cluster.virtual_ips().collect(), local));
+    }
+    if let Some(folder) = &args.dump {
+        let texts = Texts::read(folder)?;
+        let virtual_ips = services::read(&texts)?.virtual_ips().collect();
+        return Ok((texts, virtual_ips, HashSet::new()));
+    }
+    if !args.live {
+        let what = "say which rules: --cluster FILE with --node and --mode, --dump DIR, or --live";
+        return Err(Usage(what.to_owned()).into());
+    }
+    let texts = live()?;
+    let virtual_ips = services::read(&texts)?.virtual_ips().collect();
+    Ok((texts, virtual_ips, HashSet::new()))
+}
+
+fn origin(args: &Args, is_local: impl Fn(IpAddr) -> bool) -> Origin {
+    let from_node = match args.path {
+        Some(path) => path == Path::HostToClusterip,
+        None => args.link.is_none() && is_local(args.from.0),
+    };
+    if from_node {
+        Origin::Node
+    } else {
+        Origin::Link(args.link.clone())
+    }
+}
+
+fn show(packet: &Packet, outcomes: &[Outcome<'_>]) -> String {
+    let mut text = String::new();
+    let from = match packet.from_port {
+        Some(port) => SocketAddr::new(packet.from, port).to_string(),
+        None => packet.from.to_string(),
+    };
+    let arrives = match &packet.origin {
+        Origin::Node => "sent by the node".to_owned(),
+        Origin::Link(None) => "arrives on a link".to_owned(),
+        Origin::Link(Some(link)) => format!("arrives on {link}"),
+    };
+    let to = SocketAddr::new(packet.to, packet.to_port);
+    // Writing into a String cannot fail, here and below.
+    let _ = writeln!(text, "{from} -> {to}/{} {arrives}", packet.protocol);
+    let mut before: &[Visited<'_>] = &[];
+    for outcome in outcomes {
+        let common = before
+            .iter()
+            .zip(&outcome.steps)
+            .take_while(|(a, b)| a == b)
+            .count();
+        if common > 0 {
+            let _ = writeln!(text, "  after the first {common} steps above:");
+        }
+        for visited in &outcome.steps[common..] {
+            let step = &visited.step;
+            let _ = writeln!(
+                text,
+                "  {:<11}  {} {} rule {} ({} passed): {}",
+                visited.hook,
+                step.table,
+                step.chain,
+                step.rule,
+                step.passed,
+                action(&step.action)
+            );
+        }
+        before = &outcome.steps;
+        let masqueraded = if outcome.masqueraded {
+            "masqueraded"
+        } else {
+            "not masqueraded"
+        };
+        let _ = writeln!(
+            text,
+            "  = {:.6} %  {}, {masqueraded}",
+            outcome.probability * 100.0,
+            fate(&outcome.fate, to)
+        );
+    }
+    text
+}
+
+fn action(action: &Action<'_>) -> String {
+    match action {
+        Action::Jump(chain) => format!("jump {chain}"),
+        Action::Goto(chain) => format!("goto {chain}"),
+        Action::Return => "return".to_owned(),
+        Action::Accept => "accept".to_owned(),
+        Action::Drop => "drop".to_owned(),
+        Action::Reject => "reject".to_owned(),
+        Action::Mark(mark) => format!("mark {mark:#x}"),
+        Action::Masquerade => "masquerade".to_owned(),
+        Action::Dnat(to) => format!("dnat to {to}"),
+        Action::Schedule(to) => format!("real server {to}"),
+        Action::Remember => "remember the source".to_owned(),
+        Action::Nothing => "nothing".to_owned(),
+        Action::Unknown(what) => format!("unknown: {what}; taken as not matching"),
+        Action::End => "end of the chain".to_owned(),
+    }
+}
+
+fn fate(fate: &Fate, to: SocketAddr) -> String {
+    match fate {
+        Fate::Endpoint { endpoint } => format!("endpoint {endpoint}"),
+        Fate::Node => format!("taken in by the node itself, as {to}"),
+        Fate::Forwarded => format!("sent on to {to}"),
+        Fate::Leaked => format!("leaked: leaves the node for {to}, untranslated"),
+        Fate::Dropped { hook } => format!("dropped at {hook}"),
+        Fate::Rejected { hook } => format!("rejected at {hook}"),
+    }
+}
