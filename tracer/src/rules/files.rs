@@ -11,26 +11,20 @@ use crate::cluster::Family;
 /// One file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleFile {
-    /// Its name. A later step of the same kind, as a sync can have, is numbered: `nft-ip.2.txt`.
+    /// Its name. The second step of a kind, as a partial sync can have, is told apart:
+    /// `nft-ip-then.txt`.
     pub name: String,
     /// What it holds.
     pub text: String,
 }
 
-/// `name`, with a number if a file has it already.
+/// `name`, or with `-then` if a file has it already.
 fn free_name(files: &[RuleFile], name: &str) -> String {
-    let (stem, extension) = name.split_once('.').unwrap_or((name, ""));
-    let taken = files
-        .iter()
-        .filter(|file| {
-            let rest = file.name.strip_prefix(stem);
-            rest.is_some_and(|rest| rest.starts_with('.') && rest.ends_with(extension))
-        })
-        .count();
-    match taken {
-        0 => name.to_owned(),
-        _ => format!("{stem}.{}.{extension}", taken + 1),
+    if files.iter().all(|file| file.name != name) {
+        return name.to_owned();
     }
+    let (stem, extension) = name.split_once('.').unwrap_or((name, ""));
+    format!("{stem}-then.{extension}")
 }
 
 /// The input of `ip -batch` that binds addresses, and unbinds those of an earlier step that are
@@ -57,7 +51,7 @@ impl RuleSet {
             "#!/bin/sh\n# Loads the rules beside this file, in kube-proxy's order.\nset -e\n\
              cd \"$(dirname \"$0\")\"\n",
         );
-        let mut bound: &[IpAddr] = &[];
+        let mut bound: Option<&[IpAddr]> = None;
         for step in &self.steps {
             let file = match step {
                 Step::Sysctl(Sysctl { path, value, .. }) => {
@@ -115,8 +109,8 @@ impl RuleSet {
                         "ip link show {link} > /dev/null 2>&1 || ip link add {link} type dummy\n\
                          ip -batch {name}"
                     );
-                    let text = address_batch(bound, addresses);
-                    bound = addresses;
+                    let text = address_batch(bound.unwrap_or_default(), addresses);
+                    bound = Some(addresses);
                     RuleFile { name, text }
                 }
                 Step::Nft { family, text } => {
@@ -136,7 +130,7 @@ impl RuleSet {
             };
             files.push(file);
         }
-        if self.mode == Mode::Ipvs {
+        if let Some(bound) = bound {
             files.push(RuleFile {
                 name: "ip-addr.txt".to_owned(),
                 text: address_listing(bound),
@@ -180,7 +174,7 @@ mod tests {
         };
         let set = RuleSet {
             mode: Mode::Nftables,
-            steps: vec![nft("a"), bind(&[1, 2]), nft("b"), bind(&[2]), nft("c")],
+            steps: vec![nft("a"), bind(&[1, 2]), nft("b"), bind(&[2])],
         };
         let files = set.files();
         let named = |name: &str| {
@@ -188,15 +182,15 @@ mod tests {
             file.map(|file| file.text.as_str()).expect(name)
         };
         assert_eq!(named("nft-ip.txt"), "a");
-        assert_eq!(named("nft-ip.2.txt"), "b");
-        assert_eq!(named("nft-ip.3.txt"), "c");
+        assert_eq!(named("nft-ip-then.txt"), "b");
         let two =
             "address replace 10.96.0.1 dev kube-ipvs0\naddress replace 10.96.0.2 dev kube-ipvs0\n";
         assert_eq!(named("ip-addr.batch"), two);
         assert_eq!(
-            named("ip-addr.2.batch"),
+            named("ip-addr-then.batch"),
             "address del 10.96.0.1 dev kube-ipvs0\n"
         );
-        assert!(named("load.sh").contains("\nnft -f nft-ip.3.txt\n"));
+        assert!(named("ip-addr.txt").ends_with("    inet 10.96.0.2/32 scope global\n"));
+        assert!(named("load.sh").contains("\nnft -f nft-ip-then.txt\n"));
     }
 }

@@ -322,8 +322,9 @@ pub(in crate::rules) fn render(ports: &Ports<'_>, node: &NodeView, family: Famil
 
     let mut writer = Writer::new(ports, node, family);
     for port in &ports.list {
-        writer.push_elements(port);
-        writer.push_chains(port);
+        let names = Names::of(port);
+        writer.push_elements(port, &names);
+        writer.push_chains(port, &names);
     }
     text.push_str(&writer.sets);
     text.push_str(&writer.chains);
@@ -366,7 +367,7 @@ pub(super) struct Names {
 }
 
 impl Names {
-    fn of(port: &PortView<'_>) -> Self {
+    pub(super) fn of(port: &PortView<'_>) -> Self {
         let service = port.service;
         let endpoint_name = |endpoint: &EndpointText<'_>| {
             nft_endpoint_name(
@@ -410,21 +411,12 @@ impl Names {
     }
 
     /// The full names of the chains, and of the affinity sets.
-    pub(super) fn all(port: &PortView<'_>) -> (Vec<String>, Vec<String>) {
-        let names = Self::of(port);
+    pub(super) fn all(&self, port: &PortView<'_>) -> (Vec<String>, Vec<String>) {
         let mut chains: Vec<String> = Self::prefixes(port)
-            .map(|prefix| format!("{prefix}{}", names.base))
+            .map(|prefix| format!("{prefix}{}", self.base))
             .collect();
-        chains.extend(
-            names
-                .endpoints
-                .iter()
-                .map(|name| format!("endpoint-{name}")),
-        );
-        let sets = names
-            .endpoints
-            .iter()
-            .map(|name| format!("affinity-{name}"));
+        chains.extend(self.endpoints.iter().map(|name| format!("endpoint-{name}")));
+        let sets = self.endpoints.iter().map(|name| format!("affinity-{name}"));
         (chains, sets.collect())
     }
 }
@@ -453,15 +445,10 @@ impl Writer {
     }
 
     /// The elements of a `ServicePort`.
-    pub(super) fn push_elements(&mut self, port: &PortView<'_>) {
+    pub(super) fn push_elements(&mut self, port: &PortView<'_>, names: &Names) {
         let protocol = port.protocol();
         let number = port.port.port;
-        let name = nft_service_name(
-            &port.service.namespace,
-            &port.service.name,
-            protocol,
-            &port.port.name,
-        );
+        let name = names.base.as_str();
         let internal = if port.is_internal_local() {
             "local"
         } else {
@@ -544,8 +531,7 @@ impl Writer {
     }
 
     /// The chains of a `ServicePort`, and its affinity sets.
-    pub(super) fn push_chains(&mut self, port: &PortView<'_>) {
-        let names = Names::of(port);
+    pub(super) fn push_chains(&mut self, port: &PortView<'_>, names: &Names) {
         for prefix in Names::prefixes(port) {
             self.declare(prefix, &names.base);
         }
@@ -556,15 +542,15 @@ impl Writer {
             self.push_firewall(port, &names.base);
         }
         if let Some(seconds) = port.service.affinity {
-            self.push_endpoint_chains(port, &names, seconds);
+            self.push_endpoint_chains(port, names, seconds);
         }
         if port.cluster_count() > 0 {
             let chain = ["service-", names.base.as_str()];
-            self.push_choice(port, &names, chain, TrafficPolicy::Cluster);
+            self.push_choice(port, names, chain, TrafficPolicy::Cluster);
         }
         if port.local_count() > 0 {
             let chain = ["local-", names.base.as_str()];
-            self.push_choice(port, &names, chain, TrafficPolicy::Local);
+            self.push_choice(port, names, chain, TrafficPolicy::Local);
         }
     }
 

@@ -29,10 +29,11 @@ pub(in crate::rules) fn sync(
     after.flush = true;
     let mut used: HashSet<String> = HashSet::new();
     for port in &new.list {
-        after.push_elements(port);
+        let names = Names::of(port);
+        after.push_elements(port, &names);
         if changes.is_changed(port) {
-            after.push_chains(port);
-            let (chains, sets) = Names::all(port);
+            after.push_chains(port, &names);
+            let (chains, sets) = names.all(port);
             used.extend(chains);
             used.extend(sets);
         }
@@ -40,11 +41,12 @@ pub(in crate::rules) fn sync(
     let (mut stale, mut delete_sets, mut delete_chains) =
         (String::new(), String::new(), String::new());
     for port in &old.list {
-        before.push_elements(port);
+        let names = Names::of(port);
+        before.push_elements(port, &names);
         if !changes.is_changed(port) {
             continue;
         }
-        let (chains, sets) = Names::all(port);
+        let (chains, sets) = names.all(port);
         for chain in chains.iter().filter(|chain| !used.contains(*chain)) {
             push_all(&mut stale, &["flush chain ", &table, " ", chain, "\n"]);
             push_all(
