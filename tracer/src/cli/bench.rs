@@ -224,10 +224,15 @@ impl Known {
             cpus,
             ebpf: ebpf_object(),
             tools,
-            command,
+            command: command.iter().map(|word| printable(word)).collect(),
             notes,
         }
     }
+}
+
+/// Words as they were typed may hold what a terminal would take for commands.
+fn printable(word: &str) -> String {
+    word.replace(char::is_control, "\u{fffd}")
 }
 
 /// Which eBPF object this program carries, and who compiled it.
@@ -520,7 +525,7 @@ mod tests {
         for other in [
             "bench --quick --modes nftables,ipvs --services 100,1000 --seed 42",
             "bench --seed=042 --services=1000,100,100 --modes=ipvs --modes nftables --quick",
-            "bench --modes nftables,ipvs --services 100,1000 --flows 200 --rate 50",
+            "bench --quick --modes nftables,ipvs --services 100,1000 --flows 200 --rate 50",
         ] {
             assert_eq!(planned(other), plain, "{other}");
         }
