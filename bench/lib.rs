@@ -253,7 +253,7 @@ pub fn run() -> Run {
         measurements: Measurements {
             clock: Clock::Virtual,
             tier: "hooks".to_owned(),
-            seed: matrix.seed,
+            seed: matrix.load.seed,
             cells,
             faults,
         },
@@ -271,7 +271,7 @@ fn cell(matrix: &Matrix, mode: Mode, services: u32) -> Cell {
         paths: Path::SERVICE
             .into_iter()
             .chain(Path::FLOOR)
-            .map(|path| path_result(matrix.flows_per_path, path, &mut dice))
+            .map(|path| path_result(matrix.load.flows_per_path, path, &mut dice))
             .collect(),
         probes: health(),
     }

@@ -10,10 +10,10 @@ use std::net::SocketAddr;
 use tracer::cluster::Family;
 use tracer::kernel::tool;
 use tracer::lab::traffic::{self, Stream, TrafficPlan};
-use tracer::record::run::{Cell, Fault, FaultKind, PacketState, Place, Verdict};
+use tracer::record::run::{Cell, Fault, FaultKind, PacketState, Verdict};
 use tracer::rules::Mode;
 use tracer::scenario::job::{self, Part};
-use tracer::scenario::matrix::{Job, JobKind, Matrix};
+use tracer::scenario::matrix::{Job, JobKind, Load};
 use tracer::scenario::node::{TestNode, sent};
 use tracer_ebpf::path::{Origin, Path, Target};
 
@@ -26,15 +26,12 @@ pub fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
     tokio::task::LocalSet::new().block_on(&runtime, future)
 }
 
-fn matrix(flows_per_path: u32) -> Matrix {
-    Matrix {
-        flows_per_path,
-        ..Matrix::standard(true, 7, Place::Host)
-    }
-}
-
 fn run(job: Job, flows_per_path: u32) -> Part {
-    on_one_thread(job::run(job, &matrix(flows_per_path), &|_, _| {}))
+    let load = Load {
+        flows_per_path,
+        ..Load::standard(true, 7)
+    };
+    on_one_thread(job::run(job, &load, &|_, _| {}))
         .unwrap_or_else(|error| panic!("{}: {error}", job.id()))
 }
 

@@ -216,7 +216,7 @@ fn recv(socket: &Socket, buffer: &mut [u8]) -> io::Result<usize> {
     usize::try_from(length).map_err(|_| io::Error::last_os_error())
 }
 
-/// The packet as bytes: a TCP SYN (INVALID to conntrack: SYN with FIN), a UDP datagram, an SCTP
+/// The packet as bytes: a TCP SYN (INVALID to conntrack: RST of no flow), a UDP datagram, an SCTP
 /// INIT. `id` is in the payload, the sequence number or the verification tag.
 fn packet_bytes(packet: &Packet, id: u32) -> Vec<u8> {
     let from_port = packet.from_port.expect("packets have a source port");
@@ -234,7 +234,7 @@ fn packet_bytes(packet: &Packet, id: u32) -> Vec<u8> {
             tcp.set_data_offset(5);
             tcp.set_window(1000);
             tcp.set_flags(if packet.state == State::Invalid {
-                TcpFlags::SYN | TcpFlags::FIN
+                TcpFlags::RST
             } else {
                 TcpFlags::SYN
             });

@@ -175,9 +175,11 @@ fn with_tools(command: &mut Command, tools: &[&str], dir: &Path) {
             .map(|dir| dir.join(tool))
             .find(|file| file.is_file())
             .unwrap_or_else(|| panic!("{tool} is not installed"));
-        std::os::unix::fs::symlink(real, dir.join(tool)).expect("a link");
+        fs::copy(real, dir.join(tool)).expect("a copy");
     }
     command.env("PATH", dir);
+    // Looked into whatever PATH says.
+    with_tmpfs(command, Path::new("/usr/sbin"));
 }
 
 #[test]
@@ -191,7 +193,16 @@ fn impossible_requests_are_refused_with_usage() {
         ],
     );
     misused(&["bench", "plan", "--place", "cloud"], &["host or vm"]);
-    misused(&["bench", "job", "x"], &["-o"]);
+    misused(&["bench", "job", "cell-nftables-7"], &["-o"]);
+    misused(&["bench", "run", "--place", "vm"], &["--place"]);
+    let part = dir.path().join("part.json");
+    let part = part.to_str().expect("UTF-8");
+    for (id, words) in [
+        ("cell-userspace-7", "svcpath bench plan"),
+        ("cell-nftables-0", "use 1 to 30000"),
+    ] {
+        misused(&["bench", "job", id, "-o", part], &[id, words]);
+    }
     for services in ["0", "1000000"] {
         fails(
             &mut svcpath(&["bench", "plan", "--services", services]),
@@ -206,12 +217,36 @@ fn impossible_requests_are_refused_with_usage() {
             &[flows, "use 1 to 10000"],
         );
     }
+    is_empty(dir.path());
+}
+
+#[test]
+fn a_clock_that_is_not_this_machines_is_refused() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut command = job("cell-nftables-100", &dir.path().join("part.json"));
     fails(
-        &mut job("cell-nftables-7", &dir.path().join("part.json")),
+        command.args(["--clock", "virtual"]),
         2,
-        &["cell-nftables-7", "svcpath bench plan"],
+        &["--clock virtual", "does not count instructions"],
     );
     is_empty(dir.path());
+}
+
+#[test]
+fn fewer_services_than_asked_for_are_announced() {
+    let plan = ["bench", "plan", "--modes", "iptables-nft", "--services"];
+    let ended = end(svcpath(&plan).args(["5000", "--place", "vm"]));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(
+        ended.stderr.contains("iptables-nft stops at 2000 Services"),
+        "{ended:?}"
+    );
+    assert!(
+        ended.stdout.contains("flush-iptables-nft-2000"),
+        "{ended:?}"
+    );
+    let ended = end(svcpath(&plan).arg("5000"));
+    assert_eq!(ended.stderr, "");
 }
 
 #[test]
@@ -430,9 +465,10 @@ fn damaged_parts_make_no_run() {
             "kernel": "k", "host_kernel": "k", "cpus": 1}"#,
     )
     .expect("written");
-    fails(&mut assemble(), 1, &["nftables.json"]);
-    fs::write(dir.path().join("nftables.json"), "{").expect("written");
-    fails(&mut assemble(), 5, &["nftables.json", "bench job"]);
+    let part = "cell-nftables-100.json";
+    fails(&mut assemble(), 1, &[part]);
+    fs::write(dir.path().join(part), "{").expect("written");
+    fails(&mut assemble(), 5, &[part, "bench job"]);
     assert!(!into.exists());
 }
 
@@ -668,7 +704,7 @@ fn the_machine_is_as_before_whatever_the_end() {
     becomes(&before, ended.pid, false);
     let part: Value =
         serde_json::from_slice(&fs::read(&file).expect("the part")).expect("the part is JSON");
-    assert_eq!(part["parts"][0]["cell"]["services"], 100);
+    assert_eq!(part["part"]["cell"]["services"], 100);
     fs::remove_file(&file).expect("removed");
 
     // Long enough that the signal comes in the middle.
@@ -677,11 +713,7 @@ fn the_machine_is_as_before_whatever_the_end() {
         command.arg(&file).args(["--flows", "500"]);
         command
     };
-    let rules = || {
-        let mut command = job("cell-iptables-nft-2000", &file);
-        command.args(["--services", "2000"]);
-        command
-    };
+    let rules = || job("cell-iptables-nft-2000", &file);
     for (mut command, word, signal, group) in [
         (traffic(), "attaching probes", Signal::SIGINT, false),
         (traffic(), "traffic", Signal::SIGINT, true),
@@ -881,6 +913,10 @@ fn the_plan_is_json() {
     assert_eq!(ended.code, Some(0), "{ended:?}");
     let plan: Value = serde_json::from_str(&ended.stdout).expect("JSON");
     let jobs = plan["jobs"].as_array().expect("a list");
-    assert_eq!(jobs.len(), 5, "a group a mode, and the switch");
+    assert_eq!(
+        jobs.len(),
+        13,
+        "two cells and a flush a mode, and the switch"
+    );
     assert!(jobs.iter().all(|job| job["id"].is_string()));
 }

@@ -2,7 +2,9 @@
 //!
 //! QEMU's two threads hand the virtual clock to each other whenever the guest is idle. With both free
 //! to run on two CPUs of a machine under load, some runs came out a few instructions different in
-//! a few places; on one CPU the threads take turns, and none has been seen to differ.
+//! a few places. On one CPU the threads take turns, and far fewer differ; with several other programs
+//! to a CPU some still do. (Real-time scheduling is no way out: the guest then stands still, and so
+//! does the machine.)
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};

@@ -44,6 +44,11 @@ impl Failure {
         }
         .into()
     }
+
+    /// The exit code.
+    pub(crate) fn code(&self) -> u8 {
+        self.code
+    }
 }
 
 impl fmt::Display for Failure {
@@ -123,9 +128,7 @@ fn main() -> ExitCode {
         Ok(code) => code.into(),
         Err(error) => {
             eprintln!("error: {error:#}");
-            let code = error
-                .downcast_ref::<Failure>()
-                .map_or(1, |failure| failure.code);
+            let code = error.downcast_ref::<Failure>().map_or(1, Failure::code);
             code.into()
         }
     }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +28,14 @@ use crate::vm::{VmOptions, image};
 use crate::{Failure, workspace};
 
 const MODES: [&str; 4] = ["iptables-legacy", "iptables-nft", "ipvs", "nftables"];
+/// The most Services that svcpath takes. It refuses more itself, but it has to be built first.
+const MAX_SERVICES: u32 = 30_000;
+/// Bytes that the largest run's folder takes.
+const RUN_BYTES: usize = 4 << 20;
+/// Beside the parts: when and where.
+const ENVIRONMENT: &str = "environment";
+/// The file that a job in a guest leaves.
+const PART: &str = "part.json";
 /// How many of a failed job's last lines are shown.
 const LAST_LINES: usize = 20;
 
@@ -102,6 +110,26 @@ struct Matrix {
 }
 
 impl Matrix {
+    /// Refuses what can be seen to be wrong before svcpath is built.
+    fn check(&self) -> Result<()> {
+        let unknown = |mode: &&String| !MODES.contains(&mode.as_str());
+        if let Some(mode) = self.modes.iter().find(unknown) {
+            let known = MODES.join(", ");
+            return Err(Failure::new(
+                2,
+                format!("unknown mode '{mode}': use some of {known}"),
+            ));
+        }
+        let impossible = |n: &&u32| !(1..=MAX_SERVICES).contains(*n);
+        if let Some(services) = self.services.iter().find(impossible) {
+            return Err(Failure::new(
+                2,
+                format!("{services} Services: use 1 to {MAX_SERVICES}"),
+            ));
+        }
+        Ok(())
+    }
+
     fn flags(&self) -> Vec<String> {
         let mut flags = Vec::new();
         if self.quick {
@@ -269,6 +297,8 @@ struct PlannedJob {
     id: String,
     title: String,
     weight: f64,
+    /// What `svcpath bench job` takes: nothing of it depends on how this run was asked for.
+    arguments: Vec<String>,
 }
 
 impl Plan {
@@ -318,7 +348,7 @@ struct Environment<'a> {
 /// Everything that does not change from job to job.
 struct Run<'a> {
     svcpath: &'a Path,
-    /// The matrix and the place as flags.
+    /// The matrix as flags.
     flags: Vec<String>,
     decision: &'a Decision,
     parts: PathBuf,
@@ -328,6 +358,7 @@ struct Run<'a> {
 pub(crate) fn main(args: &RunArgs) -> Result<u8> {
     let began = Instant::now();
     let started = SystemTime::now();
+    args.matrix.check()?;
     if !nix::unistd::geteuid().is_root() {
         return Err(Failure::new(
             3,
@@ -337,9 +368,10 @@ pub(crate) fn main(args: &RunArgs) -> Result<u8> {
     let (file_time, report_time) = utc(started);
     let output = match &args.output {
         Some(output) => output.clone(),
-        None => workspace::target().join("svcpath").join(file_time),
+        None => workspace::target().join("svcpath").join(&file_time),
     };
     refuse_to_overwrite(&output, args.force)?;
+    try_folder(&output)?;
     packages::prepare(&packages::NEEDS, !args.no_install)?;
     let kernel = HostKernel::look();
     let decision = decide(args.place, args.clock, &args.matrix.modes, &kernel)?;
@@ -354,11 +386,7 @@ pub(crate) fn main(args: &RunArgs) -> Result<u8> {
     };
     let run = Run {
         svcpath: &svcpath,
-        flags: [
-            matrix.flags(),
-            vec!["--place".to_owned(), decision.place.word().to_owned()],
-        ]
-        .concat(),
+        flags: matrix.flags(),
         decision: &decision,
         parts,
     };
@@ -415,6 +443,7 @@ pub(crate) fn main(args: &RunArgs) -> Result<u8> {
         tools: tools(decision.place),
     };
     run.assemble(&environment, &output, args.force)
+        .map_err(|error| run.keep_parts(error, &file_time))
 }
 
 /// An output directory must be new or empty; found out before anything is measured.
@@ -430,6 +459,32 @@ fn refuse_to_overwrite(output: &Path, force: bool) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Makes the folder and a file as large as a run in it, and takes them away again: what cannot be
+/// written is better known before anything is measured.
+fn try_folder(folder: &Path) -> Result<()> {
+    let made: Vec<&Path> = folder
+        .ancestors()
+        .take_while(|part| !part.as_os_str().is_empty() && !part.exists())
+        .collect();
+    let file = folder.join(format!(".svcpath-{}.tmp", std::process::id()));
+    let outcome = fs::create_dir_all(folder).and_then(|()| {
+        let mut content = fs::File::create(&file)?;
+        content.write_all(&vec![0; RUN_BYTES])?;
+        // Some file systems say only here that they are full.
+        content.sync_all()
+    });
+    fs::remove_file(&file).ok();
+    for part in made {
+        fs::remove_dir(part).ok();
+    }
+    outcome.with_context(|| {
+        format!(
+            "cannot write into {}: choose another directory (-o)",
+            folder.display()
+        )
+    })
 }
 
 fn cpus() -> usize {
@@ -470,7 +525,7 @@ impl Run<'_> {
         let output = Command::new(self.svcpath)
             .args(["bench", "plan"])
             .args(&self.flags)
-            .args(["--output", "json"])
+            .args(["--place", self.decision.place.word(), "--output", "json"])
             .stderr(Stdio::inherit())
             .output()
             .with_context(|| format!("cannot start {}", self.svcpath.display()))?;
@@ -484,9 +539,9 @@ impl Run<'_> {
         Plan::parse(&output.stdout)
     }
 
-    fn job_arguments(&self, id: &str, file: &str) -> Vec<String> {
-        let mut arguments = vec!["bench".to_owned(), "job".to_owned(), id.to_owned()];
-        arguments.extend(self.flags.iter().cloned());
+    fn job_arguments(&self, job: &PlannedJob, file: &str) -> Vec<String> {
+        let mut arguments = vec!["bench".to_owned(), "job".to_owned()];
+        arguments.extend(job.arguments.iter().cloned());
         arguments.extend(["--clock", self.decision.clock.word(), "-o", file].map(str::to_owned));
         arguments
     }
@@ -511,7 +566,7 @@ impl Run<'_> {
         let (reader, writer) = std::io::pipe().context("cannot create a pipe")?;
         let mut command = Command::new(self.svcpath);
         command
-            .args(self.job_arguments(&job.id, &part.to_string_lossy()))
+            .args(self.job_arguments(job, &part.to_string_lossy()))
             .stdin(Stdio::null())
             .stdout(writer.try_clone().context("cannot share a pipe")?)
             .stderr(writer);
@@ -579,6 +634,17 @@ impl Run<'_> {
             .map_or(Ok(()), Err)
     }
 
+    /// The job as the guest gets it: the same for the same measurement, to the byte.
+    fn guest_job(&self, job: &PlannedJob) -> Job {
+        let mut argv = vec!["svcpath".to_owned()];
+        argv.extend(self.job_arguments(job, &format!("{OUT}/{PART}")));
+        Job {
+            argv,
+            env: BTreeMap::new(),
+            cwd: HOME.to_owned(),
+        }
+    }
+
     fn vm_job(
         &self,
         job: &PlannedJob,
@@ -586,14 +652,7 @@ impl Run<'_> {
         progress: &Progress,
         stop: &AtomicBool,
     ) -> Result<()> {
-        let name = format!("{}.json", job.id);
-        let mut argv = vec!["svcpath".to_owned()];
-        argv.extend(self.job_arguments(&job.id, &format!("{OUT}/{name}")));
-        let in_guest = Job {
-            argv,
-            env: BTreeMap::new(),
-            cwd: HOME.to_owned(),
-        };
+        let in_guest = self.guest_job(job);
         let mut last = LastLines::default();
         progress.update(&job.id, 0.0, &job.title);
         let output = vm
@@ -616,27 +675,54 @@ impl Run<'_> {
         );
         let content = output
             .files
-            .get(&name)
-            .with_context(|| format!("the job {} ended well, but left no {name}", job.id))?;
-        let part = self.parts.join(&name);
+            .get(PART)
+            .with_context(|| format!("the job {} ended well, but left no {PART}", job.id))?;
+        let part = self.parts.join(format!("{}.json", job.id));
         fs::write(&part, content).with_context(|| format!("cannot write {}", part.display()))?;
         progress.finish_job(&job.id, &job.title);
         Ok(())
     }
 
-    fn assemble(&self, environment: &Environment<'_>, output: &Path, force: bool) -> Result<u8> {
-        let file = self.parts.join("environment");
-        fs::write(&file, serde_json::to_vec_pretty(environment)?)
-            .with_context(|| format!("cannot write {}", file.display()))?;
+    /// Joins the parts in `parts`; where to is still to be said.
+    fn assemble_command(&self, parts: &Path) -> Command {
         let mut command = Command::new(self.svcpath);
         command
             .args(["bench", "assemble", "--parts"])
-            .arg(&self.parts)
+            .arg(parts)
             .args(&self.flags)
             .arg("--environment")
-            .arg(&file)
-            .arg("-o")
-            .arg(output);
+            .arg(parts.join(ENVIRONMENT));
+        command
+    }
+
+    /// Puts the parts of a run whose report could not be written where nobody removes them, and
+    /// says so.
+    fn keep_parts(&self, error: anyhow::Error, time: &str) -> anyhow::Error {
+        let kept = self.parts.with_file_name(format!("unwritten-{time}"));
+        if fs::rename(&self.parts, &kept).is_err() {
+            return error;
+        }
+        let code = error.downcast_ref::<Failure>().map_or(1, Failure::code);
+        let command = self.assemble_command(&kept);
+        let words: Vec<String> = std::iter::once(command.get_program())
+            .chain(command.get_args())
+            .map(quoted)
+            .collect();
+        Failure::new(
+            code,
+            format!(
+                "{error:#}; what was measured is kept: `{} -o DIR` writes it",
+                words.join(" ")
+            ),
+        )
+    }
+
+    fn assemble(&self, environment: &Environment<'_>, output: &Path, force: bool) -> Result<u8> {
+        let file = self.parts.join(ENVIRONMENT);
+        fs::write(&file, serde_json::to_vec_pretty(environment)?)
+            .with_context(|| format!("cannot write {}", file.display()))?;
+        let mut command = self.assemble_command(&self.parts);
+        command.arg("-o").arg(output);
         if force {
             command.arg("--force");
         }
@@ -651,6 +737,16 @@ impl Run<'_> {
             ));
         }
         Ok(0)
+    }
+}
+
+fn quoted(word: &std::ffi::OsStr) -> String {
+    let word = word.to_string_lossy();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./,=:".contains(c);
+    if word.chars().all(plain) {
+        word.into_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
     }
 }
 
@@ -815,14 +911,14 @@ mod tests {
 
     #[test]
     fn plans_are_sorted_and_checked() {
-        let text = br#"{"jobs":[{"id":"a","title":"A","weight":1},{"id":"cell-ipvs-1000","title":"ipvs 1000","weight":1.7}]}"#;
+        let text = br#"{"jobs":[{"id":"a","title":"A","weight":1,"arguments":["a"]},{"id":"cell-ipvs-1000","title":"ipvs 1000","weight":1.7,"arguments":["b"]}]}"#;
         let plan = Plan::parse(text).expect("good");
         assert_eq!(plan.jobs[0].id, "cell-ipvs-1000");
         for bad in [
             r#"{"jobs":[]}"#,
-            r#"{"jobs":[{"id":"../x","title":"","weight":1}]}"#,
-            r#"{"jobs":[{"id":"x","title":"","weight":0}]}"#,
-            r#"{"jobs":[{"id":"x","title":"","weight":1},{"id":"x","title":"","weight":1}]}"#,
+            r#"{"jobs":[{"id":"../x","title":"","weight":1,"arguments":[]}]}"#,
+            r#"{"jobs":[{"id":"x","title":"","weight":0,"arguments":[]}]}"#,
+            r#"{"jobs":[{"id":"x","title":"","weight":1,"arguments":[]},{"id":"x","title":"","weight":1,"arguments":[]}]}"#,
             "not json",
         ] {
             assert!(Plan::parse(bad.as_bytes()).is_err(), "{bad}");
@@ -842,6 +938,95 @@ mod tests {
             "--quick --seed 7 --modes ipvs,nftables --services 100,1000"
         );
         assert!(Matrix::default().flags().is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_refused_in_one_line() {
+        let refused = |matrix: Matrix| {
+            let error = matrix.check().expect_err("refused");
+            let code = error.downcast_ref::<Failure>().map(Failure::code);
+            assert_eq!(code, Some(2));
+            let text = error.to_string();
+            assert_eq!(text.lines().count(), 1);
+            text
+        };
+        let modes = |words: Vec<String>| Matrix {
+            modes: words,
+            ..Matrix::default()
+        };
+        let services = |services| Matrix {
+            services,
+            ..Matrix::default()
+        };
+        assert_eq!(
+            refused(modes(words(&["ipvs", "userspace"]))),
+            "unknown mode 'userspace': use some of iptables-legacy, iptables-nft, ipvs, nftables"
+        );
+        for n in [0, 1_000_000] {
+            assert!(refused(services(vec![100, n])).contains("use 1 to 30000"));
+        }
+        assert!(modes(MODES.map(str::to_owned).to_vec()).check().is_ok());
+        assert!(services(vec![1, MAX_SERVICES]).check().is_ok());
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_is_known_at_once() {
+        let name = format!("xtask-folder-{}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        let deep = directory.join("a/b");
+        try_folder(&deep).expect("writable");
+        assert!(!directory.exists(), "nothing stays");
+        fs::create_dir_all(&deep).expect("writable");
+        try_folder(&deep).expect("writable");
+        assert_eq!(fs::read_dir(&deep).expect("still there").count(), 0);
+        fs::write(deep.join("file"), "").expect("writable");
+        for not in [deep.join("file"), deep.join("file/x"), "/proc/foo".into()] {
+            let error = format!("{:#}", try_folder(&not).expect_err("refused"));
+            assert!(error.contains("choose another directory"), "{error}");
+        }
+        fs::remove_dir_all(&directory).expect("ours");
+    }
+
+    #[test]
+    fn a_guests_job_does_not_tell_how_the_run_was_asked_for() {
+        let job = PlannedJob {
+            id: "cell-nftables-100".to_owned(),
+            title: "nftables 100".to_owned(),
+            weight: 1.0,
+            arguments: words(&["cell-nftables-100", "--seed", "00000000000000000042"]),
+        };
+        with_stand_in("", |run, _| {
+            let typed = Run {
+                flags: words(&["--quick", "--seed", "42", "--modes", "nftables"]),
+                parts: run.parts.clone(),
+                ..*run
+            };
+            assert_eq!(run.guest_job(&job), typed.guest_job(&job));
+            assert_eq!(
+                run.guest_job(&job).argv.join(" "),
+                "svcpath bench job cell-nftables-100 --seed 00000000000000000042 \
+                 --clock wall -o /out/part.json"
+            );
+        });
+    }
+
+    #[test]
+    fn what_was_measured_outlives_a_report_that_cannot_be_written() {
+        with_stand_in("exit 1", |run, directory| {
+            fs::write(run.parts.join("one.json"), "part").expect("writable");
+            let error = run.keep_parts(Failure::new(5, "no report"), "now");
+            assert_eq!(error.downcast_ref::<Failure>().map(Failure::code), Some(5));
+            let kept = directory.join("unwritten-now");
+            assert!(kept.join("one.json").is_file());
+            let text = error.to_string();
+            let command = format!(
+                "bench assemble --parts '{0}' --quick --environment '{0}/environment' -o DIR` \
+                 writes it",
+                kept.display()
+            );
+            assert!(text.starts_with("no report; what was measured is kept: `"));
+            assert!(text.ends_with(&command), "{text}");
+        });
     }
 
     #[test]
@@ -883,7 +1068,7 @@ mod tests {
         };
         let run = Run {
             svcpath: &svcpath,
-            flags: words(&["--quick", "--place", "host"]),
+            flags: words(&["--quick"]),
             decision: &decision,
             parts,
         };
@@ -896,10 +1081,11 @@ mod tests {
         let script = r#"
 case "$2" in
 plan) [ "$*" = "bench plan --quick --place host --output json" ] || exit 2
-      echo '{"jobs":[{"id":"one","title":"One","weight":1},{"id":"two","title":"Two","weight":2}]}' ;;
-job)  [ "$4 $5 $6 $7 $8 $9" = "--quick --place host --clock wall -o" ] || exit 2
-      echo "progress 0.5 half" >&2; echo "part of $3" > "${10}" ;;
-assemble) mkdir -p "${11}" && cat "$4/one.json" "$4/two.json" "$9" > "${11}/run.json" ;;
+      echo '{"jobs":[{"id":"one","title":"One","weight":1,"arguments":["one","--seed","7"]},
+                    {"id":"two","title":"Two","weight":2,"arguments":["two","--seed","7"]}]}' ;;
+job)  [ "$4 $5 $6 $7 $8" = "--seed 7 --clock wall -o" ] || exit 2
+      echo "progress 0.5 half" >&2; echo "part of $3" > "$9" ;;
+assemble) mkdir -p "$9" && cat "$4/one.json" "$4/two.json" "$7" > "$9/run.json" ;;
 esac"#;
         with_stand_in(script, |run, directory| {
             let plan = run.plan().expect("a plan");
@@ -935,6 +1121,7 @@ esac"#;
                 id: "cell".to_owned(),
                 title: "Cell".to_owned(),
                 weight: 1.0,
+                arguments: words(&["cell"]),
             };
             let error = run.on_host(&Plan { jobs: vec![job] }).expect_err("exit 5");
             let text = error.to_string();

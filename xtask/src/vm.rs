@@ -27,10 +27,10 @@ pub(crate) struct VmOptions {
     #[arg(long, value_name = "K")]
     pub(crate) kernel: Option<String>,
     /// Memory of a VM in MiB
-    #[arg(long, value_name = "M", default_value_t = 3072)]
+    #[arg(long, value_name = "M", default_value_t = 3072, value_parser = clap::value_parser!(u32).range(512..=1 << 20))]
     pub(crate) memory: u32,
     /// Seconds of real time that one VM may take
-    #[arg(long, value_name = "S", default_value_t = 1800)]
+    #[arg(long, value_name = "S", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=7 * 86_400))]
     pub(crate) time_limit: u64,
 }
 
@@ -40,7 +40,8 @@ pub(crate) struct VmOptions {
 Examples:
   cargo xtask vm -- uname -a
   cargo xtask vm --kernel 6.1 -- sh -c 'modprobe ip_vs && ipvsadm -L'
-  cargo xtask vm --file cluster.json -- svcpath rules render cluster.json --mode ipvs
+  cargo xtask vm --file cluster.json -- \
+    svcpath rules render --cluster cluster.json --node worker-0 --mode ipvs
   cargo xtask vm --clock wall -- svcpath doctor
 
 The command runs as root in /root of a fresh system without network. Files named with --file are

@@ -13,12 +13,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
+use tracer::kernel::clock;
 use tracer::record::run::{Clock, Environment, FORMAT, Measurements, Place, Run};
 use tracer::report;
 use tracer::rules::Mode;
 use tracer::scenario::assemble::{assemble, join};
 use tracer::scenario::job::{self, Part, PartFile};
-use tracer::scenario::matrix::{Group, Matrix};
+use tracer::scenario::matrix::{Job, Load, Matrix, MatrixError};
 use tracer::scenario::node;
 
 use super::exit;
@@ -55,22 +56,26 @@ enum Command {
     Plan {
         #[command(flatten)]
         matrix: MatrixArgs,
+        /// Where the node would live.
+        #[arg(long, default_value = "host")]
+        place: Place,
         /// Text or JSON.
         #[arg(long, value_parser = ["text", "json"], default_value = "text")]
         output: String,
     },
-    /// One job or group of jobs, on this machine, in namespaces of their own.
-    #[command(after_help = "Examples:\n  \
-        sudo svcpath bench job cell-nftables-1000 --quick -o cell-nftables-1000.json\n  \
-        sudo svcpath bench job nftables --quick -o nftables.json")]
+    /// One job, on this machine, in namespaces of its own.
+    #[command(after_help = "Example:\n  \
+        sudo svcpath bench job cell-nftables-1000 --quick -o cell-nftables-1000.json")]
     Job {
         /// As `plan` names it.
-        id: String,
+        #[arg(value_name = "JOB")]
+        job: Job,
         #[command(flatten)]
-        matrix: MatrixArgs,
-        /// The clock this machine has: virtual only in a VM that counts instructions.
-        #[arg(long, value_enum, default_value = "wall")]
-        clock: ClockArg,
+        load: LoadArgs,
+        /// The clock that the times are to be of; refused if it is not this machine's. Virtual is
+        /// that of the VM of `cargo xtask` [default: this machine's].
+        #[arg(long, value_enum)]
+        clock: Option<ClockArg>,
         /// Where the part goes; a file that is there is replaced.
         #[arg(short = 'o', value_name = "FILE")]
         file: PathBuf,
@@ -98,24 +103,30 @@ enum Command {
 
 #[derive(Clone, Debug, clap::Args)]
 struct MatrixArgs {
-    /// Fewer flows, and only 100 and 1000 Services.
+    #[command(flatten)]
+    load: LoadArgs,
+    /// Modes to compare [default: all four].
+    #[arg(long, value_delimiter = ',', value_name = "MODE,...")]
+    modes: Vec<Mode>,
+    /// Numbers of Services [default: 100,1000,5000; 100,1000 with --quick].
+    #[arg(long, value_delimiter = ',', value_name = "N,...")]
+    services: Vec<u32>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+struct LoadArgs {
+    /// Less of everything.
     #[arg(long)]
     quick: bool,
     /// Seed of every random choice.
     #[arg(long, default_value_t = 42)]
     seed: u64,
-    /// Modes to compare [default: all four].
-    #[arg(long, value_delimiter = ',', value_name = "MODE,...")]
-    modes: Vec<Mode>,
-    /// Numbers of Services [default: 100,1000,5000].
-    #[arg(long, value_delimiter = ',', value_name = "N,...")]
-    services: Vec<u32>,
     /// New flows on each path of a cell [default: 1000, or 200 with --quick].
     #[arg(long, value_name = "N")]
     flows: Option<u32>,
-    /// Where the node lives.
-    #[arg(long, default_value = "host")]
-    place: Place,
+    /// New flows a second on each path of a fault [default: 100, or 50 with --quick].
+    #[arg(long, value_name = "N")]
+    rate: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -126,9 +137,38 @@ enum ClockArg {
     Virtual,
 }
 
+impl From<ClockArg> for Clock {
+    fn from(clock: ClockArg) -> Self {
+        match clock {
+            ClockArg::Wall => Self::Wall,
+            ClockArg::Virtual => Self::Virtual,
+        }
+    }
+}
+
+/// The clock of this machine.
+fn own_clock() -> Clock {
+    if clock::is_virtual() {
+        Clock::Virtual
+    } else {
+        Clock::Wall
+    }
+}
+
+impl LoadArgs {
+    fn load(&self) -> Result<Load, MatrixError> {
+        let mut load = Load::standard(self.quick, self.seed);
+        load.flows_per_path = self.flows.unwrap_or(load.flows_per_path);
+        load.fault_rate = self.rate.unwrap_or(load.fault_rate);
+        load.check()?;
+        Ok(load)
+    }
+}
+
 impl MatrixArgs {
-    fn matrix(&self) -> anyhow::Result<Matrix> {
-        let mut matrix = Matrix::standard(self.quick, self.seed, self.place);
+    fn matrix(&self, place: Place) -> Result<Matrix, MatrixError> {
+        let mut matrix = Matrix::standard(self.load.quick, self.load.seed, place);
+        matrix.load = self.load.load()?;
         if !self.modes.is_empty() {
             matrix.modes.clone_from(&self.modes);
             matrix.modes.sort();
@@ -138,9 +178,6 @@ impl MatrixArgs {
             matrix.services.clone_from(&self.services);
             matrix.services.sort_unstable();
             matrix.services.dedup();
-        }
-        if let Some(flows) = self.flows {
-            matrix.flows_per_path = flows;
         }
         matrix.check()?;
         Ok(matrix)
@@ -187,10 +224,15 @@ impl Known {
             cpus,
             ebpf: ebpf_object(),
             tools,
-            command,
+            command: command.iter().map(|word| printable(word)).collect(),
             notes,
         }
     }
+}
+
+/// Words as they were typed may hold what a terminal would take for commands.
+fn printable(word: &str) -> String {
+    word.replace(char::is_control, "\u{fffd}")
 }
 
 /// Which eBPF object this program carries, and who compiled it.
@@ -208,17 +250,18 @@ fn ebpf_object() -> String {
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
-        Command::Run { matrix, dir, force } => run_here(&matrix.matrix()?, &dir, force),
-        Command::Plan { matrix, output } => plan(&matrix.matrix()?, &output),
-        Command::Job {
-            id,
+        Command::Run { matrix, dir, force } => run_here(&matrix.matrix(Place::Host)?, &dir, force),
+        Command::Plan {
             matrix,
+            place,
+            output,
+        } => plan(&matrix.matrix(place)?, &output),
+        Command::Job {
+            job,
+            load,
             clock,
             file,
-        } => {
-            let matrix = matrix.matrix()?;
-            one_group(&matrix.group(&id)?, &matrix, clock, &file)
-        }
+        } => one_job(job, &load.load()?, clock.map(Clock::from), &file),
         Command::Assemble {
             matrix,
             parts,
@@ -226,48 +269,53 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             dir,
             force,
         } => {
-            let matrix = matrix.matrix()?;
             let json = std::fs::read(&environment)
                 .with_context(|| format!("cannot read {}", environment.display()))?;
             let known: Known = serde_json::from_slice(&json)
                 .with_context(|| format!("{} does not describe a run", environment.display()))?;
-            finish(assemble(&matrix, &parts)?, known, &dir, force)
+            let matrix = matrix.matrix(known.place)?;
+            finish(&matrix, assemble(&matrix, &parts)?, known, &dir, force)
         }
     }
 }
 
 fn plan(matrix: &Matrix, output: &str) -> anyhow::Result<ExitCode> {
-    let groups: Vec<_> = matrix.groups().iter().map(Group::planned).collect();
+    matrix.notes().iter().for_each(|note| say(note));
+    let jobs = matrix.planned();
     let mut text = String::new();
     if output == "json" {
-        text = serde_json::to_string_pretty(&serde_json::json!({ "jobs": groups }))? + "\n";
+        text = serde_json::to_string_pretty(&serde_json::json!({ "jobs": jobs }))? + "\n";
     } else {
-        for group in groups {
-            let (id, weight, parts) = (group.id, group.weight, group.parts.join(" "));
+        for job in jobs {
             // Writing into a String cannot fail.
-            let _ = writeln!(text, "{id:<18} {weight:>6.1}  {parts}");
+            let _ = writeln!(text, "{:<32} {:>6.1}", job.id, job.weight);
         }
     }
     exit::print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn one_group(
-    group: &Group,
-    matrix: &Matrix,
-    clock: ClockArg,
-    file: &Path,
-) -> anyhow::Result<ExitCode> {
+fn one_job(job: Job, load: &Load, wanted: Option<Clock>, file: &Path) -> anyhow::Result<ExitCode> {
     exit::require_root("svcpath bench job")?;
-    let clock = match clock {
-        ClockArg::Wall => Clock::Wall,
-        ClockArg::Virtual => Clock::Virtual,
-    };
+    let clock = own_clock();
+    if let Some(wanted) = wanted.filter(|wanted| *wanted != clock) {
+        return Err(exit::Usage(match wanted {
+            Clock::Virtual => {
+                "--clock virtual: this machine does not count instructions; \
+                               `cargo xtask run --clock virtual` starts a VM that does"
+            }
+            Clock::Wall => {
+                "--clock wall: this machine counts instructions; \
+                            `cargo xtask run --clock wall` starts a VM that does not"
+            }
+        })
+        .into());
+    }
     report::write::check_file(file, true)?;
-    let parts = execute(group, matrix, &|share, what| {
-        say(&format!("progress {share:.3} {what}"));
+    let part = execute(job, load, &|share, what| {
+        say(&format!("progress {share:.3} {}: {what}", job.title()));
     })?;
-    let json = serde_json::to_vec(&PartFile { clock, parts })?;
+    let json = serde_json::to_vec(&PartFile { clock, part })?;
     report::write::write_file(file, &json, true)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -278,12 +326,8 @@ fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// Runs a group until it ends or a signal comes; either way everything it made is gone afterwards.
-fn execute(
-    group: &Group,
-    matrix: &Matrix,
-    progress: &job::Progress<'_>,
-) -> anyhow::Result<Vec<Part>> {
+/// Runs a job until it ends or a signal comes; either way everything it made is gone afterwards.
+fn execute(job: Job, load: &Load, progress: &job::Progress<'_>) -> anyhow::Result<Part> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -298,11 +342,15 @@ fn execute(
                 _ = terminate.recv() => exit::Interrupted(Signal::SIGTERM),
             }
         };
+        let work = async {
+            job::quiet().await;
+            job::run(job, load, progress).await
+        };
         let error = tokio::select! {
             biased;
             stopped = stop() => return Err(stopped.into()),
-            parts = job::run_group(group, matrix, progress) => match parts {
-                Ok(parts) => return Ok(parts),
+            part = work => match part {
+                Ok(part) => return Ok(part),
                 Err(error) => error,
             },
         };
@@ -326,36 +374,36 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
     report::write::check_target(dir, force)?;
     let started = Instant::now();
     let started_at = now_utc();
-    let groups = matrix.groups();
+    let jobs = matrix.jobs();
     // What the last job lacks should not be found out after hours.
     node::require(&matrix.modes)?;
-    let bar = progress_bar(groups.iter().map(Group::weight).sum());
-    let mut parts = Vec::with_capacity(groups.len());
+    let bar = progress_bar(jobs.iter().map(|job| job.weight()).sum());
+    let mut parts = Vec::with_capacity(jobs.len());
     let mut done = 0.0;
-    for group in &groups {
-        let weight = group.weight();
-        let made = execute(group, matrix, &|share, what| {
+    for job in jobs {
+        let (title, weight) = (job.title(), job.weight());
+        let made = execute(job, &matrix.load, &|share, what| {
             bar.set_position(bar_units(done + share * weight));
-            bar.set_message(what.to_owned());
+            bar.set_message(format!("{title}: {what}"));
         });
-        let made = match made {
-            Ok(made) => made,
+        let part = match made {
+            Ok(part) => part,
             Err(error) => {
                 bar.finish_and_clear();
                 return Err(if error.is::<exit::Interrupted>() {
                     error
                 } else {
-                    error.context(group.title.clone())
+                    error.context(title)
                 });
             }
         };
         parts.push(PartFile {
-            clock: Clock::Wall,
-            parts: made,
+            clock: own_clock(),
+            part,
         });
         done += weight;
         if bar.is_hidden() {
-            let (title, seconds) = (&group.title, started.elapsed().as_secs_f64());
+            let seconds = started.elapsed().as_secs_f64();
             say(&format!("{title} done, {seconds:.0} s so far"));
         }
     }
@@ -373,15 +421,17 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
         command: std::env::args().collect(),
         notes: Vec::new(),
     };
-    finish(join(matrix, parts)?, known, dir, force)
+    finish(matrix, join(matrix, parts)?, known, dir, force)
 }
 
 fn finish(
+    matrix: &Matrix,
     measurements: Measurements,
-    known: Known,
+    mut known: Known,
     dir: &Path,
     force: bool,
 ) -> anyhow::Result<ExitCode> {
+    known.notes.extend(matrix.notes());
     let run = Run {
         format: FORMAT.to_owned(),
         environment: known.complete(),
@@ -446,4 +496,62 @@ fn now_utc() -> String {
         rest / 60 % 60,
         rest % 60
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{FromArgMatches as _, Parser as _};
+    use tracer::scenario::matrix::JobKind;
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        matrix: MatrixArgs,
+    }
+
+    fn planned(line: &str) -> Vec<Vec<String>> {
+        let line = Line::try_parse_from(line.split_whitespace()).expect("parses");
+        let matrix = line.matrix.matrix(Place::Vm).expect("can be run");
+        let jobs = matrix.planned().into_iter();
+        jobs.map(|job| job.arguments).collect()
+    }
+
+    #[test]
+    fn jobs_are_the_same_however_they_were_asked_for() {
+        let plain = planned("bench --quick --modes nftables,ipvs --services 100,1000");
+        assert_eq!(plain.len(), 6);
+        for other in [
+            "bench --quick --modes nftables,ipvs --services 100,1000 --seed 42",
+            "bench --seed=042 --services=1000,100,100 --modes=ipvs --modes nftables --quick",
+            "bench --quick --modes nftables,ipvs --services 100,1000 --flows 200 --rate 50",
+        ] {
+            assert_eq!(planned(other), plain, "{other}");
+        }
+        assert_ne!(
+            planned("bench --quick --modes nftables,ipvs --services 100,1000 --seed 43"),
+            plain
+        );
+    }
+
+    #[test]
+    fn a_job_takes_what_the_plan_says() {
+        for arguments in planned("bench --seed 7 --flows 33 --rate 9 --services 100") {
+            let line = ["svcpath", "job", "-o", "part.json"].map(str::to_owned);
+            let line = line.into_iter().chain(arguments);
+            let Command::Job { job, load, .. } = Command::from_arg_matches(
+                &Command::augment_subcommands(clap::Command::new("svcpath")).get_matches_from(line),
+            )
+            .expect("parses") else {
+                panic!("a job was asked for");
+            };
+            let load = load.load().expect("can be sent");
+            assert_eq!(load.seed, 7);
+            match job.kind {
+                JobKind::Cell => assert_eq!(load.flows_per_path, 33),
+                JobKind::Flush | JobKind::Switch(_) => assert_eq!(load.fault_rate, 9),
+            }
+        }
+    }
 }

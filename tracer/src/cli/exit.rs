@@ -56,7 +56,7 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(error) = cause.downcast_ref::<ReadError>() {
         return Some(error.exit_code());
     }
-    if cause.is::<MatrixError>() {
+    if cause.is::<MatrixError>() || cause.is::<Usage>() {
         return Some(USAGE);
     }
     if let Some(AssembleError::Clocks(_) | AssembleError::Part(PartError::Damaged { .. })) =
@@ -129,6 +129,11 @@ pub(crate) fn say(line: &str) {
 #[derive(Debug, thiserror::Error)]
 #[error("stopped by {0}: nothing was written, nothing is left behind")]
 pub(crate) struct Interrupted(pub(crate) Signal);
+
+/// What was asked for cannot be.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Usage(pub(crate) &'static str);
 
 /// A right that this process lacks.
 #[derive(Debug, thiserror::Error)]

@@ -32,7 +32,7 @@ pub fn has_ipvs() -> bool {
         return true;
     }
     // A kernel without modules, or without this one, has no IPVS: the look after it decides.
-    let _ = std::process::Command::new("modprobe")
+    let _ = std::process::Command::new(tool::program("modprobe"))
         .args(["--quiet", "ip_vs"])
         .status();
     there()

@@ -15,6 +15,8 @@ use std::sync::Arc;
 
 use nix::sched::{CloneFlags, setns, unshare};
 
+use super::tool;
+
 /// Why a namespace could not be made or entered.
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
@@ -110,7 +112,7 @@ impl Netns {
     /// The lock of iptables-legacy is a file of its own (`XTABLES_LOCKFILE`), so that a node's
     /// own iptables never waits for the laboratory nor the laboratory for it.
     pub fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
+        let mut command = Command::new(tool::program(program));
         let file = Arc::clone(&self.file);
         let parent = std::process::id();
         command.env(

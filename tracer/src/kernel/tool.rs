@@ -1,6 +1,7 @@
 //! Running the tools that load rules, inside a namespace.
 
 use std::io::{self, Read as _, Write as _};
+use std::path::PathBuf;
 use std::process::{Output, Stdio};
 
 use super::netns::Netns;
@@ -171,12 +172,23 @@ fn said(stderr: &str) -> String {
     }
 }
 
+/// Where the tool is: in `PATH`, or where administrators' programs are, which `su` leaves out.
+fn locate(tool: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
+        .map(|dir| dir.join(tool))
+        .find(|file| file.is_file())
+}
+
+/// What to start for a tool: its name, if it is nowhere, for the error that says so.
+pub(super) fn program(tool: &str) -> PathBuf {
+    locate(tool).unwrap_or_else(|| tool.into())
+}
+
 /// Is the tool where [`run`] looks for it?
 pub fn find(tool: &str) -> Result<(), ToolError> {
-    // Without PATH the C library's own default counts: then only trying tells.
-    let found = std::env::var_os("PATH")
-        .is_none_or(|path| std::env::split_paths(&path).any(|dir| dir.join(tool).is_file()));
-    if found {
+    if locate(tool).is_some() {
         return Ok(());
     }
     Err(ToolError::Missing {

@@ -112,16 +112,36 @@ pub(super) fn endpoints(
         .map(|e| SocketAddr::new(e.address, e.port))
 }
 
-/// When flow number `n` of a stream is due, from the start of the traffic.
+/// When flow number `n` of a stream is due, `late` intervals late, from the start of the traffic.
 #[allow(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     reason = "both factors are positive and checked; 2^53 ns is 104 days"
 )]
-pub(super) fn due_ns(stream: &Stream, n: u32) -> u64 {
-    stream.start_ns + (f64::from(n) * 1e9 / stream.per_second) as u64
+pub(super) fn due_ns(stream: &Stream, n: u32, late: f64) -> u64 {
+    stream.start_ns + ((f64::from(n) + late) * 1e9 / stream.per_second) as u64
 }
 
+/// The part of a stream's interval by which its flows are sent late, each by a random share of it.
+///
+/// Evenly spaced flows keep their phase to whatever else is periodic: a tick of the kernel that
+/// meets the first packet of one flow would meet that of every flow. A quarter of the intervals
+/// used here is more than a tick of 250 Hz; order and rate stay, and flows of streams that start at
+/// a third or a sixth of the interval stay apart.
+const DITHER: f64 = 0.25;
+
+/// How late the flows of a stream are, in intervals.
+fn dither(rng: &mut ChaCha8Rng) -> f64 {
+    rng.random_range(0.0..DITHER)
+}
+
+/// When the last flow of a stream is due at the latest; `None` if there is none.
+pub(super) fn last_due_ns(stream: &Stream) -> Option<u64> {
+    Some(due_ns(stream, stream.flows.checked_sub(1)?, DITHER))
+}
+
+/// Sets the random numbers of the dither apart from those of destinations.
+const DITHER_STREAMS: u64 = 2 << 32;
 /// Sets the random numbers of UDP flows apart from those of TCP flows.
 const UDP_STREAMS: u64 = 1 << 32;
 
@@ -147,13 +167,16 @@ pub(super) fn flows(
         };
         let mut tcp = chooser(Protocol::Tcp, number);
         let mut udp = chooser(Protocol::Udp, number + UDP_STREAMS);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(number + DITHER_STREAMS);
         for n in 0..stream.flows {
             let chosen = if is_udp(n, tcp.candidates.len(), udp.candidates.len()) {
                 &mut udp
             } else {
                 &mut tcp
             };
-            all.push(chosen.choose(due_ns(stream, n)).ok_or(stream.path)?);
+            let at_ns = due_ns(stream, n, dither(&mut rng));
+            all.push(chosen.choose(at_ns).ok_or(stream.path)?);
         }
     }
     // Stable: flows due at one moment keep the order of their streams.
@@ -205,7 +228,6 @@ mod tests {
         );
         assert_eq!(one.len(), 200);
         assert!(one.is_sorted_by_key(|flow| flow.at_ns));
-        assert_eq!((one[0].at_ns, one[2].at_ns), (5, 1_000_005));
         // A further stream leaves the first as it was.
         let alone = flows(&cluster, Family::V4, &streams[..1], 1).expect("flows");
         let first: Vec<&Planned> = one
@@ -213,6 +235,27 @@ mod tests {
             .filter(|flow| flow.path == Path::SERVICE[0])
             .collect();
         assert_eq!(first, alone.iter().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn flows_keep_their_rate_and_order_but_no_phase() {
+        const INTERVAL: u64 = 20_000_000;
+        const TICK: u64 = 4_000_000;
+        let cluster = plan::cluster(20, 3, false).expect("a cluster");
+        let stream = Stream {
+            per_second: 50.0,
+            ..stream(Path::SERVICE[0], 2000)
+        };
+        let all = flows(&cluster, Family::V4, &[stream], 7).expect("flows");
+        let mut phases = [0_u32; 8];
+        for (n, flow) in (0_u64..).zip(&all) {
+            let late = flow.at_ns - 5 - n * INTERVAL;
+            assert!(late < INTERVAL / 4, "flow {n} is {late} ns late");
+            let eighth = flow.at_ns % TICK * 8 / TICK;
+            phases[usize::try_from(eighth).expect("below 8")] += 1;
+        }
+        assert!(phases.iter().all(|n| *n > 100), "{phases:?}");
+        assert!(all[1999].at_ns <= last_due_ns(&stream).expect("there are flows"));
     }
 
     #[test]

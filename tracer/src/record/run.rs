@@ -192,12 +192,13 @@ pub struct Ledger {
 impl Ledger {
     /// Number of flows lost.
     pub fn lost_count(&self) -> u64 {
-        self.lost.iter().map(|loss| loss.count).sum()
+        let counts = self.lost.iter().map(|loss| loss.count);
+        counts.fold(0, u64::saturating_add)
     }
 
     /// Is every flow accounted for?
     pub fn is_balanced(&self) -> bool {
-        self.sent == self.delivered + self.lost_count()
+        self.delivered.checked_add(self.lost_count()) == Some(self.sent)
     }
 }
 

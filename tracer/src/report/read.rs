@@ -1,12 +1,22 @@
 //! Loads run.json and says in one line what is wrong with one that cannot be trusted.
 
 use std::collections::BTreeSet;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
-use std::{fs, io};
 
 use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 
-use crate::record::run::{FORMAT, FaultKind, Histogram, Ledger, ProbeHealth, Run};
+use crate::record::run::{
+    Cell, FORMAT, Fault, FaultKind, FaultPath, Histogram, Ledger, PacketState, PathResult,
+    ProbeHealth, Run,
+};
+
+/// No run is larger: the largest that can be measured takes a few MiB.
+const LARGEST: u64 = 256 << 20;
 
 /// Why a run could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +28,18 @@ pub enum ReadError {
         file: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// A folder, a device, a socket: nothing that has an end.
+    #[error("{}: not a run: neither a file nor a pipe", file.display())]
+    Kind {
+        /// Which.
+        file: PathBuf,
+    },
+    /// Larger than any run.
+    #[error("{}: not a run: larger than {} MiB", file.display(), LARGEST >> 20)]
+    Size {
+        /// Which.
+        file: PathBuf,
     },
     /// Not JSON.
     #[error("{}: not JSON: {what} at line {line}, column {column}; was it written to the end?", file.display())]
@@ -66,7 +88,9 @@ impl ReadError {
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::File { .. } => 1,
-            Self::Syntax { .. }
+            Self::Kind { .. }
+            | Self::Size { .. }
+            | Self::Syntax { .. }
             | Self::Format { .. }
             | Self::Shape { .. }
             | Self::Invalid { .. } => 5,
@@ -87,10 +111,7 @@ pub struct Invalid {
 /// Reads and validates one run.
 pub fn read(path: impl AsRef<Path>) -> Result<Run, ReadError> {
     let file = path.as_ref();
-    let bytes = fs::read(file).map_err(|source| ReadError::File {
-        file: file.to_owned(),
-        source,
-    })?;
+    let bytes = bytes(file, LARGEST)?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let lines = || valid.split(|byte| *byte == b'\n');
@@ -104,6 +125,85 @@ pub fn read(path: impl AsRef<Path>) -> Result<Run, ReadError> {
     parse(file, &text)
 }
 
+/// All of a file or pipe that is no larger than it may be.
+fn bytes(file: &Path, largest: u64) -> Result<Vec<u8>, ReadError> {
+    let failed = |source| ReadError::File {
+        file: file.to_owned(),
+        source,
+    };
+    // Before it is opened: opening some devices does something.
+    let kind = fs::metadata(file).map_err(failed)?.file_type();
+    if !kind.is_file() && !kind.is_fifo() {
+        return Err(ReadError::Kind {
+            file: file.to_owned(),
+        });
+    }
+    let mut bytes = Vec::new();
+    let mut content = File::open(file).map_err(failed)?.take(largest + 1);
+    content.read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > largest {
+        return Err(ReadError::Size {
+            file: file.to_owned(),
+        });
+    }
+    Ok(bytes)
+}
+
+/// Any JSON whose strings have no control characters: strings of a run are shown on terminals,
+/// which take some of them for commands.
+struct Plain;
+
+impl<'de> Deserialize<'de> for Plain {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Self)
+    }
+}
+
+impl<'de> Visitor<'de> for Plain {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON without control characters in its strings")
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_unit<E>(self) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self, E> {
+        if text.contains(char::is_control) {
+            return Err(E::custom("a string has control characters"));
+        }
+        Ok(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self, A::Error> {
+        while items.next_element::<Self>()?.is_some() {}
+        Ok(self)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self, A::Error> {
+        while entries.next_entry::<Self, Self>()?.is_some() {}
+        Ok(self)
+    }
+}
+
 /// Only what tells one format from another.
 #[derive(Deserialize)]
 struct Head {
@@ -111,7 +211,9 @@ struct Head {
 }
 
 fn parse(file: &Path, text: &str) -> Result<Run, ReadError> {
-    // The format first: fields of another version are no mistakes of that version.
+    // Before anything of it is shown, be it in an error.
+    serde_json::from_str::<Plain>(text).map_err(|error| json_error(file, &error))?;
+    // Then the format: fields of another version are no mistakes of that version.
     let head: Head = serde_json::from_str(text).map_err(|error| json_error(file, &error))?;
     if head.format != FORMAT {
         return Err(ReadError::Format {
@@ -158,109 +260,179 @@ pub fn validate(run: &Run) -> Result<(), Invalid> {
             format!("is '{}', not '{FORMAT}'", run.format),
         ));
     }
+    let measured = &run.measurements;
+    if measured.cells.is_empty() && measured.faults.is_empty() {
+        return Err(invalid("measurements", "nothing was measured"));
+    }
     let mut cells = BTreeSet::new();
-    for cell in &run.measurements.cells {
-        let place = format!("{} {}", cell.mode, cell.services);
-        if !cells.insert((cell.mode, cell.services, cell.endpoints_per_service)) {
+    for each in &measured.cells {
+        let place = format!("{} {}", each.mode, each.services);
+        if !cells.insert((each.mode, each.services, each.endpoints_per_service)) {
             return Err(invalid(
                 &place,
                 "there is more than one cell of this mode and size",
             ));
         }
-        probes(&place, &cell.probes)?;
-        let mut paths = BTreeSet::new();
-        for path in &cell.paths {
-            let place = format!("{place}, {}", path.path);
-            if !paths.insert(&path.path) {
-                return Err(invalid(&place, "this path is there twice"));
-            }
-            ledger(&place, &path.flows)?;
-            for (name, h) in &path.client {
-                histogram(&format!("{place}, client {name}"), h)?;
-            }
-            let mut stages = BTreeSet::new();
-            for stage in &path.stages {
-                let place = format!(
-                    "{place}, stage {} {} {}",
-                    stage.hook,
-                    stage.stage,
-                    super::figures::state_name(stage.state)
-                );
-                if !stages.insert((&stage.hook, &stage.stage, stage.state)) {
-                    return Err(invalid(&place, "this stage is there twice"));
-                }
-                histogram(&place, &stage.histogram)?;
-            }
-            for (state, h) in &path.node {
-                histogram(
-                    &format!("{place}, node {}", super::figures::state_name(*state)),
-                    h,
-                )?;
-            }
-        }
+        cell(&place, each)?;
     }
-    for fault in &run.measurements.faults {
+    for each in &measured.faults {
         let place = format!(
             "{} {} {}",
-            super::figures::kind_name(fault.kind),
-            fault.mode,
-            fault.services
+            super::figures::kind_name(each.kind),
+            each.mode,
+            each.services
         );
-        if (fault.kind == FaultKind::Switch) != fault.to.is_some() {
+        fault(&place, each)?;
+    }
+    Ok(())
+}
+
+fn cell(place: &str, cell: &Cell) -> Result<(), Invalid> {
+    if cell.services == 0 || cell.endpoints_per_service == 0 {
+        return Err(invalid(place, "no Services, or Services without endpoints"));
+    }
+    probes(place, &cell.probes)?;
+    names(place, cell.paths.iter().map(|path| path.path.as_str()))?;
+    cell.paths
+        .iter()
+        .try_for_each(|path| path_result(&format!("{place}, {}", path.path), path, &cell.probes))
+}
+
+/// There is at least one path, and each has a name of its own.
+fn names<'a>(place: &str, paths: impl Iterator<Item = &'a str>) -> Result<(), Invalid> {
+    let mut known = BTreeSet::new();
+    for path in paths {
+        if path.is_empty() {
+            return Err(invalid(place, "a path has no name"));
+        }
+        if !known.insert(path) {
             return Err(invalid(
-                &place,
-                "a switch has a mode after it, and nothing else has",
+                &format!("{place}, {path}"),
+                "this path is there twice",
             ));
         }
-        if fault.bin_ns == 0 {
-            return Err(invalid(&place, "bin_ns is 0"));
+    }
+    if known.is_empty() {
+        return Err(invalid(place, "there are no paths"));
+    }
+    Ok(())
+}
+
+fn path_result(place: &str, path: &PathResult, probes: &ProbeHealth) -> Result<(), Invalid> {
+    ledger(place, &path.flows)?;
+    for (name, h) in &path.client {
+        histogram(&format!("{place}, client {name}"), h)?;
+    }
+    let mut stages = BTreeSet::new();
+    for stage in &path.stages {
+        let state = super::figures::state_name(stage.state);
+        let place = format!("{place}, stage {} {} {state}", stage.hook, stage.stage);
+        if !stages.insert((&stage.hook, &stage.stage, stage.state)) {
+            return Err(invalid(&place, "this stage is there twice"));
         }
-        if let Some(change) = fault
-            .changes
-            .iter()
-            .find(|change| change.end_ns < change.start_ns)
-        {
+        histogram(&place, &stage.histogram)?;
+        if stage.histogram.count > probes.journeys {
             return Err(invalid(
                 &place,
-                format!("the rule change '{}' ends before it starts", change.what),
+                format!(
+                    "its histogram holds {} packets, the probes saw {}",
+                    stage.histogram.count, probes.journeys
+                ),
             ));
         }
-        probes(&place, &fault.probes)?;
-        let mut paths = BTreeSet::new();
-        for path in &fault.paths {
-            let place = format!("{place}, {}", path.path);
-            if !paths.insert(&path.path) {
-                return Err(invalid(&place, "this path is there twice"));
-            }
-            ledger(&format!("{place}, new flows"), &path.new)?;
-            ledger(&format!("{place}, established flows"), &path.established)?;
-            if let Some(outage) = path
-                .outages
-                .iter()
-                .find(|outage| outage.end_ns.is_some_and(|end| end < outage.start_ns))
-            {
-                return Err(invalid(
-                    &place,
-                    format!("the outage at {} ns ends before it starts", outage.start_ns),
-                ));
-            }
-            if !path.series.is_empty() {
-                let sent: u64 = path.series.iter().map(|bin| bin.sent).sum();
-                let lost: u64 = path.series.iter().map(|bin| bin.lost).sum();
-                if (sent, lost) != (path.new.sent, path.new.lost_count()) {
-                    return Err(invalid(
-                        &place,
-                        format!(
-                            "the series holds {sent} new flows, {lost} lost; the ledger {}, {} lost",
-                            path.new.sent,
-                            path.new.lost_count()
-                        ),
-                    ));
-                }
-            }
+    }
+    for (state, h) in &path.node {
+        let state = super::figures::state_name(*state);
+        histogram(&format!("{place}, node {state}"), h)?;
+    }
+    // Each flow that was delivered had a first packet, whose time is known unless the probes say
+    // that they missed some.
+    let first = path.node.get(&PacketState::New).map_or(0, |h| h.count);
+    let missed = [probes.unfinished, probes.slot_collisions, probes.unpaired];
+    let explained = missed.into_iter().fold(first, u64::saturating_add);
+    if path.flows.delivered > explained {
+        return Err(invalid(
+            place,
+            format!(
+                "{} flows were delivered, and the node's histogram holds {first} first packets",
+                path.flows.delivered
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn fault(place: &str, fault: &Fault) -> Result<(), Invalid> {
+    if fault.services == 0 {
+        return Err(invalid(place, "no Services"));
+    }
+    if (fault.kind == FaultKind::Switch) != fault.to.is_some() {
+        return Err(invalid(
+            place,
+            "a switch has a mode after it, and nothing else has",
+        ));
+    }
+    if fault.bin_ns == 0 {
+        return Err(invalid(place, "bin_ns is 0"));
+    }
+    if let Some(change) = fault
+        .changes
+        .iter()
+        .find(|change| change.end_ns < change.start_ns)
+    {
+        return Err(invalid(
+            place,
+            format!("the rule change '{}' ends before it starts", change.what),
+        ));
+    }
+    probes(place, &fault.probes)?;
+    names(place, fault.paths.iter().map(|path| path.path.as_str()))?;
+    fault
+        .paths
+        .iter()
+        .try_for_each(|path| fault_path(&format!("{place}, {}", path.path), path))
+}
+
+fn fault_path(place: &str, path: &FaultPath) -> Result<(), Invalid> {
+    ledger(&format!("{place}, new flows"), &path.new)?;
+    ledger(&format!("{place}, established flows"), &path.established)?;
+    if let Some(outage) = path
+        .outages
+        .iter()
+        .find(|outage| outage.end_ns.is_some_and(|end| end < outage.start_ns))
+    {
+        return Err(invalid(
+            place,
+            format!("the outage at {} ns ends before it starts", outage.start_ns),
+        ));
+    }
+    let all_lost = path.new.lost_count();
+    let in_outages = sum(path.outages.iter().map(|outage| outage.lost));
+    if in_outages > u128::from(all_lost) {
+        return Err(invalid(
+            place,
+            format!("{in_outages} new flows lost in outages, {all_lost} in all"),
+        ));
+    }
+    if !path.series.is_empty() {
+        let sent = sum(path.series.iter().map(|bin| bin.sent));
+        let lost = sum(path.series.iter().map(|bin| bin.lost));
+        if (sent, lost) != (path.new.sent.into(), all_lost.into()) {
+            return Err(invalid(
+                place,
+                format!(
+                    "the series holds {sent} new flows, {lost} lost; the ledger {}, {all_lost} lost",
+                    path.new.sent
+                ),
+            ));
         }
     }
     Ok(())
+}
+
+/// A sum that cannot overflow.
+fn sum(counts: impl Iterator<Item = u64>) -> u128 {
+    counts.map(u128::from).sum()
 }
 
 fn invalid(place: &str, problem: impl Into<String>) -> Invalid {
@@ -271,6 +443,9 @@ fn invalid(place: &str, problem: impl Into<String>) -> Invalid {
 }
 
 fn ledger(place: &str, ledger: &Ledger) -> Result<(), Invalid> {
+    if ledger.lost.iter().any(|loss| loss.count == 0) {
+        return Err(invalid(place, "a verdict that no flow had"));
+    }
     if ledger.is_balanced() {
         return Ok(());
     }
@@ -330,8 +505,17 @@ fn histogram(place: &str, histogram: &Histogram) -> Result<(), Invalid> {
     Ok(())
 }
 
-/// Every journey that began must have an end or be counted as given up.
+/// Every journey that began must have an end or be counted as given up, and no record be lost.
 fn probes(place: &str, probes: &ProbeHealth) -> Result<(), Invalid> {
+    if probes.ring_lost > 0 {
+        return Err(invalid(
+            place,
+            format!(
+                "{} of the probes' records are lost: what became of flows is not known",
+                probes.ring_lost
+            ),
+        ));
+    }
     let missing = unaccounted(probes);
     if missing == 0 {
         return Ok(());
@@ -347,20 +531,19 @@ fn probes(place: &str, probes: &ProbeHealth) -> Result<(), Invalid> {
 
 /// Journeys that began and are in no other count.
 pub const fn unaccounted(probes: &ProbeHealth) -> u64 {
-    let ended = probes.transmitted
-        + probes.delivered_locally
-        + probes.dropped
-        + probes.unfinished
-        + probes.slot_collisions;
+    let ended = probes
+        .transmitted
+        .saturating_add(probes.delivered_locally)
+        .saturating_add(probes.dropped)
+        .saturating_add(probes.unfinished)
+        .saturating_add(probes.slot_collisions);
     probes.journeys.saturating_sub(ended)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
-    use crate::record::run::Outage;
+    use crate::record::run::{Loss, Outage, Verdict};
     use crate::report::{json, sample};
 
     fn text() -> String {
@@ -540,12 +723,141 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_run_is_no_mistake() {
-        let mut run = sample::run();
-        run.measurements.cells.clear();
-        run.measurements.faults.clear();
-        run.environment.tools = BTreeMap::new();
-        assert_eq!(validate(&run), Ok(()));
+    fn runs_that_mean_nothing() {
+        type Breaking = fn(&mut Run);
+        let cases: [(Breaking, &str); 11] = [
+            (
+                |run| {
+                    run.measurements.cells.clear();
+                    run.measurements.faults.clear();
+                },
+                "measurements: nothing was measured",
+            ),
+            (
+                |run| run.measurements.cells[0].services = 0,
+                "iptables-legacy 0: no Services",
+            ),
+            (
+                |run| run.measurements.cells[0].endpoints_per_service = 0,
+                "without endpoints",
+            ),
+            (|run| run.measurements.faults[0].services = 0, "no Services"),
+            (
+                |run| run.measurements.cells[0].paths.clear(),
+                "there are no paths",
+            ),
+            (
+                |run| run.measurements.faults[0].paths.clear(),
+                "there are no paths",
+            ),
+            (
+                |run| run.measurements.cells[0].paths[0].path.clear(),
+                "a path has no name",
+            ),
+            (
+                |run| run.measurements.cells[0].probes.ring_lost = 5,
+                "5 of the probes' records are lost",
+            ),
+            (
+                |run| {
+                    let path = &mut run.measurements.cells[0].paths[0];
+                    path.node.remove(&PacketState::New);
+                },
+                "1000 flows were delivered, and the node's histogram holds 0 first packets",
+            ),
+            (
+                |run| {
+                    let cell = &mut run.measurements.cells[0];
+                    cell.probes = ProbeHealth::default();
+                },
+                "packets, the probes saw 0",
+            ),
+            (
+                |run| {
+                    let path = &mut run.measurements.faults[0].paths[0];
+                    path.new.lost.push(Loss {
+                        verdict: Verdict::Leaked,
+                        reason: None,
+                        stage: None,
+                        count: 0,
+                    });
+                },
+                "a verdict that no flow had",
+            ),
+        ];
+        for (breaking, words) in cases {
+            let message = contradiction(breaking);
+            assert!(message.contains(words), "{message}");
+        }
+    }
+
+    #[test]
+    fn outages_lose_no_more_than_all() {
+        let message = contradiction(|run| {
+            run.measurements.faults[0].paths[0].outages.push(Outage {
+                start_ns: 3,
+                end_ns: None,
+                lost: u64::MAX,
+            });
+        });
+        assert!(
+            message.contains("new flows lost in outages, 0 in all"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn sums_that_overflow_are_contradictions() {
+        let message = contradiction(|run| {
+            let flows = &mut run.measurements.cells[0].paths[0].flows;
+            flows.delivered = u64::MAX;
+        });
+        assert!(message.contains("not balanced"), "{message}");
+        let message = contradiction(|run| {
+            for path in &mut run.measurements.faults[0].paths {
+                path.series[0].sent = u64::MAX;
+                path.series[1].sent = u64::MAX;
+            }
+        });
+        assert!(message.contains("the series holds"), "{message}");
+    }
+
+    #[test]
+    fn strings_that_would_command_a_terminal() {
+        for (from, to) in [
+            ("\"pod-to-clusterip\"", r#""\u001b[2Jpod""#),
+            ("\"hooks\"", "\"hooks\u{9b}2J\""),
+            (FORMAT, r"\u0007"),
+            ("\"seed\"", r#""\u001bseed""#),
+            ("\"notes\"", "\"note\u{7f}s\""),
+        ] {
+            let (code, message) = refused(&text().replacen(from, to, 1));
+            assert_eq!(code, 5);
+            assert!(
+                message.contains("a string has control characters"),
+                "{message}"
+            );
+            assert!(!message.contains(char::is_control), "{message:?}");
+        }
+    }
+
+    #[test]
+    fn only_what_has_an_end_is_read() {
+        for (file, words) in [
+            ("/dev/zero", "neither a file nor a pipe"),
+            ("/tmp", "neither a file nor a pipe"),
+        ] {
+            let error = bytes(Path::new(file), 10).expect_err("refused");
+            assert_eq!(error.exit_code(), 5);
+            assert!(error.to_string().contains(words), "{error}");
+        }
+        let dir = tempfile::tempdir().expect("a folder");
+        let file = dir.path().join("run.json");
+        fs::write(&file, "0123456789").expect("written");
+        assert_eq!(bytes(&file, 10).expect("it fits").len(), 10);
+        let error = bytes(&file, 9).expect_err("too large");
+        assert_eq!(error.exit_code(), 5);
+        assert!(error.to_string().contains("larger than"), "{error}");
     }
 
     #[test]

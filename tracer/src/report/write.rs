@@ -14,6 +14,9 @@ pub const RUN_FILE: &str = "run.json";
 /// The page.
 pub const HTML_FILE: &str = "report.html";
 
+/// A file system that does not take so much is full.
+const PROBE_BYTES: usize = 16 << 10;
+
 /// What was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Written {
@@ -98,6 +101,8 @@ pub fn check_file(file: &Path, force: bool) -> Result<(), WriteError> {
         Ok(found) if found.is_file() && !force => {
             return Err(WriteError::Exists(file.to_owned()));
         }
+        // A device or a pipe is written to as it is.
+        Ok(found) if !found.is_file() => return Ok(()),
         _ => {}
     }
     if !folder_of(file).exists() {
@@ -106,19 +111,28 @@ pub fn check_file(file: &Path, force: bool) -> Result<(), WriteError> {
     check_folder(folder_of(file))
 }
 
-/// Can this folder, or the folder it would be made in, be written to?
+/// Makes the folder and a file in it, and takes both away again: rights alone do not tell whether
+/// that can be done.
 fn check_folder(dir: &Path) -> Result<(), WriteError> {
-    let failed = |source: io::Error| WriteError::File {
+    let made: Vec<&Path> = dir
+        .ancestors()
+        .take_while(|part| !part.as_os_str().is_empty() && !part.exists())
+        .collect();
+    let file = dir.join(format!(".svcpath.{}.tmp", std::process::id()));
+    let outcome = fs::create_dir_all(dir).and_then(|()| {
+        let mut content = File::create(&file)?;
+        content.write_all(&[0; PROBE_BYTES])?;
+        content.sync_all()
+    });
+    // What could not be made need not be removed.
+    let _ = fs::remove_file(&file);
+    for part in made {
+        let _ = fs::remove_dir(part);
+    }
+    outcome.map_err(|source| WriteError::File {
         file: dir.to_owned(),
         source,
-    };
-    let there = dir.ancestors().find(|folder| folder.exists());
-    // A relative name's last ancestor is empty: the current folder.
-    let there = there.unwrap_or(Path::new("."));
-    if !there.is_dir() {
-        return Err(failed(io::ErrorKind::NotADirectory.into()));
-    }
-    nix::unistd::access(there, nix::unistd::AccessFlags::W_OK).map_err(|errno| failed(errno.into()))
+    })
 }
 
 fn folder_of(file: &Path) -> &Path {
@@ -313,6 +327,25 @@ mod tests {
             names(dir.path()),
             ["cell-iptables-legacy-100.hlog", "report.html", "run.json"]
         );
+    }
+
+    #[test]
+    fn a_target_that_cannot_be_made_is_refused_at_once() {
+        let dir = tempfile::tempdir().expect("a folder");
+        check_target(&dir.path().join("a/b"), false).expect("can be made");
+        assert!(names(dir.path()).is_empty(), "and nothing stays");
+        fs::write(dir.path().join("file"), "").expect("written");
+        for not in [
+            PathBuf::from("/proc/foo"),
+            dir.path().join("file"),
+            dir.path().join("file/x"),
+        ] {
+            let error = check_target(&not, false).expect_err("cannot be made");
+            assert_eq!(error.exit_code(), 1);
+            assert_eq!(error.to_string().lines().count(), 1);
+        }
+        assert!(check_file(Path::new("/proc/foo"), false).is_err());
+        check_file(Path::new("/dev/null"), false).expect("a device");
     }
 
     #[test]

@@ -17,36 +17,34 @@ pub enum AssembleError {
     Clocks(String),
 }
 
-/// Joins the parts `DIR/<group id>.json` of a matrix.
+/// Joins the parts `DIR/<job id>.json` of a matrix.
 pub fn assemble(matrix: &Matrix, parts: &Path) -> Result<Measurements, AssembleError> {
     let files: Result<Vec<PartFile>, PartError> = matrix
-        .groups()
+        .jobs()
         .into_iter()
-        .map(|group| PartFile::read(&parts.join(format!("{}.json", group.id))))
+        .map(|job| PartFile::read(&parts.join(format!("{}.json", job.id()))))
         .collect();
     join(matrix, files?)
 }
 
-/// Joins the parts of a matrix's groups, in the groups' order.
+/// Joins the parts of a matrix's jobs, in the jobs' order.
 pub fn join(matrix: &Matrix, files: Vec<PartFile>) -> Result<Measurements, AssembleError> {
     let mut clock = None;
     let mut cells = Vec::new();
     let mut faults = Vec::new();
-    for (group, file) in matrix.groups().into_iter().zip(files) {
+    for (job, file) in matrix.jobs().into_iter().zip(files) {
         if *clock.get_or_insert(file.clock) != file.clock {
-            return Err(AssembleError::Clocks(group.id));
+            return Err(AssembleError::Clocks(job.id()));
         }
-        for part in file.parts {
-            match part {
-                Part::Cell(cell) => cells.push(*cell),
-                Part::Faults(more) => faults.extend(more),
-            }
+        match file.part {
+            Part::Cell(cell) => cells.push(*cell),
+            Part::Faults(more) => faults.extend(more),
         }
     }
     Ok(Measurements {
         clock: clock.unwrap_or(Clock::Wall),
         tier: "hooks".to_owned(),
-        seed: matrix.seed,
+        seed: matrix.load.seed,
         cells,
         faults,
     })

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use tracer_ebpf::path::Path;
 
 use super::job::Progress;
-use super::matrix::{ENDPOINTS, Job, Matrix};
+use super::matrix::{ENDPOINTS, Job, Load};
 use super::node::{DRAIN_EVERY, LEAD_NS, NodeError, TestNode, sent};
 use crate::kernel::clock::monotonic_ns;
 use crate::lab::latency::{Answer, Latency};
@@ -20,18 +20,14 @@ use crate::rules::Mode;
 const PER_SECOND: f64 = 50.0;
 
 /// Runs the cell.
-pub(super) async fn run(
-    job: Job,
-    matrix: &Matrix,
-    progress: &Progress<'_>,
-) -> Result<Cell, NodeError> {
+pub(super) async fn run(job: Job, load: &Load, progress: &Progress<'_>) -> Result<Cell, NodeError> {
     progress(0.0, "building the node");
     let node = TestNode::build(job.services, ENDPOINTS)?;
     progress(0.05, "applying rules");
     let applied = node.apply(job.mode).await?;
     progress(0.4, "warming up");
-    node.warm_up(matrix.seed).await?;
-    let plan = plan(matrix);
+    node.warm_up(load.seed).await?;
+    let plan = plan(load);
     if job.mode == Mode::Ipvs {
         // Only IPVS remembers a route for each endpoint of each virtual server: without this the
         // first visits would be measured, and more of them the more Services there are.
@@ -85,7 +81,7 @@ pub(super) async fn run(
     })
 }
 
-fn plan(matrix: &Matrix) -> TrafficPlan {
+fn plan(load: &Load) -> TrafficPlan {
     let paths = Path::SERVICE.into_iter().chain(Path::FLOOR);
     let period = 1e9 / PER_SECOND;
     TrafficPlan {
@@ -95,7 +91,7 @@ fn plan(matrix: &Matrix) -> TrafficPlan {
             .map(|(i, path)| Stream {
                 path,
                 per_second: PER_SECOND,
-                flows: matrix.flows_per_path,
+                flows: load.flows_per_path,
                 #[expect(
                     clippy::cast_possible_truncation,
                     clippy::cast_sign_loss,
@@ -104,7 +100,7 @@ fn plan(matrix: &Matrix) -> TrafficPlan {
                 start_ns: (period * i as f64 / 6.0) as u64,
             })
             .collect(),
-        seed: matrix.seed,
+        seed: load.seed,
         ..TrafficPlan::default()
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tracer_ebpf::path::Path;
 
 use super::job::Progress;
-use super::matrix::{ENDPOINTS, Job, Matrix};
+use super::matrix::{ENDPOINTS, Job, Load};
 use super::node::{DRAIN_EVERY, LEAD_NS, NodeError, TestNode, seen, sent};
 use crate::kernel::apply::{self, ApplyError};
 use crate::kernel::clock::monotonic_ns;
@@ -15,10 +15,6 @@ use crate::record::flows::{self, Seen, Sent};
 use crate::record::run::{Fault, FaultKind, FaultPath, Ledger, RuleChange};
 use crate::rules::Mode;
 
-/// New flows a second on each of the three Service paths.
-const PER_SECOND: f64 = 100.0;
-/// The same in a quick run.
-const PER_SECOND_QUICK: f64 = 50.0;
 /// Long-lived flows on each path.
 const ESTABLISHED: u32 = 20;
 /// Each of them asks this often.
@@ -46,16 +42,16 @@ enum Action {
 /// A control run and a flush run, on one node.
 pub(super) async fn flush(
     job: Job,
-    matrix: &Matrix,
+    load: &Load,
     progress: &Progress<'_>,
 ) -> Result<Vec<Fault>, NodeError> {
-    let (node, took) = build(job, matrix, progress).await?;
+    let (node, took) = build(job, load, progress).await?;
     progress(0.35, "control");
-    let control = one(&node, job, matrix, Action::None, BEFORE + AFTER).await?;
+    let control = one(&node, job, load, Action::None, BEFORE + AFTER).await?;
     progress(0.55, "flush");
     // Putting the rules back beside traffic takes longer than it did without.
     let duration = BEFORE + GAP + took * 2 + AFTER;
-    let flush = one(&node, job, matrix, Action::Flush, duration).await?;
+    let flush = one(&node, job, load, Action::Flush, duration).await?;
     Ok(vec![control, flush])
 }
 
@@ -63,21 +59,21 @@ pub(super) async fn flush(
 pub(super) async fn switch(
     job: Job,
     to: Mode,
-    matrix: &Matrix,
+    load: &Load,
     progress: &Progress<'_>,
 ) -> Result<Fault, NodeError> {
-    let (node, took) = build(job, matrix, progress).await?;
+    let (node, took) = build(job, load, progress).await?;
     progress(0.25, "how long the other mode takes");
     let other = TestNode::build(job.services, ENDPOINTS)?.apply(to).await?;
     progress(0.4, "switch");
     let duration = BEFORE + GAP + (took + Duration::from_nanos(other.took_ns)) * 3 + AFTER;
-    one(&node, job, matrix, Action::Switch(to), duration).await
+    one(&node, job, load, Action::Switch(to), duration).await
 }
 
 /// A node with the job's rules; how long they took.
 async fn build(
     job: Job,
-    matrix: &Matrix,
+    load: &Load,
     progress: &Progress<'_>,
 ) -> Result<(TestNode, Duration), NodeError> {
     progress(0.0, "building the node");
@@ -85,7 +81,7 @@ async fn build(
     progress(0.05, "applying rules");
     let applied = node.apply(job.mode).await?;
     progress(0.3, "warming up");
-    node.warm_up(matrix.seed).await?;
+    node.warm_up(load.seed).await?;
     Ok((node, Duration::from_nanos(applied.took_ns)))
 }
 
@@ -93,12 +89,12 @@ async fn build(
 async fn one(
     node: &TestNode,
     job: Job,
-    matrix: &Matrix,
+    load: &Load,
     action: Action,
     duration: Duration,
 ) -> Result<Fault, NodeError> {
     let mut watched = node.watch()?;
-    let plan = plan(matrix, duration);
+    let plan = plan(load, duration);
     let prepared = traffic::prepare(&node.lab, &node.cluster, &plan).await?;
     let origin = monotonic_ns() + LEAD_NS;
     let (result, changes) = {
@@ -153,12 +149,8 @@ async fn one(
     clippy::cast_sign_loss,
     reason = "seconds times a small rate"
 )]
-fn plan(matrix: &Matrix, duration: Duration) -> TrafficPlan {
-    let per_second = if matrix.quick {
-        PER_SECOND_QUICK
-    } else {
-        PER_SECOND
-    };
+fn plan(load: &Load, duration: Duration) -> TrafficPlan {
+    let per_second = f64::from(load.fault_rate);
     let flows = (duration.as_secs_f64() * per_second) as u32;
     let period = 1e9 / per_second;
     TrafficPlan {
@@ -177,7 +169,7 @@ fn plan(matrix: &Matrix, duration: Duration) -> TrafficPlan {
             per_path: ESTABLISHED,
             every: ASK_EVERY,
         }),
-        seed: matrix.seed,
+        seed: load.seed,
         ..TrafficPlan::default()
     }
 }

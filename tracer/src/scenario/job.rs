@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::matrix::{Group, Job, JobKind, Matrix};
+use super::matrix::{Job, JobKind, Load};
 use super::node::{self, NodeError};
 use super::{cell, fault};
 use crate::record::run::{Cell, Clock, Fault};
@@ -20,14 +20,14 @@ pub enum Part {
     Faults(Vec<Fault>),
 }
 
-/// A group's file: what was measured, job by job, and on which clock.
+/// A job's file: what was measured, and on which clock.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PartFile {
     /// The clock of every time in it.
     pub clock: Clock,
-    /// What was measured, in the group's order.
-    pub parts: Vec<Part>,
+    /// What was measured.
+    pub part: Part,
 }
 
 /// Tells how far a job is: a share from 0 to 1 and what is happening.
@@ -38,37 +38,13 @@ pub type Progress<'a> = dyn Fn(f64, &str) + 'a;
 /// # Errors
 ///
 /// Whatever stopped it; nothing is left behind either way.
-pub async fn run(job: Job, matrix: &Matrix, progress: &Progress<'_>) -> Result<Part, NodeError> {
+pub async fn run(job: Job, load: &Load, progress: &Progress<'_>) -> Result<Part, NodeError> {
     node::require(&job.modes())?;
     Ok(match job.kind {
-        JobKind::Cell => Part::Cell(Box::new(cell::run(job, matrix, progress).await?)),
-        JobKind::Flush => Part::Faults(fault::flush(job, matrix, progress).await?),
-        JobKind::Switch(to) => Part::Faults(vec![fault::switch(job, to, matrix, progress).await?]),
+        JobKind::Cell => Part::Cell(Box::new(cell::run(job, load, progress).await?)),
+        JobKind::Flush => Part::Faults(fault::flush(job, load, progress).await?),
+        JobKind::Switch(to) => Part::Faults(vec![fault::switch(job, to, load, progress).await?]),
     })
-}
-
-/// Runs a group's jobs one after the other, each on a node of its own and each when the kernel has
-/// finished taking down the node before.
-pub async fn run_group(
-    group: &Group,
-    matrix: &Matrix,
-    progress: &Progress<'_>,
-) -> Result<Vec<Part>, NodeError> {
-    let all = group.weight();
-    let mut done = 0.0;
-    let mut parts = Vec::new();
-    for job in &group.jobs {
-        if !parts.is_empty() {
-            quiet().await;
-        }
-        let (title, weight) = (job.title(), job.weight());
-        let within = |share: f64, what: &str| {
-            progress((done + share * weight) / all, &format!("{title}: {what}"));
-        };
-        parts.push(run(*job, matrix, &within).await?);
-        done += weight;
-    }
-    Ok(parts)
 }
 
 /// How long to wait for a quiet machine: on one that others use, it may never be.
@@ -76,8 +52,9 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a machine must have been idle to be called quiet.
 const IDLE: Duration = Duration::from_millis(100);
 
-/// Waits until the CPUs are idle: namespaces, links and rules are taken down in the background.
-async fn quiet() {
+/// Waits until the CPUs are idle, or not for much longer: namespaces, links and rules of the job
+/// before are taken down in the background.
+pub async fn quiet() {
     let begin = tokio::time::Instant::now();
     let mut before = busy_ticks();
     while begin.elapsed() < PATIENCE {

@@ -19,6 +19,9 @@ pub const NFT_COMPAT_LIMIT: u32 = 2000;
 /// flows from one address.
 pub const MAX_FLOWS: u32 = 10_000;
 
+/// The most new flows a second of one path of a fault: further apart than their own packets.
+pub const MAX_RATE: u32 = 1000;
+
 /// What to compare.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Matrix {
@@ -26,14 +29,46 @@ pub struct Matrix {
     pub modes: Vec<Mode>,
     /// Numbers of Services.
     pub services: Vec<u32>,
-    /// Seed of every random choice.
-    pub seed: u64,
-    /// Smaller faults.
+    /// Faults at the smallest size only.
     pub quick: bool,
-    /// New flows of each path in a cell.
-    pub flows_per_path: u32,
     /// Where the node lives.
     pub place: Place,
+    /// What every job sends.
+    pub load: Load,
+}
+
+/// What jobs send. A job and its load decide a measurement; what else was asked for does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Seed of every random choice.
+    pub seed: u64,
+    /// New flows of each path in a cell.
+    pub flows_per_path: u32,
+    /// New flows a second of each path in a fault.
+    pub fault_rate: u32,
+}
+
+impl Load {
+    /// Of the whole comparison, or of the quick one.
+    pub const fn standard(quick: bool, seed: u64) -> Self {
+        let (flows_per_path, fault_rate) = if quick { (200, 50) } else { (1000, 100) };
+        Self {
+            seed,
+            flows_per_path,
+            fault_rate,
+        }
+    }
+
+    /// Can it be sent?
+    pub fn check(&self) -> Result<(), MatrixError> {
+        if self.flows_per_path == 0 || self.flows_per_path > MAX_FLOWS {
+            return Err(MatrixError::Flows(self.flows_per_path));
+        }
+        if self.fault_rate == 0 || self.fault_rate > MAX_RATE {
+            return Err(MatrixError::Rate(self.fault_rate));
+        }
+        Ok(())
+    }
 }
 
 /// A matrix that cannot be run.
@@ -45,11 +80,14 @@ pub enum MatrixError {
     /// No flows, or more than the laboratory has source ports for.
     #[error("{0} flows on each path: use 1 to {MAX_FLOWS}")]
     Flows(u32),
+    /// No flows a second, or too many.
+    #[error("{0} flows a second on each path: use 1 to {MAX_RATE}")]
+    Rate(u32),
     /// Nothing to do.
     #[error("no {0} given: name at least one")]
     Empty(&'static str),
-    /// Not a job of this matrix.
-    #[error("no job '{0}' in this matrix; `svcpath bench plan` lists them")]
+    /// Not the name of a job.
+    #[error("no job '{0}': `svcpath bench plan` lists them, as cell-nftables-1000")]
     UnknownJob(String),
 }
 
@@ -75,29 +113,17 @@ pub enum JobKind {
     Switch(Mode),
 }
 
-/// Jobs that run one after the other in one place, each on a node of its own: a mode's cells and
-/// flush, or the switch. A virtual machine boots once for each group.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Group {
-    /// A stable identifier, also the name of its part file.
-    pub id: String,
-    /// For people.
-    pub title: String,
-    /// In the order in which they run.
-    pub jobs: Vec<Job>,
-}
-
-/// A group as `svcpath bench plan` prints it.
+/// A job as `svcpath bench plan` prints it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct PlannedGroup {
-    /// What `svcpath bench job` takes.
+pub struct PlannedJob {
+    /// A stable identifier, also the name of its part file.
     pub id: String,
     /// For people.
     pub title: String,
     /// How long it takes, in units of a small job.
     pub weight: f64,
-    /// The jobs in it.
-    pub parts: Vec<String>,
+    /// What `svcpath bench job` takes: the same for the same measurement, to the byte.
+    pub arguments: Vec<String>,
 }
 
 impl Matrix {
@@ -110,10 +136,9 @@ impl Matrix {
             } else {
                 vec![100, 1000, 5000]
             },
-            seed,
             quick,
-            flows_per_path: if quick { 200 } else { 1000 },
             place,
+            load: Load::standard(quick, seed),
         }
     }
 
@@ -130,112 +155,83 @@ impl Matrix {
                 return Err(MatrixError::Size(*services));
             }
         }
-        if self.flows_per_path == 0 || self.flows_per_path > MAX_FLOWS {
-            return Err(MatrixError::Flows(self.flows_per_path));
-        }
-        Ok(())
+        self.load.check()
     }
 
     /// The sizes of one mode.
     pub fn sizes(&self, mode: Mode) -> Vec<u32> {
-        let mut sizes: Vec<u32> = self
-            .services
-            .iter()
-            .map(|size| {
-                if mode == Mode::IptablesNft && self.place == Place::Vm {
-                    (*size).min(NFT_COMPAT_LIMIT)
-                } else {
-                    *size
-                }
-            })
-            .collect();
+        let limit = self.limit(mode);
+        let mut sizes: Vec<u32> = self.services.iter().map(|n| (*n).min(limit)).collect();
         sizes.sort_unstable();
         sizes.dedup();
         sizes
     }
 
-    /// Services of the fault runs.
-    pub fn fault_services(&self) -> u32 {
-        let smallest = self.services.iter().copied().min().unwrap_or(100);
-        if self.quick {
-            smallest
+    /// The most Services of one mode here.
+    fn limit(&self, mode: Mode) -> u32 {
+        if mode == Mode::IptablesNft && self.place == Place::Vm {
+            NFT_COMPAT_LIMIT
         } else {
-            self.services
-                .iter()
-                .copied()
-                .filter(|size| *size <= 1000)
-                .max()
-                .unwrap_or(smallest)
+            MAX_SERVICES
         }
     }
 
-    /// Every group, in the order of reports.
-    pub fn groups(&self) -> Vec<Group> {
-        let services = self.fault_services();
-        let mut groups: Vec<Group> = self
-            .modes
+    /// Services of one mode's fault runs.
+    pub fn fault_services(&self, mode: Mode) -> u32 {
+        let sizes = self.sizes(mode);
+        let smallest = sizes.first().copied().unwrap_or(100);
+        let largest = sizes.into_iter().rfind(|size| *size <= 1000);
+        largest.filter(|_| !self.quick).unwrap_or(smallest)
+    }
+
+    /// What a reader should know: where less is measured than was asked for.
+    pub fn notes(&self) -> Vec<String> {
+        let asked = self.services.iter().copied().max().unwrap_or(0);
+        self.modes
             .iter()
+            .filter(|mode| asked > self.limit(**mode))
             .map(|mode| {
-                let job = |kind, services| Job {
-                    kind,
-                    mode: *mode,
-                    services,
-                };
-                let mut jobs: Vec<Job> = self
-                    .sizes(*mode)
-                    .into_iter()
-                    .map(|size| job(JobKind::Cell, size))
-                    .collect();
-                jobs.push(job(JobKind::Flush, services));
-                Group {
-                    id: mode.name().to_owned(),
-                    title: mode.name().to_owned(),
-                    jobs,
-                }
+                format!(
+                    "{mode} stops at {} Services in the VM, where its restore takes too long; \
+                     --place host measures more",
+                    self.limit(*mode)
+                )
             })
-            .collect();
-        if self.modes.contains(&Mode::IptablesLegacy) && self.modes.contains(&Mode::Ipvs) {
-            let job = Job {
-                kind: JobKind::Switch(Mode::Ipvs),
-                mode: Mode::IptablesLegacy,
-                services,
-            };
-            groups.push(Group {
-                id: "switch".to_owned(),
-                title: job.title(),
-                jobs: vec![job],
-            });
-        }
-        groups
-    }
-
-    /// Every job.
-    pub fn jobs(&self) -> Vec<Job> {
-        self.groups()
-            .into_iter()
-            .flat_map(|group| group.jobs)
             .collect()
     }
 
-    /// The group with this id, or the job with this id as a group of its own.
-    pub fn group(&self, id: &str) -> Result<Group, MatrixError> {
-        if let Some(group) = self.groups().into_iter().find(|group| group.id == id) {
-            return Ok(group);
+    /// Every job, in the order of reports: each mode's cells and flush, then the switch.
+    pub fn jobs(&self) -> Vec<Job> {
+        let mut jobs = Vec::new();
+        for &mode in &self.modes {
+            let job = |kind, services| Job {
+                kind,
+                mode,
+                services,
+            };
+            let sizes = self.sizes(mode).into_iter();
+            jobs.extend(sizes.map(|size| job(JobKind::Cell, size)));
+            jobs.push(job(JobKind::Flush, self.fault_services(mode)));
         }
-        let job = self.job(id)?;
-        Ok(Group {
-            id: job.id(),
-            title: job.title(),
-            jobs: vec![job],
-        })
+        if self.modes.contains(&Mode::IptablesLegacy) && self.modes.contains(&Mode::Ipvs) {
+            jobs.push(Job {
+                kind: JobKind::Switch(Mode::Ipvs),
+                mode: Mode::IptablesLegacy,
+                services: self.fault_services(Mode::IptablesLegacy),
+            });
+        }
+        jobs
     }
 
-    /// The job with this id.
-    pub fn job(&self, id: &str) -> Result<Job, MatrixError> {
-        self.jobs()
-            .into_iter()
-            .find(|job| job.id() == id)
-            .ok_or_else(|| MatrixError::UnknownJob(id.to_owned()))
+    /// Every job as `svcpath bench plan` prints it.
+    pub fn planned(&self) -> Vec<PlannedJob> {
+        let planned = |job: Job| PlannedJob {
+            id: job.id(),
+            title: job.title(),
+            weight: job.weight(),
+            arguments: job.arguments(&self.load),
+        };
+        self.jobs().into_iter().map(planned).collect()
     }
 }
 
@@ -247,6 +243,23 @@ impl Job {
             JobKind::Flush => format!("flush-{}-{}", self.mode, self.services),
             JobKind::Switch(to) => format!("switch-{}-{to}-{}", self.mode, self.services),
         }
+    }
+
+    /// What `svcpath bench job` takes for it: all that it depends on, and nothing else, in one
+    /// form. On the virtual clock a run is the same only if its command line is.
+    pub fn arguments(self, load: &Load) -> Vec<String> {
+        let (flag, number) = match self.kind {
+            JobKind::Cell => ("--flows", load.flows_per_path),
+            JobKind::Flush | JobKind::Switch(_) => ("--rate", load.fault_rate),
+        };
+        // Of one width, so that another seed is not another layout of the process.
+        vec![
+            self.id(),
+            "--seed".to_owned(),
+            format!("{:020}", load.seed),
+            flag.to_owned(),
+            format!("{number:05}"),
+        ]
     }
 
     /// For people.
@@ -284,20 +297,34 @@ impl Job {
     }
 }
 
-impl Group {
-    /// How long it takes, in units of a small job.
-    pub fn weight(&self) -> f64 {
-        self.jobs.iter().map(|job| job.weight()).sum()
-    }
+impl FromStr for Job {
+    type Err = MatrixError;
 
-    /// As `svcpath bench plan` prints it.
-    pub fn planned(&self) -> PlannedGroup {
-        PlannedGroup {
-            id: self.id.clone(),
-            title: self.title.clone(),
-            weight: self.weight(),
-            parts: self.jobs.iter().map(|job| job.id()).collect(),
+    fn from_str(id: &str) -> Result<Self, Self::Err> {
+        let unknown = || MatrixError::UnknownJob(id.to_owned());
+        let (_, services) = id.rsplit_once('-').ok_or_else(unknown)?;
+        let services: u32 = services.parse().map_err(|_| unknown())?;
+        if services == 0 || services > MAX_SERVICES {
+            return Err(MatrixError::Size(services));
         }
+        let switches = |mode| {
+            let others = Mode::ALL.into_iter().filter(move |to| *to != mode);
+            others.map(JobKind::Switch)
+        };
+        Mode::ALL
+            .into_iter()
+            .flat_map(|mode| {
+                [JobKind::Cell, JobKind::Flush]
+                    .into_iter()
+                    .chain(switches(mode))
+                    .map(move |kind| Self {
+                        kind,
+                        mode,
+                        services,
+                    })
+            })
+            .find(|job| job.id() == id)
+            .ok_or_else(unknown)
     }
 }
 
@@ -337,6 +364,9 @@ mod tests {
         let cells = jobs.iter().filter(|j| j.kind == JobKind::Cell).count();
         assert_eq!(cells, 8);
         assert_eq!(jobs.len(), 8 + 4 + 1);
+        for job in &jobs {
+            assert_eq!(job.id().parse::<Job>().expect("its own name"), *job);
+        }
         let mut ids: Vec<String> = jobs.iter().map(|j| j.id()).collect();
         ids.sort();
         ids.dedup();
@@ -348,8 +378,75 @@ mod tests {
         let vm = Matrix::standard(false, 42, Place::Vm);
         assert_eq!(vm.sizes(Mode::IptablesNft), [100, 1000, 2000]);
         assert_eq!(vm.sizes(Mode::Nftables), [100, 1000, 5000]);
+        assert_eq!(vm.notes().len(), 1);
         let host = Matrix::standard(false, 42, Place::Host);
         assert_eq!(host.sizes(Mode::IptablesNft), [100, 1000, 5000]);
+        assert!(host.notes().is_empty());
+        assert!(Matrix::standard(true, 42, Place::Vm).notes().is_empty());
+        // Its faults too.
+        let large = Matrix {
+            services: vec![5000],
+            ..vm
+        };
+        assert_eq!(large.fault_services(Mode::IptablesNft), 2000);
+        assert_eq!(large.fault_services(Mode::Ipvs), 5000);
+    }
+
+    #[test]
+    fn a_job_says_what_it_needs_in_one_form() {
+        let load = Load::standard(true, 42);
+        let cell: Job = "cell-iptables-nft-1000".parse().expect("a job");
+        assert_eq!(
+            cell.arguments(&load).join(" "),
+            "cell-iptables-nft-1000 --seed 00000000000000000042 --flows 00200"
+        );
+        let other = Load {
+            seed: u64::MAX,
+            ..load
+        };
+        assert_eq!(
+            cell.arguments(&other).concat().len(),
+            cell.arguments(&load).concat().len()
+        );
+        let switch: Job = "switch-iptables-legacy-ipvs-100".parse().expect("a job");
+        assert_eq!(
+            switch.arguments(&load).join(" "),
+            "switch-iptables-legacy-ipvs-100 --seed 00000000000000000042 --rate 00050"
+        );
+    }
+
+    #[test]
+    fn what_else_is_asked_for_changes_no_job() {
+        let arguments = |matrix: &Matrix| {
+            let planned = matrix.planned();
+            let job = planned.into_iter().find(|j| j.id == "cell-nftables-100");
+            job.expect("planned").arguments
+        };
+        let all = Matrix::standard(true, 42, Place::Vm);
+        let one = Matrix {
+            modes: vec![Mode::Nftables],
+            services: vec![100],
+            ..all.clone()
+        };
+        assert_eq!(arguments(&all), arguments(&one));
+    }
+
+    #[test]
+    fn names_of_no_job() {
+        for name in [
+            "",
+            "cell",
+            "cell-nftables",
+            "cell-nftables-",
+            "cell-nftables-01",
+            "cell-nftables-0",
+            "cell-nftables-1000000",
+            "cell-iptables-100",
+            "switch-ipvs-ipvs-100",
+            "nftables",
+        ] {
+            assert!(name.parse::<Job>().is_err(), "{name}");
+        }
     }
 
     #[test]

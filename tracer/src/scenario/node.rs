@@ -371,7 +371,7 @@ pub fn examine() -> Vec<Check> {
         .map_err(|e| e.to_string())
         .and_then(|node| {
             HooksTier::attach(&node, &watch)
-                .map(|tier| tier.links())
+                .map(|tier| tier.links() / watch.targets.len())
                 .map_err(|e| e.to_string())
         });
     let mut checks = vec![
@@ -387,7 +387,7 @@ pub fn examine() -> Vec<Check> {
             needed: true,
             detail: match probes {
                 Ok(links) => format!(
-                    "{links} netfilter links and {} tracepoints attach",
+                    "{links} netfilter links a family and {} tracepoints attach",
                     TRACEPOINTS.len()
                 ),
                 Err(error) => error,
