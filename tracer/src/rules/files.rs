@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use super::{Mode, RuleSet, Step, Sysctl, ipvs};
+use super::{RuleSet, Step, Sysctl, ipvs};
 use crate::cluster::Family;
 
 /// One file.
