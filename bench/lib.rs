@@ -44,7 +44,7 @@ pub fn cluster_of(services: u32, endpoints: u32) -> Cluster {
                 port: 80,
                 node_port: u16::try_from(index / 10)
                     .ok()
-                    .filter(|_| index % 10 == 0)
+                    .filter(|_| index.is_multiple_of(10))
                     .map(|port| 30_000 + port),
                 endpoints: endpoints.collect(),
             }],

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::fmt::Write as _;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd as _;
@@ -693,15 +694,21 @@ fn lines(outcomes: &[Outcome<'_>]) -> String {
     for outcome in outcomes {
         for visited in &outcome.steps {
             let step = &visited.step;
-            text += &format!(
-                "  {} {} {} {}: {:?}\n",
-                visited.hook, step.table, step.chain, step.rule, step.action
-            );
+            let (hook, action) = (visited.hook, step.action);
+            writeln!(
+                text,
+                "  {hook} {} {} {}: {action:?}",
+                step.table, step.chain, step.rule
+            )
+            .expect("String");
         }
-        text += &format!(
-            "= {:.4} {:?}, masqueraded: {}\n",
-            outcome.probability, outcome.fate, outcome.masqueraded
-        );
+        let (share, fate) = (outcome.probability, outcome.fate);
+        writeln!(
+            text,
+            "= {share:.4} {fate:?}, masqueraded: {}",
+            outcome.masqueraded
+        )
+        .expect("String");
     }
     text
 }

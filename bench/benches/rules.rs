@@ -1,4 +1,4 @@
-//! A cluster compiled to rules, which every sync of the laboratory's proxier does.
+//! A cluster read, compiled to rules, checked against a dump, and walked like a packet.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -8,7 +8,12 @@ use criterion::{
     BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
 use tracer::cluster::read::read;
-use tracer::rules::{Mode, render, sync};
+use tracer::cluster::{Family, Protocol};
+use tracer::rules::check::check;
+use tracer::rules::dump::Texts;
+use tracer::rules::oracle::Rules;
+use tracer::rules::walk::{Origin, Packet, State};
+use tracer::rules::{Mode, iptables, render, sync};
 
 fn rendering(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("render");
@@ -74,12 +79,76 @@ fn reading(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// A dump of 30,000 Services with 8 endpoints each: read, and checked against its cluster, which
+/// includes rendering what is called for.
+fn checking(criterion: &mut Criterion) {
+    let mut node = node_view();
+    // As most nodes: what the dump is of must not depend on the machine.
+    node.nfacct = false;
+    let cluster = cluster_of(30_000, 8);
+    let mut group = criterion.benchmark_group("check-30000x8");
+    group.sampling_mode(SamplingMode::Flat);
+    group.sample_size(10);
+    for mode in [Mode::IptablesNft, Mode::Ipvs, Mode::Nftables] {
+        let texts = Texts::rendered(&render(&cluster, &node, mode));
+        if let Some(save) = texts
+            .v4
+            .iptables
+            .first()
+            .filter(|_| mode == Mode::IptablesNft)
+        {
+            group.throughput(Throughput::Bytes(save.text.len() as u64));
+            group.bench_function("iptables: parse alone", |bencher| {
+                bencher
+                    .iter(|| iptables::parse(black_box(&save.text), Family::V4).expect("a dump"));
+            });
+        }
+        group.bench_function(mode.to_string(), |bencher| {
+            bencher.iter(|| {
+                let report = check(&cluster, &node, mode, black_box(&texts)).expect("a dump");
+                assert!(report.differences.is_empty());
+            });
+        });
+    }
+    group.finish();
+}
+
+/// One packet to the Service in the middle of 30,000, with its rules read and indexed before.
+fn walking(criterion: &mut Criterion) {
+    let node = node_view();
+    let cluster = cluster_of(30_000, 8);
+    let service = &cluster.services[15_000];
+    let mut group = criterion.benchmark_group("walk-30000x8");
+    for mode in [Mode::IptablesNft, Mode::Ipvs, Mode::Nftables] {
+        let texts = Texts::rendered(&render(&cluster, &node, mode));
+        let rules = Rules::parse(&texts, Family::V4).expect("a dump");
+        let layers = rules.layers();
+        let local = node.addresses.iter().copied().collect();
+        let place = rules.place(local, cluster.virtual_ips().collect());
+        let oracle = layers.oracle(&place);
+        let packet = Packet {
+            origin: Origin::Link(None),
+            from: [10, 244, 0, 7].into(),
+            from_port: None,
+            to: service.cluster_ips[0],
+            to_port: 80,
+            protocol: Protocol::Tcp,
+            state: State::New,
+        };
+        assert_eq!(oracle.walk(&packet).len(), 8);
+        group.bench_function(mode.to_string(), |bencher| {
+            bencher.iter(|| oracle.walk(black_box(&packet)));
+        });
+    }
+    group.finish();
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default()
         .sample_size(20)
         .warm_up_time(Duration::from_secs(1))
         .measurement_time(Duration::from_secs(2));
-    targets = rendering, large, partial_sync, reading
+    targets = rendering, large, partial_sync, reading, checking, walking
 }
 criterion_main!(benches);

@@ -19,11 +19,11 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use crate::channel::{Job, progress};
-use crate::guest::{HOME, OUT};
+use crate::guest::OUT;
 use crate::interrupt::{self, Guarded};
 use crate::packages::{self, find_program, version_of};
 use crate::progress::Progress;
-use crate::qemu::{Clock, Line, Vm};
+use crate::qemu::{Clock, Line, Vm, simple_job};
 use crate::vm::{VmOptions, image};
 use crate::{Failure, workspace};
 
@@ -34,8 +34,6 @@ const MAX_SERVICES: u32 = 30_000;
 const RUN_BYTES: usize = 4 << 20;
 /// Beside the parts: when and where.
 const ENVIRONMENT: &str = "environment";
-/// The file that a job in a guest leaves.
-const PART: &str = "part.json";
 /// How many of a failed job's last lines are shown.
 const LAST_LINES: usize = 20;
 
@@ -297,11 +295,27 @@ struct PlannedJob {
     id: String,
     title: String,
     weight: f64,
+    /// Jobs with the same word here can share a boot.
+    boot: String,
     /// What `svcpath bench job` takes: nothing of it depends on how this run was asked for.
     arguments: Vec<String>,
 }
 
 impl Plan {
+    /// The jobs of each boot, one after the other in it: those with the most work first.
+    fn boots(&self) -> Vec<Vec<&PlannedJob>> {
+        let mut boots: Vec<Vec<&PlannedJob>> = Vec::new();
+        for job in &self.jobs {
+            match boots.iter_mut().find(|boot| boot[0].boot == job.boot) {
+                Some(boot) => boot.push(job),
+                None => boots.push(vec![job]),
+            }
+        }
+        let work = |boot: &Vec<&PlannedJob>| boot.iter().map(|job| job.weight).sum::<f64>();
+        boots.sort_by(|a, b| work(b).total_cmp(&work(a)));
+        boots
+    }
+
     /// Reads it; longest jobs first, so that none is left alone at the end.
     fn parse(text: &[u8]) -> Result<Self> {
         let mut plan: Self =
@@ -595,15 +609,17 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Each job in its own boot, one VM a CPU at a time. On the virtual clock they cannot
-    /// disturb each other; in real time they run one by one.
+    /// One VM a CPU at a time. On the virtual clock they cannot disturb each other; in real time
+    /// they run one by one.
     fn in_vms(&self, plan: &Plan, vm: &Vm) -> Result<()> {
         let progress = Self::progress(plan);
-        let queue: Mutex<VecDeque<&PlannedJob>> = Mutex::new(plan.jobs.iter().collect());
+        let boots = plan.boots();
+        let count = boots.len();
+        let queue: Mutex<VecDeque<Vec<&PlannedJob>>> = Mutex::new(boots.into());
         let failure: Mutex<Option<anyhow::Error>> = Mutex::new(None);
         let stop = AtomicBool::new(false);
         let workers = match self.decision.clock {
-            Clock::Virtual => workers(cpus(), plan.jobs.len(), available_memory(), vm.memory),
+            Clock::Virtual => workers(cpus(), count, available_memory(), vm.memory),
             Clock::Wall => 1,
         };
         thread::scope(|scope| {
@@ -614,8 +630,8 @@ impl Run<'_> {
                             .lock()
                             .unwrap_or_else(PoisonError::into_inner)
                             .pop_front();
-                        let Some(job) = next else { return };
-                        if let Err(error) = self.vm_job(job, vm, &progress, &stop) {
+                        let Some(jobs) = next else { return };
+                        if let Err(error) = self.boot(&jobs, vm, &progress, &stop) {
                             stop.store(true, Ordering::Relaxed);
                             // The first failure is the one to tell: others were stopped by it.
                             failure
@@ -634,52 +650,64 @@ impl Run<'_> {
             .map_or(Ok(()), Err)
     }
 
-    /// The job as the guest gets it: the same for the same measurement, to the byte.
-    fn guest_job(&self, job: &PlannedJob) -> Job {
-        let mut argv = vec!["svcpath".to_owned()];
-        argv.extend(self.job_arguments(job, &format!("{OUT}/{PART}")));
-        Job {
-            argv,
-            env: BTreeMap::new(),
-            cwd: HOME.to_owned(),
-        }
+    /// The jobs of a boot as the guest gets them: the same for the same measurements, to the byte.
+    fn guest_job(&self, jobs: &[&PlannedJob]) -> Job {
+        let lines = jobs.iter().map(|job| {
+            let arguments = self.job_arguments(job, &format!("{OUT}/{}.json", job.id));
+            format!("svcpath {}\n", arguments.join(" "))
+        });
+        simple_job(&["sh", "-ec", &lines.collect::<String>()])
     }
 
-    fn vm_job(
+    /// Runs jobs in one boot, one after the other.
+    fn boot(
         &self,
-        job: &PlannedJob,
+        jobs: &[&PlannedJob],
         vm: &Vm,
         progress: &Progress,
         stop: &AtomicBool,
     ) -> Result<()> {
-        let in_guest = self.guest_job(job);
+        let in_guest = self.guest_job(jobs);
         let mut last = LastLines::default();
-        progress.update(&job.id, 0.0, &job.title);
+        let mut now = 0;
+        progress.update(&jobs[now].id, 0.0, &jobs[now].title);
         let output = vm
             .run(
                 &in_guest,
                 &mut |line| match line {
                     Line::Progress(fraction, what) => {
-                        progress.update(&job.id, fraction, &headline(job, what));
+                        // Each line begins with its job's title.
+                        let next = jobs.get(now + 1);
+                        if next.is_some_and(|next| what.starts_with(&format!("{}:", next.title))) {
+                            progress.finish_job(&jobs[now].id, &jobs[now].title);
+                            now += 1;
+                        }
+                        progress.update(&jobs[now].id, fraction, &headline(jobs[now], what));
                     }
                     Line::Stdout(bytes) | Line::Stderr(bytes) => last.keep(bytes),
                 },
                 stop,
             )
-            .with_context(|| format!("job {}{last}", job.id))?;
+            .with_context(|| format!("job {}{last}", jobs[now].id))?;
         ensure!(
             output.exit == 0,
             "the job {} failed (exit code {}){last}",
-            job.id,
+            jobs[now].id,
             output.exit
         );
-        let content = output
-            .files
-            .get(PART)
-            .with_context(|| format!("the job {} ended well, but left no {PART}", job.id))?;
-        let part = self.parts.join(format!("{}.json", job.id));
-        fs::write(&part, content).with_context(|| format!("cannot write {}", part.display()))?;
-        progress.finish_job(&job.id, &job.title);
+        for job in jobs {
+            let name = format!("{}.json", job.id);
+            let content = output
+                .files
+                .get(&name)
+                .with_context(|| format!("the job {} ended well, but left no {name}", job.id))?;
+            let part = self.parts.join(&name);
+            fs::write(&part, content)
+                .with_context(|| format!("cannot write {}", part.display()))?;
+        }
+        for job in &jobs[now..] {
+            progress.finish_job(&job.id, &job.title);
+        }
         Ok(())
     }
 
@@ -911,14 +939,14 @@ mod tests {
 
     #[test]
     fn plans_are_sorted_and_checked() {
-        let text = br#"{"jobs":[{"id":"a","title":"A","weight":1,"arguments":["a"]},{"id":"cell-ipvs-1000","title":"ipvs 1000","weight":1.7,"arguments":["b"]}]}"#;
+        let text = br#"{"jobs":[{"id":"a","title":"A","weight":1,"boot":"b","arguments":["a"]},{"id":"cell-ipvs-1000","title":"ipvs 1000","weight":1.7,"boot":"b","arguments":["b"]}]}"#;
         let plan = Plan::parse(text).expect("good");
         assert_eq!(plan.jobs[0].id, "cell-ipvs-1000");
         for bad in [
             r#"{"jobs":[]}"#,
-            r#"{"jobs":[{"id":"../x","title":"","weight":1,"arguments":[]}]}"#,
-            r#"{"jobs":[{"id":"x","title":"","weight":0,"arguments":[]}]}"#,
-            r#"{"jobs":[{"id":"x","title":"","weight":1,"arguments":[]},{"id":"x","title":"","weight":1,"arguments":[]}]}"#,
+            r#"{"jobs":[{"id":"../x","title":"","weight":1,"boot":"b","arguments":[]}]}"#,
+            r#"{"jobs":[{"id":"x","title":"","weight":0,"boot":"b","arguments":[]}]}"#,
+            r#"{"jobs":[{"id":"x","title":"","weight":1,"boot":"b","arguments":[]},{"id":"x","title":"","weight":1,"boot":"b","arguments":[]}]}"#,
             "not json",
         ] {
             assert!(Plan::parse(bad.as_bytes()).is_err(), "{bad}");
@@ -993,6 +1021,7 @@ mod tests {
             id: "cell-nftables-100".to_owned(),
             title: "nftables 100".to_owned(),
             weight: 1.0,
+            boot: "nftables".to_owned(),
             arguments: words(&["cell-nftables-100", "--seed", "00000000000000000042"]),
         };
         with_stand_in("", |run, _| {
@@ -1001,11 +1030,11 @@ mod tests {
                 parts: run.parts.clone(),
                 ..*run
             };
-            assert_eq!(run.guest_job(&job), typed.guest_job(&job));
+            assert_eq!(run.guest_job(&[&job]), typed.guest_job(&[&job]));
             assert_eq!(
-                run.guest_job(&job).argv.join(" "),
+                run.guest_job(&[&job]).argv[2],
                 "svcpath bench job cell-nftables-100 --seed 00000000000000000042 \
-                 --clock wall -o /out/part.json"
+                 --clock wall -o /out/cell-nftables-100.json\n"
             );
         });
     }
@@ -1081,7 +1110,7 @@ mod tests {
         let script = r#"
 case "$2" in
 plan) [ "$*" = "bench plan --quick --place host --output json" ] || exit 2
-      echo '{"jobs":[{"id":"one","title":"One","weight":1,"arguments":["one","--seed","7"]},
+      echo '{"jobs":[{"id":"one","title":"One","weight":1,"boot":"b","arguments":["one","--seed","7"]},
                     {"id":"two","title":"Two","weight":2,"arguments":["two","--seed","7"]}]}' ;;
 job)  [ "$4 $5 $6 $7 $8" = "--seed 7 --clock wall -o" ] || exit 2
       echo "progress 0.5 half" >&2; echo "part of $3" > "$9" ;;
@@ -1121,6 +1150,7 @@ esac"#;
                 id: "cell".to_owned(),
                 title: "Cell".to_owned(),
                 weight: 1.0,
+                boot: "boot".to_owned(),
                 arguments: words(&["cell"]),
             };
             let error = run.on_host(&Plan { jobs: vec![job] }).expect_err("exit 5");

@@ -299,16 +299,19 @@ fn one_job(job: Job, load: &Load, wanted: Option<Clock>, file: &Path) -> anyhow:
     exit::require_root("svcpath bench job")?;
     let clock = own_clock();
     if let Some(wanted) = wanted.filter(|wanted| *wanted != clock) {
-        return Err(exit::Usage(match wanted {
-            Clock::Virtual => {
-                "--clock virtual: this machine does not count instructions; \
+        return Err(exit::Usage(
+            match wanted {
+                Clock::Virtual => {
+                    "--clock virtual: this machine does not count instructions; \
                                `cargo xtask run --clock virtual` starts a VM that does"
-            }
-            Clock::Wall => {
-                "--clock wall: this machine counts instructions; \
+                }
+                Clock::Wall => {
+                    "--clock wall: this machine counts instructions; \
                             `cargo xtask run --clock wall` starts a VM that does not"
+                }
             }
-        })
+            .to_owned(),
+        )
         .into());
     }
     report::write::check_file(file, true)?;

@@ -133,7 +133,7 @@ pub(crate) struct Interrupted(pub(crate) Signal);
 /// What was asked for cannot be.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub(crate) struct Usage(pub(crate) &'static str);
+pub(crate) struct Usage(pub(crate) String);
 
 /// A right that this process lacks.
 #[derive(Debug, thiserror::Error)]

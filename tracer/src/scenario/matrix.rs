@@ -122,6 +122,8 @@ pub struct PlannedJob {
     pub title: String,
     /// How long it takes, in units of a small job.
     pub weight: f64,
+    /// Jobs with the same word here can share a boot of the VM.
+    pub boot: String,
     /// What `svcpath bench job` takes: the same for the same measurement, to the byte.
     pub arguments: Vec<String>,
 }
@@ -229,6 +231,7 @@ impl Matrix {
             id: job.id(),
             title: job.title(),
             weight: job.weight(),
+            boot: job.boot(),
             arguments: job.arguments(&self.load),
         };
         self.jobs().into_iter().map(planned).collect()
@@ -242,6 +245,14 @@ impl Job {
             JobKind::Cell => format!("cell-{}-{}", self.mode, self.services),
             JobKind::Flush => format!("flush-{}-{}", self.mode, self.services),
             JobKind::Switch(to) => format!("switch-{}-{to}-{}", self.mode, self.services),
+        }
+    }
+
+    /// Jobs with the same word can share a boot of the VM, one after the other.
+    fn boot(self) -> String {
+        match self.kind {
+            JobKind::Cell | JobKind::Flush => self.mode.to_string(),
+            JobKind::Switch(_) => self.id(),
         }
     }
 

@@ -14,6 +14,8 @@ use clap::{Subcommand, ValueEnum};
 use tracer::cluster::{Cidr, Cluster, read};
 use tracer::rules::{Mode, NodePortAddresses, NodeView};
 
+use super::exit::Usage;
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -148,11 +150,6 @@ struct Flags {
     #[arg(long)]
     tcp_be_liberal: bool,
 }
-
-/// What a command line of this room asks for and cannot have.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct Usage(String);
 
 /// The cluster that the file holds; what kube-proxy would skip is said on standard error.
 fn read_cluster(path: &std::path::Path) -> anyhow::Result<Cluster> {

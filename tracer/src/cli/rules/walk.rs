@@ -16,8 +16,8 @@ use tracer::rules::services;
 use tracer::rules::walk::{Action, Fate, Origin, Outcome, Packet, State, Visited};
 use tracer::rules::{Mode, render};
 
-use super::super::exit;
-use super::{Flags, ModeArg, Output, Usage, live, read_cluster};
+use super::super::exit::{self, Usage};
+use super::{Flags, ModeArg, Output, live, read_cluster};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
@@ -226,27 +226,7 @@ fn show(packet: &Packet, outcomes: &[Outcome<'_>]) -> String {
     let _ = writeln!(text, "{from} -> {to}/{} {arrives}", packet.protocol);
     let mut before: &[Visited<'_>] = &[];
     for outcome in outcomes {
-        let common = before
-            .iter()
-            .zip(&outcome.steps)
-            .take_while(|(a, b)| a == b)
-            .count();
-        if common > 0 {
-            let _ = writeln!(text, "  after the first {common} steps above:");
-        }
-        for visited in &outcome.steps[common..] {
-            let step = &visited.step;
-            let _ = writeln!(
-                text,
-                "  {:<11}  {} {} rule {} ({} passed): {}",
-                visited.hook,
-                step.table,
-                step.chain,
-                step.rule,
-                step.passed,
-                action(&step.action)
-            );
-        }
+        show_steps(&mut text, before, &outcome.steps);
         before = &outcome.steps;
         let masqueraded = if outcome.masqueraded {
             "masqueraded"
@@ -261,6 +241,37 @@ fn show(packet: &Packet, outcomes: &[Outcome<'_>]) -> String {
         );
     }
     text
+}
+
+/// The steps of a way; those that it shares with the way shown before it are only counted.
+fn show_steps(text: &mut String, before: &[Visited<'_>], steps: &[Visited<'_>]) {
+    let same = |(a, b): &(&Visited<'_>, &Visited<'_>)| a == b;
+    let first = before.iter().zip(steps).take_while(same).count();
+    let tails = before[first..]
+        .iter()
+        .rev()
+        .zip(steps[first..].iter().rev());
+    let last = tails.take_while(same).count();
+    // Writing into a String cannot fail, here and below.
+    if first > 0 {
+        let _ = writeln!(text, "  the first {first} steps as above, then");
+    }
+    for visited in &steps[first..steps.len() - last] {
+        let step = &visited.step;
+        let _ = writeln!(
+            text,
+            "  {:<11}  {} {} rule {} ({} passed): {}",
+            visited.hook,
+            step.table,
+            step.chain,
+            step.rule,
+            step.passed,
+            action(&step.action)
+        );
+    }
+    if last > 0 {
+        let _ = writeln!(text, "  and the last {last} steps as above");
+    }
 }
 
 fn action(action: &Action<'_>) -> String {
