@@ -1,5 +1,7 @@
 //! IPVS servers and addresses over netlink, against what `ipvsadm` and `ip` show.
 
+use std::fmt::Write as _;
+
 use tracer::kernel::apply::{self, Applied, ApplyError, Incomplete, Left};
 use tracer::kernel::netns::Netns;
 use tracer::kernel::tool;
@@ -124,9 +126,10 @@ fn thousands_of_ipvs_servers_go_in() {
     let mut text = String::new();
     for n in 0..1000 {
         let key = format!("-t 10.96.{}.{}:80", n / 250, n % 250 + 1);
-        text += &format!("-A {key} -s rr\n");
+        writeln!(text, "-A {key} -s rr").expect("String");
         for real in 1..=3 {
-            text += &format!("-a {key} -r 10.244.{real}.1:{} -m -w 1\n", 8000 + n);
+            let port = 8000 + n;
+            writeln!(text, "-a {key} -r 10.244.{real}.1:{port} -m -w 1").expect("String");
         }
     }
     let ns = namespace("ipvs-thousands");
@@ -138,9 +141,10 @@ fn thousands_of_ipvs_servers_go_in() {
 /// Entries go their own way: the report names what was refused, and why.
 #[test]
 fn refused_ipvs_servers_are_named() {
-    let good: String = (1..=200)
-        .map(|n| format!("-A -t 10.96.1.{n}:80 -s rr\n"))
-        .collect();
+    let mut good = String::new();
+    for n in 1..=200 {
+        writeln!(good, "-A -t 10.96.1.{n}:80 -s rr").expect("String");
+    }
     let bad = "-A -t 10.96.0.1:80 -s nope\n\
                -a -t 10.96.0.1:80 -r 10.244.0.1:80 -m -w 1\n\
                -A -t 10.96.0.2:80 -s rr\n\
