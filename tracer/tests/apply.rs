@@ -395,9 +395,9 @@ fn a_bad_nft_line_leaves_the_family_as_it_was() {
 #[test]
 fn a_bad_ipset_line_says_how_much_is_missing() {
     let good = |from: u32, to: u32| -> String {
-        (from..to)
-            .map(|n| format!("add KUBE-A 10.0.{}.{},tcp:80\n", n / 256, n % 256))
-            .collect()
+        (from..to).fold(String::new(), |text, n| {
+            text + &format!("add KUBE-A 10.0.{}.{},tcp:80\n", n / 256, n % 256)
+        })
     };
     // The parser refuses the first, the kernel the second (it is there twice).
     for bad in ["add KUBE-A nonsense\n", "add KUBE-A 10.0.0.1,tcp:80\n"] {

@@ -81,6 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[expect(clippy::zombie_processes, reason = "what is tested waits for it")]
     fn a_child_tells_what_it_used() {
         let own = own_memory_kib();
         assert!(own > 0);
