@@ -302,7 +302,8 @@ struct PlannedJob {
 }
 
 impl Plan {
-    /// The jobs of each boot, one after the other in it: those with the most work first.
+    /// The jobs of each boot, boots with the most work first. In a boot the smallest job comes
+    /// first: what the kernel takes down after a large one would run into the next.
     fn boots(&self) -> Vec<Vec<&PlannedJob>> {
         let mut boots: Vec<Vec<&PlannedJob>> = Vec::new();
         for job in &self.jobs {
@@ -310,6 +311,9 @@ impl Plan {
                 Some(boot) => boot.push(job),
                 None => boots.push(vec![job]),
             }
+        }
+        for boot in &mut boots {
+            boot.reverse();
         }
         let work = |boot: &Vec<&PlannedJob>| boot.iter().map(|job| job.weight).sum::<f64>();
         boots.sort_by(|a, b| work(b).total_cmp(&work(a)));
