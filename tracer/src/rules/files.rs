@@ -1,5 +1,5 @@
-//! A rule set as files, named as the dumps of a node are, so that what was rendered can be checked
-//! and walked like a dump.
+//! A rule set as files, named as the dumps of a node are, so that what was rendered can be walked
+//! and read back like a dump. (`rules check` wants what `iptables-save` prints.)
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
