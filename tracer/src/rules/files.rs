@@ -153,7 +153,11 @@ pub(super) fn address_listing(addresses: &[IpAddr]) -> String {
             IpAddr::V6(_) => ("inet6", 128),
         };
         // Writing into a String cannot fail.
-        let _ = writeln!(text, "    {family} {address}/{length} scope global");
+        let _ = writeln!(
+            text,
+            "    {family} {address}/{length} scope global {}\n       valid_lft forever preferred_lft forever",
+            ipvs::LINK
+        );
     }
     text
 }
