@@ -121,7 +121,7 @@ struct LoadArgs {
     /// Seed of every random choice.
     #[arg(long, default_value_t = 42)]
     seed: u64,
-    /// New flows on each path of a cell [default: 1000, or 200 with --quick].
+    /// New flows on each path of a cell [default: 1000, or 150 with --quick].
     #[arg(long, value_name = "N")]
     flows: Option<u32>,
     /// New flows a second on each path of a fault [default: 100, or 50 with --quick].
@@ -528,7 +528,7 @@ mod tests {
         for other in [
             "bench --quick --modes nftables,ipvs --services 100,1000 --seed 42",
             "bench --seed=042 --services=1000,100,100 --modes=ipvs --modes nftables --quick",
-            "bench --quick --modes nftables,ipvs --services 100,1000 --flows 200 --rate 50",
+            "bench --quick --modes nftables,ipvs --services 100,1000 --flows 150 --rate 50",
         ] {
             assert_eq!(planned(other), plain, "{other}");
         }

@@ -51,7 +51,7 @@ pub struct Load {
 impl Load {
     /// Of the whole comparison, or of the quick one.
     pub const fn standard(quick: bool, seed: u64) -> Self {
-        let (flows_per_path, fault_rate) = if quick { (200, 50) } else { (1000, 100) };
+        let (flows_per_path, fault_rate) = if quick { (150, 50) } else { (1000, 100) };
         Self {
             seed,
             flows_per_path,
@@ -409,7 +409,7 @@ mod tests {
         let cell: Job = "cell-iptables-nft-1000".parse().expect("a job");
         assert_eq!(
             cell.arguments(&load).join(" "),
-            "cell-iptables-nft-1000 --seed 00000000000000000042 --flows 00200"
+            "cell-iptables-nft-1000 --seed 00000000000000000042 --flows 00150"
         );
         let other = Load {
             seed: u64::MAX,
