@@ -194,7 +194,10 @@ mod tests {
             named("ip-addr-then.batch"),
             "address del 10.96.0.1 dev kube-ipvs0\n"
         );
-        assert!(named("ip-addr.txt").ends_with("    inet 10.96.0.2/32 scope global\n"));
+        let bound = "    inet 10.96.0.2/32 scope global kube-ipvs0\n       \
+                     valid_lft forever preferred_lft forever\n";
+        assert!(named("ip-addr.txt").ends_with(bound));
+        assert!(!named("ip-addr.txt").contains("10.96.0.1/"));
         assert!(named("load.sh").contains("\nnft -f nft-ip-then.txt\n"));
     }
 }
