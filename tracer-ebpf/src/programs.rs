@@ -32,8 +32,8 @@ use tracer_ebpf::histogram::{CELLS, cell_of};
 use tracer_ebpf::path::{Origin, Path, Target};
 use tracer_ebpf::record::{
     Cells, HEADER, HISTOGRAMS, IPV4, Key4, Key6, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE,
-    Record, SLOTS, STAGE_NODE, STAGE_RECEIVE, STAGES, Slot, Table, histogram_index, hook, kind,
-    phase, role, state,
+    RESENT, Record, SLOTS, STAGE_NODE, STAGE_RECEIVE, STAGES, Slot, Table, histogram_index, hook,
+    kind, phase, role, state,
 };
 
 // What a boundary is; set when it is loaded.
@@ -227,6 +227,7 @@ unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool) 
         (*slot).raw_stage = STAGES as u8;
         (*slot).phase = phase::UNDERWAY;
         (*slot).boundary = BOUNDARY.load() as u8;
+        (*slot).resent = 0;
         (*slot).state = state::UNKNOWN;
         (*slot).path = path as u8;
         (*slot).family = FAMILY.load() as u8;
@@ -243,7 +244,7 @@ unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool) 
 #[inline(always)]
 unsafe fn step(table: *mut Table, slot: *mut Slot, skb: *const u8, now: u64) {
     unsafe {
-        let stage = (*slot).boundary;
+        let stage = stage_of(slot);
         let took = now - (*slot).last;
         (*slot).elapsed += took;
         if (*slot).state == state::UNKNOWN {
@@ -259,8 +260,15 @@ unsafe fn step(table: *mut Table, slot: *mut Slot, skb: *const u8, now: u64) {
             count(slot, stage, took);
         }
         (*slot).boundary = BOUNDARY.load() as u8;
+        if HOOK.load() != hook::OUTPUT {
+            (*slot).resent = 0;
+        } else if ROLE.load() & role::ENTRY != 0 {
+            // Whoever is under way when it enters OUTPUT was sent there by IPVS.
+            (*slot).resent = RESENT;
+        }
         if ROLE.load() & role::DELIVER != 0 {
-            end(slot, false);
+            settle(slot);
+            count(slot, STAGE_NODE, (*slot).elapsed);
             (*table).stats.delivered += 1;
             if (*slot).state == state::NEW {
                 read_header(skb, &mut (*slot).header);
@@ -274,15 +282,21 @@ unsafe fn step(table: *mut Table, slot: *mut Slot, skb: *const u8, now: u64) {
     }
 }
 
-/// The journey is over: whatever was kept back is counted, and the whole.
+/// The stage that the packet is in.
 #[inline(always)]
-unsafe fn end(slot: *mut Slot, _left: bool) {
+unsafe fn stage_of(slot: *const Slot) -> u8 {
+    unsafe { (*slot).boundary + (*slot).resent }
+}
+
+/// The journey is over: a packet that conntrack has not claimed by now is untracked, and what was
+/// kept back for its state is counted.
+#[inline(always)]
+unsafe fn settle(slot: *mut Slot) {
     unsafe {
         if (*slot).state == state::UNKNOWN {
             (*slot).state = state::UNTRACKED;
             count_kept(slot);
         }
-        count(slot, STAGE_NODE, (*slot).elapsed);
     }
 }
 
@@ -608,7 +622,7 @@ unsafe fn send(
         (*record).protocol = (*slot).protocol;
         (*record).path = (*slot).path;
         (*record).state = (*slot).state;
-        (*record).stage = (*slot).boundary;
+        (*record).stage = stage_of(slot);
         (*record).transmitted = u8::from(transmitted);
         (*record).pad = 0;
         (*record).reason = reason;
@@ -682,12 +696,9 @@ fn net_dev_xmit(ctx: BtfTracePointContext) -> i32 {
         }
         let took = bpf_ktime_get_ns() - (*slot).last;
         (*slot).elapsed += took;
-        if (*slot).state == state::UNKNOWN {
-            (*slot).state = state::UNTRACKED;
-            count_kept(slot);
-        }
-        count(slot, (*slot).boundary, took);
-        end(slot, true);
+        settle(slot);
+        count(slot, stage_of(slot), took);
+        count(slot, STAGE_NODE, (*slot).elapsed);
         (*table).stats.transmitted += 1;
         if (*slot).state == state::NEW {
             send(table, slot, kind::FIRST, 0, 0, true);
@@ -725,7 +736,7 @@ fn kfree_skb(ctx: BtfTracePointContext) -> i32 {
             debug!(
                 &ctx,
                 "dropped in stage {} reason {}",
-                (*slot).boundary,
+                stage_of(slot),
                 reason
             );
         }

@@ -28,8 +28,17 @@ pub const BOUNDARIES: usize = 25;
 pub const STAGE_RECEIVE: u8 = 25;
 /// All stages of a journey together.
 pub const STAGE_NODE: u8 = 26;
+/// The first of OUTPUT's boundaries, and how many there are.
+pub const OUTPUT_FIRST: u8 = 15;
+/// See [`OUTPUT_FIRST`].
+pub const OUTPUT_COUNT: u8 = 6;
+/// The stages of OUTPUT once more, for packets that IPVS sends on: they come from within INPUT, or
+/// from within OUTPUT itself, and then pass it twice. Found at a boundary's id plus [`RESENT`].
+pub const STAGE_RESENT: u8 = 27;
+/// See [`STAGE_RESENT`].
+pub const RESENT: u8 = STAGE_RESENT - OUTPUT_FIRST;
 /// Number of stages.
-pub const STAGES: usize = 27;
+pub const STAGES: usize = STAGE_RESENT as usize + OUTPUT_COUNT as usize;
 
 /// Number of histograms: one for each path, packet state and stage.
 pub const HISTOGRAMS: usize = Path::COUNT * state::COUNT * STAGES;
@@ -160,8 +169,10 @@ pub struct Slot {
     pub sport: [u8; 2],
     /// Destination port at the first boundary, network order.
     pub dport: [u8; 2],
+    /// [`RESENT`] while the packet passes OUTPUT because IPVS sends it on, otherwise 0.
+    pub resent: u8,
     /// Zero.
-    pub pad: u32,
+    pub pad: [u8; 3],
     /// Source address at the first boundary; IPv4 in the first four bytes.
     pub source: [u8; 16],
     /// Destination address at the first boundary.

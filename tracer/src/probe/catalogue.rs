@@ -7,7 +7,10 @@
 //! (`ip_vs_ops`, `net/netfilter/ipvs/ip_vs_core.c`) sits at INPUT 98 and 99, OUTPUT -99 and -98,
 //! FORWARD 99 and 100: directly beside nat, so there is no room for a boundary between the two.
 
-use tracer_ebpf::record::{BOUNDARIES, STAGE_NODE, STAGE_RECEIVE, hook, role};
+use tracer_ebpf::record::{
+    BOUNDARIES, OUTPUT_COUNT, OUTPUT_FIRST, RESENT, STAGE_NODE, STAGE_RECEIVE, STAGE_RESENT, hook,
+    role,
+};
 
 /// One probe between two kernel components.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,11 +186,21 @@ pub const ALL: [Boundary; BOUNDARIES] = [
     ),
 ];
 
+/// OUTPUT as packets pass it that IPVS sends on. The kernel calls the hook for them from within
+/// INPUT, or a second time from within OUTPUT (`__ip_vs_nat_xmit`, `NF_HOOK(LOCAL_OUT)` in
+/// `net/netfilter/ipvs/ip_vs_xmit.c`).
+const OUTPUT_BY_IPVS: &str = "OUTPUT-ipvs";
+
 /// A stage as reports name it: hook and component.
 pub fn stage_name(stage: u8) -> (&'static str, &'static str) {
     match stage {
         STAGE_RECEIVE => ("-", "receive"),
         STAGE_NODE => ("-", "node"),
+        STAGE_RESENT.. => ALL
+            .get(usize::from(stage - RESENT))
+            .map_or(("-", "unknown"), |boundary| {
+                (OUTPUT_BY_IPVS, boundary.stage)
+            }),
         _ => ALL
             .get(usize::from(stage))
             .map_or(("-", "unknown"), |boundary| {
@@ -198,7 +211,12 @@ pub fn stage_name(stage: u8) -> (&'static str, &'static str) {
 
 /// Every stage's id, in a packet's order.
 pub fn stages() -> impl Iterator<Item = u8> {
-    std::iter::once(STAGE_RECEIVE).chain((0..=STAGE_NODE).filter(|id| *id != STAGE_RECEIVE))
+    const POSTROUTING: u8 = OUTPUT_FIRST + OUTPUT_COUNT;
+    std::iter::once(STAGE_RECEIVE)
+        .chain(0..POSTROUTING)
+        .chain(STAGE_RESENT..STAGE_RESENT + OUTPUT_COUNT)
+        .chain(POSTROUTING..STAGE_RECEIVE)
+        .chain(std::iter::once(STAGE_NODE))
 }
 
 /// The hook's name, as the kernel and iptables call it.
@@ -233,6 +251,8 @@ pub fn role_of(id: usize) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use tracer_ebpf::record::STAGES;
+
     use super::*;
 
     #[test]
@@ -245,6 +265,21 @@ mod tests {
         for boundary in ALL {
             assert!(boundary.priority <= boundary.limit);
         }
+    }
+
+    #[test]
+    fn stages_come_in_a_packets_order_once_each() {
+        let names: Vec<_> = stages().map(stage_name).collect();
+        assert_eq!(names.len(), STAGES);
+        assert_eq!(names[0], ("-", "receive"));
+        assert_eq!(names[names.len() - 1], ("-", "node"));
+        let of = |hook| names.iter().filter(move |name| name.0 == hook);
+        let output: Vec<_> = of("OUTPUT").map(|name| name.1).collect();
+        let by_ipvs: Vec<_> = of(OUTPUT_BY_IPVS).map(|name| name.1).collect();
+        assert_eq!(output, by_ipvs);
+        assert_eq!(output.len(), usize::from(OUTPUT_COUNT));
+        let unique: std::collections::HashSet<_> = names.iter().collect();
+        assert_eq!(unique.len(), STAGES);
     }
 
     #[test]

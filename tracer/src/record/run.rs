@@ -153,7 +153,8 @@ pub enum PacketState {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct StageHistogram {
-    /// `PREROUTING`, `INPUT`, `FORWARD`, `OUTPUT`, `POSTROUTING`, or `-` before the first hook.
+    /// `PREROUTING`, `INPUT`, `FORWARD`, `OUTPUT`, `OUTPUT-ipvs` (what IPVS sends on), `POSTROUTING`, or
+    /// `-` before the first hook.
     pub hook: String,
     /// `raw`, `conntrack`, `dnat`, `ipvs`, ...
     pub stage: String,

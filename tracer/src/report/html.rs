@@ -620,6 +620,7 @@ impl Page<'_> {
                 "OUTPUT",
                 "INPUT",
                 "FORWARD",
+                "OUTPUT-ipvs",
                 "POSTROUTING",
             ]
             .iter()
@@ -1179,7 +1180,7 @@ impl Page<'_> {
 }
 
 /// What lies between the boundaries of each stage of the hooks tier.
-const STAGES: [(&str, &str); 16] = [
+const STAGES: [(&str, &str); 17] = [
     (
         "receive",
         "from the device’s receive path to the first hook",
@@ -1221,6 +1222,10 @@ const STAGES: [(&str, &str); 16] = [
     (
         "egress",
         "confirmation of the entry, neighbour, queue and driver",
+    ),
+    (
+        "OUTPUT-ipvs",
+        "as a hook: OUTPUT as a packet passes it that IPVS sends on, from within INPUT or, for the node’s own packets, a second time",
     ),
     ("-", "as a hook: before the first hook"),
 ];
