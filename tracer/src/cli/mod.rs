@@ -7,7 +7,6 @@ mod lab;
 mod report;
 mod rules;
 
-use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -60,7 +59,7 @@ pub(crate) fn main() -> ExitCode {
             let code = exit::code_of(&error);
             // A reader that went away (`| head`) is no failure worth a word.
             if code != exit::BROKEN_PIPE {
-                let _ = writeln!(std::io::stderr(), "svcpath: {}", exit::one_line(&error));
+                exit::say(&exit::one_line(&error));
             }
             ExitCode::from(if code == exit::BROKEN_PIPE { 0 } else { code })
         }

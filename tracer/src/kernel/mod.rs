@@ -31,9 +31,14 @@ pub fn has_ipvs() -> bool {
     if there() {
         return true;
     }
-    // A kernel without modules, or without this one, has no IPVS: the look after it decides.
-    let _ = std::process::Command::new(tool::program("modprobe"))
-        .args(["--quiet", "ip_vs"])
-        .status();
+    load_module("ip_vs");
     there()
+}
+
+/// Tries to load a module. A kernel without modules, or without this one, lacks what the module
+/// brings: whoever asks looks for that afterwards.
+fn load_module(name: &str) {
+    let _ = std::process::Command::new(tool::program("modprobe"))
+        .args(["--quiet", name])
+        .status();
 }

@@ -89,9 +89,7 @@ fn open(name: &str) -> io::Result<File> {
             return Err(error);
         }
         // The device comes with its module; whether loading it helped, the second try tells.
-        let _ = std::process::Command::new("modprobe")
-            .args(["--quiet", "tun"])
-            .status();
+        super::load_module("tun");
         device()
     })?;
     // SAFETY: TUNSETIFF reads a struct ifreq at the address it is given, and writes the name it

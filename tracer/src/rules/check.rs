@@ -236,23 +236,7 @@ fn check_nftables(
             differences.extend(nftables::check::check(expected, table, *form));
         }
     } else if let Some(table) = table {
-        differences.push(Finding {
-            kind: Kind::Leftover,
-            family,
-            place: format!("table {} kube-proxy", family.nft()),
-            rule: format!(
-                "{} chains, {} elements",
-                table.chains.len(),
-                table.element_count()
-            ),
-            found: None,
-            line: None,
-            service: None,
-            effect:
-                "nftables mode was not cleaned up: its table still decides where new flows go, \
-                     with the Services and endpoints of the time it was written"
-                    .to_owned(),
-        });
+        differences.push(nftables::check::leftover(table));
     }
     Ok(())
 }

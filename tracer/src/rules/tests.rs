@@ -491,6 +491,11 @@ fn without_cluster_cidr_ipvs_masquerades_by_service_address() {
     );
 }
 
+/// Both halves of a sync's `ipvsadm -R` input.
+fn update_servers(current: &str, wanted: &str) -> String {
+    ipvs::update_live_servers(current, wanted) + &ipvs::remove_stale_servers(current, wanted)
+}
+
 #[test]
 fn servers_that_stay_are_not_touched() {
     let set = render(
@@ -499,9 +504,9 @@ fn servers_that_stay_are_not_touched() {
         Mode::Ipvs,
     );
     let wanted = servers_text(&set);
-    assert_eq!(ipvs::update_servers("", wanted), wanted);
+    assert_eq!(update_servers("", wanted), wanted);
     let real = include_str!("fixtures/kube-proxy-1.36.2/ipvs/ipvsadm.save");
-    assert_eq!(ipvs::update_servers(real, wanted), "");
+    assert_eq!(update_servers(real, wanted), "");
     let counts = set.expected_counts();
     assert_eq!((counts.virtual_servers, counts.real_servers), (32, 49));
 
@@ -511,7 +516,7 @@ fn servers_that_stay_are_not_touched() {
     let wanted = "-A -t 10.96.10.1:80 -s rr\n\
                   -a -t 10.96.10.1:80 -r 10.244.0.11:8080 -m -w 1\n";
     assert_eq!(
-        ipvs::update_servers(current, wanted),
+        update_servers(current, wanted),
         "-a -t 10.96.10.1:80 -r 10.244.0.11:8080 -m -w 1\n\
          -d -t 10.96.10.1:80 -r 10.244.9.9:8080\n\
          -D -u 192.0.2.1:53\n"
@@ -939,7 +944,7 @@ proptest! {
         let entries: Vec<&str> = sets_text(&set).lines().filter(|l| l.starts_with("add ")).collect();
         let distinct: BTreeSet<&str> = entries.iter().copied().collect();
         prop_assert_eq!(entries.len(), distinct.len(), "ipset refuses an entry twice");
-        prop_assert_eq!(ipvs::update_servers(servers_text(&set), servers_text(&set)), "");
+        prop_assert_eq!(update_servers(servers_text(&set), servers_text(&set)), "");
     }
 }
 

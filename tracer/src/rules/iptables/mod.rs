@@ -11,9 +11,9 @@ pub mod walk;
 
 pub use check::{check, uses_nfacct};
 pub use parse::{ParseError, Problem, parse};
-pub use render::{INVALID_DROPPED, LOCALHOST_NODE_PORTS, count, removal, update};
 pub(super) use render::{
-    Invalid, push_all, push_chains, push_forward_rules, push_jumps, push_masquerade_rules,
-    push_nat_jumps, render,
+    EXT, FW, Invalid, SEP, SVC, SVL, push_all, push_chains, push_forward_rules, push_jumps,
+    push_masquerade_rules, push_nat_jumps, render,
 };
+pub use render::{INVALID_DROPPED, LOCALHOST_NODE_PORTS, count, removal, update};
 pub(super) use sync::sync;

@@ -111,11 +111,12 @@ pub(super) const NAT_CHAINS: [&str; 4] = [
     "KUBE-MARK-MASQ",
 ];
 
-const SVC: &str = "KUBE-SVC-";
-const SVL: &str = "KUBE-SVL-";
-const SEP: &str = "KUBE-SEP-";
-const FW: &str = "KUBE-FW-";
-const EXT: &str = "KUBE-EXT-";
+// How the chains of one ServicePort begin.
+pub(in crate::rules) const SVC: &str = "KUBE-SVC-";
+pub(in crate::rules) const SVL: &str = "KUBE-SVL-";
+pub(in crate::rules) const SEP: &str = "KUBE-SEP-";
+pub(in crate::rules) const FW: &str = "KUBE-FW-";
+pub(in crate::rules) const EXT: &str = "KUBE-EXT-";
 
 /// Chains of single Services, which kube-proxy deletes once nothing uses them.
 const SERVICE_CHAIN_PREFIXES: [&str; 5] = [SVC, SVL, SEP, FW, EXT];

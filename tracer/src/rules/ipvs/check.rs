@@ -743,7 +743,7 @@ const fn missing_entry(role: Role) -> &'static str {
         | Role::NodePortLocalSctp => {
             "packets are masqueraded: endpoints see the node's address instead of the client's"
         }
-        Role::LoadBalancerFw => "its source ranges mean nothing: everyone gets in",
+        Role::LoadBalancerFirewall => "its source ranges mean nothing: everyone gets in",
         Role::LoadBalancerSourceIp | Role::LoadBalancerSourceCidr => {
             "clients of this source range are dropped"
         }
@@ -775,7 +775,7 @@ const fn stale_entry(role: Role) -> &'static str {
             "packets are not masqueraded: answers of endpoints on other nodes miss this node and \
              are lost"
         }
-        Role::LoadBalancerFw => "packets to it from outside its source ranges are dropped",
+        Role::LoadBalancerFirewall => "packets to it from outside its source ranges are dropped",
         Role::LoadBalancerSourceIp | Role::LoadBalancerSourceCidr => {
             "no source range has it: clients get in that should not"
         }

@@ -8,6 +8,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 
+use super::sets::{Role, SetKind};
 use crate::cluster::{Family, Protocol};
 use crate::rules::iptables::{
     Invalid, push_all, push_chains, push_forward_rules, push_jumps, push_masquerade_rules,
@@ -18,9 +19,6 @@ use crate::rules::{NodePortAddresses, NodeView};
 
 /// The dummy link that every ClusterIP is bound to, so that the node takes packets to it.
 pub const LINK: &str = "kube-ipvs0";
-
-/// ipset's longest name: `IPSET_MAXNAMELEN` of the kernel, less the zero.
-const SET_NAME_MAX: usize = 31;
 
 const FILTER_JUMPS: [(&str, &str, &str, &str); 6] = [
     ("FORWARD", "", "kubernetes forwarding rules", "KUBE-FORWARD"),
@@ -73,59 +71,7 @@ const NAT_CHAINS: [&str; 5] = [
     "KUBE-MARK-MASQ",
 ];
 
-/// An ipset's type.
-#[derive(Clone, Copy)]
-enum SetType {
-    HashIpPortIp,
-    HashIpPort,
-    HashIpPortNet,
-    BitmapPort,
-    HashIp,
-}
-
-/// kube-proxy's ipsets, of which it makes all, whether anything goes in or not.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Set {
-    LoopBack,
-    ClusterIp,
-    ExternalIp,
-    ExternalIpLocal,
-    LoadBalancer,
-    LoadBalancerLocal,
-    LoadBalancerFirewall,
-    LoadBalancerSourceIp,
-    LoadBalancerSourceCidr,
-    NodePortTcp,
-    NodePortLocalTcp,
-    NodePortUdp,
-    NodePortLocalUdp,
-    NodePortSctp,
-    NodePortLocalSctp,
-    HealthCheckNodePort,
-    IpvsIps,
-}
-
-impl Set {
-    const ALL: [Self; 17] = [
-        Self::LoopBack,
-        Self::ClusterIp,
-        Self::ExternalIp,
-        Self::ExternalIpLocal,
-        Self::LoadBalancer,
-        Self::LoadBalancerLocal,
-        Self::LoadBalancerFirewall,
-        Self::LoadBalancerSourceIp,
-        Self::LoadBalancerSourceCidr,
-        Self::NodePortTcp,
-        Self::NodePortLocalTcp,
-        Self::NodePortUdp,
-        Self::NodePortLocalUdp,
-        Self::NodePortSctp,
-        Self::NodePortLocalSctp,
-        Self::HealthCheckNodePort,
-        Self::IpvsIps,
-    ];
-
+impl Role {
     /// The set of NodePorts of a protocol, and that of those with a Local policy.
     const fn of_node_ports(protocol: Protocol) -> (Self, Self) {
         match protocol {
@@ -135,105 +81,50 @@ impl Set {
         }
     }
 
-    /// The name without `KUBE-`, the type, and the comment of the rules that look into it.
-    const fn parts(self) -> (&'static str, SetType, &'static str) {
-        use SetType::{BitmapPort, HashIp, HashIpPort, HashIpPortIp, HashIpPortNet};
-        match self {
-            Self::LoopBack => (
-                "LOOP-BACK",
-                HashIpPortIp,
-                "Kubernetes endpoints dst ip:port, source ip for solving hairpin purpose",
-            ),
-            Self::ClusterIp => (
-                "CLUSTER-IP",
-                HashIpPort,
-                "Kubernetes service cluster ip + port for masquerade purpose",
-            ),
-            Self::ExternalIp => (
-                "EXTERNAL-IP",
-                HashIpPort,
-                "Kubernetes service external ip + port for masquerade and filter purpose",
-            ),
-            Self::ExternalIpLocal => (
-                "EXTERNAL-IP-LOCAL",
-                HashIpPort,
-                "Kubernetes service external ip + port with externalTrafficPolicy=local",
-            ),
-            Self::LoadBalancer => ("LOAD-BALANCER", HashIpPort, "Kubernetes service lb portal"),
-            Self::LoadBalancerLocal => (
-                "LOAD-BALANCER-LOCAL",
-                HashIpPort,
-                "Kubernetes service load balancer ip + port with externalTrafficPolicy=local",
-            ),
-            Self::LoadBalancerFirewall => (
-                "LOAD-BALANCER-FW",
-                HashIpPort,
-                "Kubernetes service load balancer ip + port for load balancer with sourceRange",
-            ),
-            Self::LoadBalancerSourceIp => (
-                "LOAD-BALANCER-SOURCE-IP",
-                HashIpPortIp,
-                "Kubernetes service load balancer ip + port + source IP for packet filter purpose",
-            ),
-            Self::LoadBalancerSourceCidr => (
-                "LOAD-BALANCER-SOURCE-CIDR",
-                HashIpPortNet,
-                "Kubernetes service load balancer ip + port + source cidr for packet filter purpose",
-            ),
-            Self::NodePortTcp => (
-                "NODE-PORT-TCP",
-                BitmapPort,
-                "Kubernetes nodeport TCP port for masquerade purpose",
-            ),
-            Self::NodePortLocalTcp => (
-                "NODE-PORT-LOCAL-TCP",
-                BitmapPort,
-                "Kubernetes nodeport TCP port with externalTrafficPolicy=local",
-            ),
-            Self::NodePortUdp => (
-                "NODE-PORT-UDP",
-                BitmapPort,
-                "Kubernetes nodeport UDP port for masquerade purpose",
-            ),
-            Self::NodePortLocalUdp => (
-                "NODE-PORT-LOCAL-UDP",
-                BitmapPort,
-                "Kubernetes nodeport UDP port with externalTrafficPolicy=local",
-            ),
-            Self::NodePortSctp => (
-                "NODE-PORT-SCTP-HASH",
-                HashIpPort,
-                "Kubernetes nodeport SCTP port for masquerade purpose with type 'hash ip:port'",
-            ),
-            Self::NodePortLocalSctp => (
-                "NODE-PORT-LOCAL-SCTP-HASH",
-                HashIpPort,
-                "Kubernetes nodeport SCTP port with externalTrafficPolicy=local with type 'hash \
-                 ip:port'",
-            ),
-            Self::HealthCheckNodePort => (
-                "HEALTH-CHECK-NODE-PORT",
-                BitmapPort,
-                "Kubernetes health check node port",
-            ),
-            Self::IpvsIps => ("IPVS-IPS", HashIp, "Addresses on the ipvs interface"),
-        }
-    }
-
-    /// The full name: `KUBE-NAME`, `KUBE-6-NAME` in IPv6, cut to what the kernel takes.
-    fn name(self, family: Family) -> String {
-        let mut full = String::with_capacity(SET_NAME_MAX + 1);
-        full.push_str(match family {
-            Family::V4 => "KUBE-",
-            Family::V6 => "KUBE-6-",
-        });
-        full.push_str(self.parts().0);
-        full.truncate(SET_NAME_MAX);
-        full
-    }
-
+    /// The comment of the rules that look into the set.
     const fn comment(self) -> &'static str {
-        self.parts().2
+        match self {
+            Self::LoopBack => {
+                "Kubernetes endpoints dst ip:port, source ip for solving hairpin purpose"
+            }
+            Self::ClusterIp => "Kubernetes service cluster ip + port for masquerade purpose",
+            Self::ExternalIp => {
+                "Kubernetes service external ip + port for masquerade and filter purpose"
+            }
+            Self::ExternalIpLocal => {
+                "Kubernetes service external ip + port with externalTrafficPolicy=local"
+            }
+            Self::LoadBalancer => "Kubernetes service lb portal",
+            Self::LoadBalancerLocal => {
+                "Kubernetes service load balancer ip + port with externalTrafficPolicy=local"
+            }
+            Self::LoadBalancerFirewall => {
+                "Kubernetes service load balancer ip + port for load balancer with sourceRange"
+            }
+            Self::LoadBalancerSourceIp => {
+                "Kubernetes service load balancer ip + port + source IP for packet filter purpose"
+            }
+            Self::LoadBalancerSourceCidr => {
+                "Kubernetes service load balancer ip + port + source cidr for packet filter purpose"
+            }
+            Self::NodePortTcp => "Kubernetes nodeport TCP port for masquerade purpose",
+            Self::NodePortLocalTcp => {
+                "Kubernetes nodeport TCP port with externalTrafficPolicy=local"
+            }
+            Self::NodePortUdp => "Kubernetes nodeport UDP port for masquerade purpose",
+            Self::NodePortLocalUdp => {
+                "Kubernetes nodeport UDP port with externalTrafficPolicy=local"
+            }
+            Self::NodePortSctp => {
+                "Kubernetes nodeport SCTP port for masquerade purpose with type 'hash ip:port'"
+            }
+            Self::NodePortLocalSctp => {
+                "Kubernetes nodeport SCTP port with externalTrafficPolicy=local with type 'hash \
+                 ip:port'"
+            }
+            Self::HealthCheckNodePort => "Kubernetes health check node port",
+            Self::IpvsIps => "Addresses on the ipvs interface",
+        }
     }
 }
 
@@ -251,7 +142,7 @@ pub(in crate::rules) struct Plan<'p> {
     node: &'p NodeView,
     servers: Vec<Server<'p>>,
     server_index: HashMap<String, usize>,
-    /// By [`Set::ALL`].
+    /// By [`Role::ALL`].
     entries: Vec<Vec<String>>,
     seen: HashSet<(usize, String)>,
     /// To be bound to [`LINK`].
@@ -267,7 +158,7 @@ impl<'p> Plan<'p> {
             node,
             servers: Vec::with_capacity(ports.list.len()),
             server_index: HashMap::with_capacity(ports.list.len()),
-            entries: vec![Vec::new(); Set::ALL.len()],
+            entries: vec![Vec::new(); Role::ALL.len()],
             seen: HashSet::with_capacity(2 * ports.list.len()),
             addresses: Vec::new(),
             closed_to_node: Vec::new(),
@@ -277,7 +168,7 @@ impl<'p> Plan<'p> {
             plan.push_port(port, &own);
         }
         let bound = plan.addresses.iter().map(ToString::to_string).collect();
-        plan.entries[Set::IpvsIps as usize] = bound;
+        plan.entries[Role::IpvsIps as usize] = bound;
         plan
     }
 
@@ -316,11 +207,11 @@ impl<'p> Plan<'p> {
         for endpoint in port.endpoints.iter().filter(|endpoint| endpoint.local) {
             let address = endpoint.address();
             let entry = format!("{address},{protocol}:{},{address}", endpoint.port());
-            self.add(Set::LoopBack, entry);
+            self.add(Role::LoopBack, entry);
         }
 
         self.add(
-            Set::ClusterIp,
+            Role::ClusterIp,
             format!("{},{protocol}:{number}", port.cluster_ip),
         );
         if let Some(ip) = port
@@ -335,9 +226,9 @@ impl<'p> Plan<'p> {
 
         for ip in &port.external_ips {
             let set = if port.is_external_local() {
-                Set::ExternalIpLocal
+                Role::ExternalIpLocal
             } else {
-                Set::ExternalIp
+                Role::ExternalIp
             };
             self.add(set, format!("{ip},{protocol}:{number}"));
             self.serve_external(port, *ip);
@@ -356,33 +247,33 @@ impl<'p> Plan<'p> {
             self.push_node_port(port, node_port, own);
         }
         if let Some(check) = port.service.health_check_node_port {
-            self.add(Set::HealthCheckNodePort, check.to_string());
+            self.add(Role::HealthCheckNodePort, check.to_string());
         }
     }
 
     fn push_load_balancer(&mut self, port: &PortView<'_>, ip: IpAddr) {
         let (protocol, number) = (port.protocol(), port.port.port);
         let entry = format!("{ip},{protocol}:{number}");
-        self.add(Set::LoadBalancer, entry.clone());
+        self.add(Role::LoadBalancer, entry.clone());
         if port.is_external_local() {
-            self.add(Set::LoadBalancerLocal, entry.clone());
+            self.add(Role::LoadBalancerLocal, entry.clone());
         }
         if !port.is_firewalled() {
             return;
         }
         for range in &port.source_ranges {
-            self.add(Set::LoadBalancerSourceCidr, format!("{entry},{range}"));
+            self.add(Role::LoadBalancerSourceCidr, format!("{entry},{range}"));
         }
         if port.is_source(self.node.node_ip(self.family)) {
-            self.add(Set::LoadBalancerSourceIp, format!("{entry},{ip}"));
+            self.add(Role::LoadBalancerSourceIp, format!("{entry},{ip}"));
         } else {
             self.closed_to_node.push((ip, protocol, number));
         }
-        self.add(Set::LoadBalancerFirewall, entry);
+        self.add(Role::LoadBalancerFirewall, entry);
     }
 
     fn push_node_port(&mut self, port: &'p PortView<'p>, node_port: u16, own: &[IpAddr]) {
-        let (set, local_set) = Set::of_node_ports(port.protocol());
+        let (set, local_set) = Role::of_node_ports(port.protocol());
         let entries: Vec<String> = match port.protocol() {
             Protocol::Tcp | Protocol::Udp => vec![node_port.to_string()],
             // ipset's bitmap of ports does not know SCTP.
@@ -402,19 +293,19 @@ impl<'p> Plan<'p> {
         }
     }
 
-    fn add(&mut self, set: Set, entry: String) {
+    fn add(&mut self, set: Role, entry: String) {
         if self.seen.insert((set as usize, entry.clone())) {
             self.entries[set as usize].push(entry);
         }
     }
 
-    fn is_empty(&self, set: Set) -> bool {
+    fn is_empty(&self, set: Role) -> bool {
         self.entries[set as usize].is_empty()
     }
 
     fn bind(&mut self, ip: IpAddr) {
         // The virtual addresses are among the seen entries of the set of them.
-        if self.seen.insert((Set::IpvsIps as usize, ip.to_string())) {
+        if self.seen.insert((Role::IpvsIps as usize, ip.to_string())) {
             self.addresses.push(ip);
         }
     }
@@ -478,27 +369,25 @@ impl<'p> Plan<'p> {
     /// The input of `ipset restore`: every set of the family and its entries.
     pub(in crate::rules) fn sets_text(&self) -> String {
         let mut text = String::with_capacity(4096 + 32 * self.seen.len());
-        for set in Set::ALL {
-            push_all(&mut text, &["create ", &set.name(self.family)]);
-            let hash = match set.parts().1 {
-                SetType::BitmapPort => {
-                    text.push_str(" bitmap:port range 0-65535\n");
-                    continue;
-                }
-                SetType::HashIpPortIp => "hash:ip,port,ip",
-                SetType::HashIpPort => "hash:ip,port",
-                SetType::HashIpPortNet => "hash:ip,port,net",
-                SetType::HashIp => "hash:ip",
-            };
+        for set in Role::ALL {
+            let kind = set.kind();
+            push_all(
+                &mut text,
+                &["create ", &set.set_name(self.family), " ", kind.name()],
+            );
+            if kind == SetKind::Port {
+                text.push_str(" range 0-65535\n");
+                continue;
+            }
             let family = match self.family {
                 Family::V4 => "inet",
                 Family::V6 => "inet6",
             };
             let parameters = " hashsize 1024 maxelem 65536\n";
-            push_all(&mut text, &[" ", hash, " family ", family, parameters]);
+            push_all(&mut text, &[" family ", family, parameters]);
         }
-        for set in Set::ALL {
-            let name = set.name(self.family);
+        for set in Role::ALL {
+            let name = set.set_name(self.family);
             for entry in &self.entries[set as usize] {
                 push_all(&mut text, &["add ", &name, " ", entry, "\n"]);
             }
@@ -528,9 +417,16 @@ impl<'p> Plan<'p> {
     }
 
     /// A rule that looks into a set, with its comment, if anything is in it.
-    fn push_set_rule(&self, text: &mut String, chain: &str, set: Set, direction: &str, rest: &str) {
+    fn push_set_rule(
+        &self,
+        text: &mut String,
+        chain: &str,
+        set: Role,
+        direction: &str,
+        rest: &str,
+    ) {
         if !self.is_empty(set) {
-            let name = set.name(self.family);
+            let name = set.set_name(self.family);
             let comment = set.comment();
             push_all(text, &["-A ", chain, " -m comment --comment \"", comment]);
             push_all(text, &["\" -m set --match-set ", &name, " ", direction]);
@@ -543,11 +439,11 @@ impl<'p> Plan<'p> {
         self.push_set_rule(
             text,
             "KUBE-PROXY-FIREWALL",
-            Set::LoadBalancerFirewall,
+            Role::LoadBalancerFirewall,
             "dst,dst",
             " -j KUBE-SOURCE-RANGES-FIREWALL",
         );
-        for set in [Set::LoadBalancerSourceCidr, Set::LoadBalancerSourceIp] {
+        for set in [Role::LoadBalancerSourceCidr, Role::LoadBalancerSourceIp] {
             self.push_set_rule(text, ranges, set, "dst,dst,src", " -j RETURN");
         }
         push_all(text, &["-A ", ranges, " -j DROP\n"]);
@@ -559,20 +455,20 @@ impl<'p> Plan<'p> {
             );
         }
         push_forward_rules(text, self.node, Invalid::Pass);
-        let name = |set: Set| set.name(self.family);
+        let name = |set: Role| set.set_name(self.family);
         let _ = writeln!(
             text,
             "-A KUBE-NODE-PORT -m comment --comment \"{}\" -m set --match-set {} dst -j ACCEPT",
-            Set::HealthCheckNodePort.comment(),
-            name(Set::HealthCheckNodePort)
+            Role::HealthCheckNodePort.comment(),
+            name(Role::HealthCheckNodePort)
         );
         // A node's own services must not be reachable on a Service's address.
         for (set, direction) in [
-            (Set::LoadBalancer, "dst,dst"),
-            (Set::ClusterIp, "dst,dst"),
-            (Set::ExternalIp, "dst,dst"),
-            (Set::ExternalIpLocal, "dst,dst"),
-            (Set::HealthCheckNodePort, "dst"),
+            (Role::LoadBalancer, "dst,dst"),
+            (Role::ClusterIp, "dst,dst"),
+            (Role::ExternalIp, "dst,dst"),
+            (Role::ExternalIpLocal, "dst,dst"),
+            (Role::HealthCheckNodePort, "dst"),
         ] {
             let _ = writeln!(
                 text,
@@ -583,7 +479,7 @@ impl<'p> Plan<'p> {
         let _ = writeln!(
             text,
             "-A KUBE-IPVS-FILTER -m conntrack --ctstate NEW -m set --match-set {} dst -j REJECT",
-            name(Set::IpvsIps)
+            name(Role::IpvsIps)
         );
     }
 
@@ -597,19 +493,19 @@ impl<'p> Plan<'p> {
         for (chain, set, direction, rest) in [
             (
                 "KUBE-POSTROUTING",
-                Set::LoopBack,
+                Role::LoopBack,
                 "dst,dst,src",
                 " -j MASQUERADE",
             ),
             (
                 services,
-                Set::LoadBalancer,
+                Role::LoadBalancer,
                 "dst,dst",
                 " -j KUBE-LOAD-BALANCER",
             ),
             (
                 "KUBE-LOAD-BALANCER",
-                Set::LoadBalancerLocal,
+                Role::LoadBalancerLocal,
                 "dst,dst",
                 " -j RETURN",
             ),
@@ -617,7 +513,7 @@ impl<'p> Plan<'p> {
             self.push_set_rule(text, chain, set, direction, rest);
         }
         for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
-            let (set, local_set) = Set::of_node_ports(protocol);
+            let (set, local_set) = Role::of_node_ports(protocol);
             let chain = format!("KUBE-NODE-PORT -p {protocol}");
             let direction = match protocol {
                 Protocol::Tcp | Protocol::Udp => "dst",
@@ -633,10 +529,10 @@ impl<'p> Plan<'p> {
             None => ("src,dst", String::new()),
         };
         let masquerade = format!("{from} -j KUBE-MARK-MASQ");
-        self.push_set_rule(text, services, Set::ClusterIp, direction, &masquerade);
-        let external = Set::ExternalIp;
+        self.push_set_rule(text, services, Role::ClusterIp, direction, &masquerade);
+        let external = Role::ExternalIp;
         self.push_set_rule(text, services, external, "dst,dst", " -j KUBE-MARK-MASQ");
-        for set in [Set::ExternalIp, Set::ExternalIpLocal] {
+        for set in [Role::ExternalIp, Role::ExternalIpLocal] {
             for which in [
                 " -m physdev ! --physdev-is-in -m addrtype ! --src-type LOCAL -j ACCEPT",
                 " -m addrtype --dst-type LOCAL -j ACCEPT",
@@ -646,12 +542,12 @@ impl<'p> Plan<'p> {
         }
         text.push_str("-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODE-PORT\n");
         text.push_str("-A KUBE-LOAD-BALANCER -j KUBE-MARK-MASQ\n");
-        for set in [Set::ClusterIp, Set::LoadBalancer] {
+        for set in [Role::ClusterIp, Role::LoadBalancer] {
             if !self.is_empty(set) {
                 let _ = writeln!(
                     text,
                     "-A KUBE-SERVICES -m set --match-set {} dst,dst -j ACCEPT",
-                    set.name(self.family)
+                    set.set_name(self.family)
                 );
             }
         }
@@ -668,20 +564,13 @@ fn server_key(protocol: Protocol, ip: IpAddr, port: u16) -> String {
     format!("{option} {}", SocketAddr::new(ip, port))
 }
 
-/// The `ipvsadm -R` input that makes `wanted` of `current` (what `ipvsadm -Sn` prints): first
-/// what is missing, then what is stale, as kube-proxy's sync does it. Servers that stay are not
+/// The first half of the `ipvsadm -R` input that makes `wanted` of `current` (what `ipvsadm -Sn`
+/// prints): what is missing or different of those that are wanted. Servers that stay are not
 /// touched, so that their connections live on.
-pub fn update_servers(current: &str, wanted: &str) -> String {
-    let mut text = update_live_servers(current, wanted);
-    text.push_str(&remove_stale_servers(current, wanted));
-    text
-}
-
-/// The first half of [`update_servers`]: what is missing or different of those that are wanted.
 ///
 /// A real server that is gone is deleted. kube-proxy does the same if it has no connections, and
 /// otherwise gives it the weight 0 and deletes it once they are gone, which text cannot tell.
-pub(super) fn update_live_servers(current: &str, wanted: &str) -> String {
+pub(in crate::rules) fn update_live_servers(current: &str, wanted: &str) -> String {
     let current = Servers::parse(current);
     let wanted = Servers::parse(wanted);
     let mut text = String::new();
@@ -711,8 +600,8 @@ pub(super) fn update_live_servers(current: &str, wanted: &str) -> String {
     text
 }
 
-/// The second half of [`update_servers`].
-pub(super) fn remove_stale_servers(current: &str, wanted: &str) -> String {
+/// The second half: what is stale, which kube-proxy deletes last.
+pub(in crate::rules) fn remove_stale_servers(current: &str, wanted: &str) -> String {
     let current = Servers::parse(current);
     let wanted = Servers::parse(wanted);
     let mut text = String::new();

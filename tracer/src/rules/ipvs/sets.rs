@@ -29,7 +29,7 @@ pub enum Role {
     /// Those with a Local external policy.
     LoadBalancerLocal,
     /// Those with source ranges.
-    LoadBalancerFw,
+    LoadBalancerFirewall,
     /// Load balancer addresses that may reach themselves.
     LoadBalancerSourceIp,
     /// Load balancer addresses and the networks that may reach them.
@@ -61,7 +61,7 @@ impl Role {
         Self::ExternalIpLocal,
         Self::LoadBalancer,
         Self::LoadBalancerLocal,
-        Self::LoadBalancerFw,
+        Self::LoadBalancerFirewall,
         Self::LoadBalancerSourceIp,
         Self::LoadBalancerSourceCidr,
         Self::NodePortTcp,
@@ -83,7 +83,7 @@ impl Role {
             Self::ExternalIpLocal => "EXTERNAL-IP-LOCAL",
             Self::LoadBalancer => "LOAD-BALANCER",
             Self::LoadBalancerLocal => "LOAD-BALANCER-LOCAL",
-            Self::LoadBalancerFw => "LOAD-BALANCER-FW",
+            Self::LoadBalancerFirewall => "LOAD-BALANCER-FW",
             Self::LoadBalancerSourceIp => "LOAD-BALANCER-SOURCE-IP",
             Self::LoadBalancerSourceCidr => "LOAD-BALANCER-SOURCE-CIDR",
             Self::NodePortTcp => "NODE-PORT-TCP",
@@ -94,6 +94,28 @@ impl Role {
             Self::NodePortLocalSctp => "NODE-PORT-LOCAL-SCTP-HASH",
             Self::HealthCheckNodePort => "HEALTH-CHECK-NODE-PORT",
             Self::IpvsIps => "IPVS-IPS",
+        }
+    }
+
+    /// The type that kube-proxy makes it with.
+    pub const fn kind(self) -> SetKind {
+        match self {
+            Self::LoopBack | Self::LoadBalancerSourceIp => SetKind::IpPortIp,
+            Self::LoadBalancerSourceCidr => SetKind::IpPortNet,
+            Self::ClusterIp
+            | Self::ExternalIp
+            | Self::ExternalIpLocal
+            | Self::LoadBalancer
+            | Self::LoadBalancerLocal
+            | Self::LoadBalancerFirewall
+            | Self::NodePortSctp
+            | Self::NodePortLocalSctp => SetKind::IpPort,
+            Self::NodePortTcp
+            | Self::NodePortLocalTcp
+            | Self::NodePortUdp
+            | Self::NodePortLocalUdp
+            | Self::HealthCheckNodePort => SetKind::Port,
+            Self::IpvsIps => SetKind::Ip,
         }
     }
 

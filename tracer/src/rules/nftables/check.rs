@@ -119,7 +119,8 @@ pub fn leftover(found: &Table) -> Finding {
         line: found.line.known(),
         service: None,
         effect: format!(
-            "its {} rules still refuse, translate and masquerade beside those of this node's mode",
+            "nftables mode was not cleaned up: its {} rules still refuse, translate and masquerade, \
+             with the Services and endpoints of the time they were written",
             found.rule_count()
         ),
     }

@@ -14,6 +14,7 @@ use crate::rules::Mode;
 use crate::rules::iptables::rule::{
     Chain, IpProtocol, Match, Rule, Table, Tables, Target, built_in_chains,
 };
+use crate::rules::iptables::{EXT, FW, SEP, SVC, SVL};
 
 /// kube-proxy's chains, besides those of `ServicePort`s.
 const CHAINS: [&str; 15] = [
@@ -34,11 +35,7 @@ const CHAINS: [&str; 15] = [
     "KUBE-IPVS-OUT-FILTER",
 ];
 
-const SVC: &str = "KUBE-SVC-";
-const SVL: &str = "KUBE-SVL-";
-const SEP: &str = "KUBE-SEP-";
-const EXT: &str = "KUBE-EXT-";
-const FW: &str = "KUBE-FW-";
+/// Of old; see above.
 const XLB: &str = "KUBE-XLB-";
 
 /// How the chains of `ServicePort`s begin.

@@ -72,7 +72,7 @@ impl Roles {
                 let kind = match role {
                     Role::ClusterIp => FrontendKind::ClusterIp,
                     Role::ExternalIp | Role::ExternalIpLocal => FrontendKind::ExternalIp,
-                    Role::LoadBalancer | Role::LoadBalancerLocal | Role::LoadBalancerFw => {
+                    Role::LoadBalancer | Role::LoadBalancerLocal | Role::LoadBalancerFirewall => {
                         FrontendKind::LoadBalancer
                     }
                     Role::NodePortSctp => {
