@@ -1,12 +1,12 @@
 //! The project's own tasks: run, test, vm, build-ebpf, bench.
 
 mod channel;
-mod cpu;
 mod ebpf;
 mod guest;
 mod initramfs;
 mod interrupt;
 mod kernel;
+mod lockstep;
 mod packages;
 mod progress;
 mod qemu;

@@ -2,8 +2,8 @@
 //!
 //! On the virtual clock a guest nanosecond is a guest instruction (`-icount shift=0`), idle time
 //! is skipped (`sleep=off`), and nothing reaches the guest from outside: one CPU, no network, no
-//! disk, a fixed date, a fixed seed, no interrupt from the result channel. Equal initramfs,
-//! equal run, to the nanosecond.
+//! disk, a fixed date, a fixed seed, no interrupt from the result channel, and QEMU's two threads in
+//! step (`xtask/lockstep`). Equal initramfs, equal run, to the nanosecond, however busy the host.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -22,11 +22,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use crate::channel::{self, Event, Job, PORT, Ready, Receiver};
-use crate::cpu;
 use crate::guest::{HOME, JOB};
 use crate::initramfs::Archive;
 use crate::interrupt::{self, Guarded};
 use crate::kernel::Kernel;
+use crate::lockstep;
 use crate::packages::find_program;
 
 const QEMU: &str = "qemu-system-x86_64";
@@ -258,10 +258,10 @@ impl Vm {
             .stderr(File::create(&complaints).context("cannot create a log file")?)
             // Ctrl-C is xtask's to handle, which then ends the VM.
             .process_group(0);
+        if self.accelerator == Accelerator::Icount {
+            command.env("LD_PRELOAD", lockstep::library()?);
+        }
         let start = Instant::now();
-        let pinned = (self.accelerator == Accelerator::Icount)
-            .then(cpu::pin)
-            .flatten();
         let mut qemu = Guarded::spawn(&mut command, Signal::SIGKILL)?;
         let mut talk = Conversation {
             lines,
@@ -273,7 +273,6 @@ impl Vm {
         let stream = qemu.child().stdout.take().context("QEMU has no output")?;
         self.listen(stream, start, &mut talk, stop, console)?;
         let status = qemu.wait()?;
-        drop(pinned);
         if let (Some(exit), Some((ready, boot))) = (talk.exit, talk.ready) {
             ensure!(
                 self.accelerator != Accelerator::Icount || ready.clocksource.starts_with("tsc"),
@@ -336,6 +335,9 @@ impl Vm {
                 "tcg",
                 "-icount",
                 "shift=0,sleep=off",
+                // What the thread that executes the guest is known by: xtask/lockstep.
+                "-name",
+                "guest,debug-threads=on",
                 "-rtc",
                 "base=2026-01-01T00:00:00,clock=vm",
                 "-seed",
