@@ -79,31 +79,35 @@ fn reading(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// The rules of 30,000 Services with 8 endpoints each: read, and compared with themselves. In
-/// nftables mode the whole check, which includes rendering what is called for.
+/// The rules of 30,000 Services with 8 endpoints each: the whole check of a dump, which renders what
+/// is called for; and of an `iptables-save` reading alone.
 fn checking(criterion: &mut Criterion) {
     let node = node_view();
     let cluster = cluster_of(30_000, 8);
     let mut group = criterion.benchmark_group("check-30000x8");
     group.sampling_mode(SamplingMode::Flat);
     group.sample_size(10);
-    let mode = Mode::IptablesNft;
-    let texts = Texts::rendered(&render(&cluster, &node, mode));
-    if let Some(save) = texts.v4.iptables.first() {
-        let parse = || iptables::parse(black_box(&save.text), Family::V4).expect("rules");
-        group.bench_function("iptables, parse", |bencher| bencher.iter(parse));
-        let tables = parse();
-        group.bench_function("iptables, compare", |bencher| {
-            bencher.iter(|| iptables::check(black_box(&tables), &tables, mode));
+    for mode in [Mode::IptablesNft, Mode::Nftables] {
+        let mut texts = Texts::rendered(&render(&cluster, &node, mode));
+        for (texts, family) in [(&mut texts.v4, Family::V4), (&mut texts.v6, Family::V6)] {
+            for save in &mut texts.iptables {
+                // A dump is not what `iptables-restore` reads.
+                save.text = iptables::parse(&save.text, family).expect("rules").saved();
+            }
+        }
+        if let Some(save) = texts.v4.iptables.first() {
+            group.throughput(Throughput::Bytes(save.text.len() as u64));
+            group.bench_function("parse iptables-save", |bencher| {
+                bencher.iter(|| iptables::parse(black_box(&save.text), Family::V4).expect("rules"));
+            });
+        }
+        group.bench_function(mode.to_string(), |bencher| {
+            bencher.iter(|| {
+                let report = check(&cluster, &node, mode, black_box(&texts)).expect("a dump");
+                assert_eq!(report.differences, []);
+            });
         });
     }
-    let texts = Texts::rendered(&render(&cluster, &node, Mode::Nftables));
-    group.bench_function("nftables, all", |bencher| {
-        bencher.iter(|| {
-            let report = check(&cluster, &node, Mode::Nftables, black_box(&texts));
-            assert!(report.expect("a dump").differences.is_empty());
-        });
-    });
     group.finish();
 }
 

@@ -311,6 +311,11 @@ impl<'a> TableReader<'a> {
                 let rule = RuleReader::new(rule, number, family, &mut self.matches).read()?;
                 if let Some(reader) = self.chain(chain) {
                     if verb == "-A" {
+                        if reader.chain.rules.is_empty() {
+                            // Most chains are an endpoint's, of two rules; there are a quarter of a
+                            // million of them at 30,000 Services.
+                            reader.chain.rules.reserve_exact(2);
+                        }
                         reader.chain.rules.push(rule);
                     } else {
                         reader.prepended.push(rule);

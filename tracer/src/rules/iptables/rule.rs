@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 
@@ -22,6 +22,31 @@ pub struct Tables<'a> {
 }
 
 impl<'a> Tables<'a> {
+    /// As `iptables-save` prints them, but for the order of chains.
+    pub fn saved(&self) -> String {
+        let mut save = String::new();
+        for table in &self.list {
+            let built_in = built_in_chains(table.name);
+            // Writing into a String cannot fail, here and below.
+            let _ = writeln!(save, "*{}", table.name);
+            for base in built_in {
+                let _ = writeln!(save, ":{base} ACCEPT [0:0]");
+            }
+            let own = |chain: &&Chain<'_>| !built_in.contains(&chain.name);
+            for chain in table.chains.iter().filter(own) {
+                let _ = writeln!(save, ":{} - [0:0]", chain.name);
+            }
+            for chain in &table.chains {
+                for rule in &chain.rules {
+                    save.push_str(&rule.in_chain(chain.name));
+                    save.push('\n');
+                }
+            }
+            save.push_str("COMMIT\n");
+        }
+        save
+    }
+
     /// No tables, as in a kernel that iptables has not touched.
     pub const fn none(family: Family) -> Self {
         Self {
