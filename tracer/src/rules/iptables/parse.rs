@@ -51,6 +51,9 @@ pub enum Problem {
     /// An option without its value.
     #[error("nothing follows {0}")]
     NoValue(String),
+    /// A quotation mark that nothing closes.
+    #[error("a quotation mark is not closed")]
+    OpenQuote,
     /// A word that belongs to nothing.
     #[error("'{0}' belongs to no option, match or target")]
     Word(String),
@@ -363,6 +366,8 @@ impl<'a> Word<'a> {
 struct Line<'a> {
     text: &'a str,
     at: usize,
+    /// Did it end inside quotation marks?
+    open: bool,
 }
 
 impl<'a> Line<'a> {
@@ -433,6 +438,7 @@ impl<'a> Line<'a> {
             }
         }
         self.at = start + length;
+        self.open |= inside;
         Word {
             text: Cow::Owned(text),
             quoted: true,
@@ -468,7 +474,11 @@ impl<'a, 'v> RuleReader<'a, 'v> {
     fn new(text: &'a str, number: u32, family: Family, matches: &'v mut Vec<Match<'a>>) -> Self {
         matches.clear();
         Self {
-            line: Line { text, at: 0 },
+            line: Line {
+                text,
+                at: 0,
+                open: false,
+            },
             family,
             rule: Rule::empty(number),
             matches,
@@ -493,6 +503,9 @@ impl<'a, 'v> RuleReader<'a, 'v> {
             if !self.own_option(option, negated, start)? {
                 self.extension_option(option, negated, start)?;
             }
+        }
+        if self.line.open {
+            return Err(Problem::OpenQuote);
         }
         if bang.is_some() {
             return Err(Problem::NoValue("!".to_owned()));
@@ -1436,6 +1449,8 @@ mod tests {
             "-j DNAT --to-destination 10.0.0.1:99999",
             "-j DNAT --to-destination :",
             "rubbish",
+            "-m recent --set --name \"A --rsource",
+            "-m comment --comment \"no end",
         ] {
             assert!(rule(line, Family::V4).is_err(), "{line}");
         }
