@@ -3,7 +3,7 @@
 //!
 //! Data flows straight through: [`cluster`] → [`rules`] → [`kernel`] → (traffic of the [`lab`]) →
 //! [`probe`] → [`record`] → run → [`report`]; a [`scenario`] says what is built, what happens when
-//! and what is measured.
+//! and what is measured; [`trace`] watches a live node with the same probes.
 
 pub mod cluster;
 pub mod kernel;
@@ -13,3 +13,4 @@ pub mod record;
 pub mod report;
 pub mod rules;
 pub mod scenario;
+pub mod trace;

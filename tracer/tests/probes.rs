@@ -51,6 +51,7 @@ fn every_flow_to_a_watched_port_is_counted_once_at_every_stage() {
         ],
         node_addresses: vec!["127.0.0.1".parse().expect("address")],
         pod_cidrs: vec![],
+        spare: 0,
     };
     let mut probes = HooksTier::attach(&node, &watch).expect("attaches");
     for _ in 0..FLOWS {

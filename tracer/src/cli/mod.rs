@@ -6,6 +6,7 @@ mod exit;
 mod lab;
 mod report;
 mod rules;
+mod trace;
 
 use std::process::ExitCode;
 
@@ -37,6 +38,8 @@ enum Command {
     Report(report::Args),
     /// Compile a cluster to rules; check, read and walk the rules of a node.
     Rules(rules::Args),
+    /// Watch a live node: new flows by Service, what each stage costs, drops, rule changes. Reads only.
+    Trace(trace::Args),
     /// Look after the laboratory's namespaces.
     Lab(lab::Args),
     /// What this kernel can do, and what is missing.
@@ -50,6 +53,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Report(args) => report::run(args),
         Command::Rules(args) => rules::run(args),
+        Command::Trace(args) => trace::run(args),
         Command::Lab(args) => lab::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };

@@ -5,12 +5,13 @@
 //! `netfilter/nfnetlink.h`.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send,
-    socket,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, connect, recv,
+    send, setsockopt, socket, sockopt,
 };
 
 /// Length of `nlmsghdr`.
@@ -364,6 +365,77 @@ impl Socket {
                 Err(NetlinkError::Garbled("it is longer than the buffer"))
             }
             received => Ok(received),
+        }
+    }
+}
+
+/// Hears what netfilter's subsystems announce. It stays in the network namespace in which it was opened.
+#[derive(Debug)]
+pub struct Listener {
+    fd: OwnedFd,
+    buffer: Vec<u8>,
+}
+
+/// What came of listening for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// Nothing.
+    Nothing,
+    /// One or more announcements.
+    Something,
+    /// More than the socket could hold: some announcements are lost.
+    Overrun,
+}
+
+impl Listener {
+    /// Joins a group (`NFNLGRP_*`, `include/uapi/linux/netfilter/nfnetlink.h`) in this thread's
+    /// network namespace. `room` is the memory in bytes for what nobody has listened to yet.
+    pub fn join(group: u32, room: usize) -> Result<Self, NetlinkError> {
+        let fd = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+            SockProtocol::NetlinkNetFilter,
+        )?;
+        // Past net.core.rmem_max if this process may, otherwise up to it.
+        if setsockopt(&fd, sockopt::RcvBufForce, &room).is_err() {
+            setsockopt(&fd, sockopt::RcvBuf, &room)?;
+        }
+        let groups = 1_u32.checked_shl(group.wrapping_sub(1)).unwrap_or(0);
+        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
+        Ok(Self {
+            fd,
+            buffer: vec![0; BUFFER],
+        })
+    }
+
+    /// Waits at most `patience`, in milliseconds, and hands over every announcement: its type, the
+    /// fixed part of `header` bytes, and its attributes.
+    pub fn listen(
+        &mut self,
+        patience: u16,
+        header: usize,
+        mut each: impl FnMut(u16, &[u8], Attributes<'_>) -> Result<(), NetlinkError>,
+    ) -> Result<Heard, NetlinkError> {
+        let mut wait = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut wait, PollTimeout::from(patience)) {
+            Ok(0) | Err(Errno::EINTR) => return Ok(Heard::Nothing),
+            Ok(_) => {}
+            Err(error) => return Err(error.into()),
+        }
+        match recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::empty()) {
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(Heard::Nothing),
+            Err(Errno::ENOBUFS) => Ok(Heard::Overrun),
+            Err(error) => Err(error.into()),
+            Ok(received) => {
+                for message in messages(&self.buffer[..received]) {
+                    let message = message?;
+                    let (header, attributes) = message.parts(header)?;
+                    let kind = u16::try_from(message.kind).unwrap_or(u16::MAX);
+                    each(kind, header, attributes)?;
+                }
+                Ok(Heard::Something)
+            }
         }
     }
 }

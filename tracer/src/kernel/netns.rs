@@ -10,6 +10,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
@@ -58,6 +59,20 @@ impl Netns {
         .map_err(NetnsError::Create)?;
         Ok(Self {
             name: name.into(),
+            file: Arc::new(file),
+        })
+    }
+
+    /// The namespace at a path: `/proc/PID/ns/net`, or a name's file below `/run/netns`.
+    pub fn open(path: &Path) -> Result<Self, NetnsError> {
+        let name = path.display().to_string();
+        let fail = |source| NetnsError::Enter {
+            name: name.clone(),
+            source,
+        };
+        let file = File::open(path).map_err(fail)?;
+        Ok(Self {
+            name: name.as_str().into(),
             file: Arc::new(file),
         })
     }

@@ -63,6 +63,8 @@ pub struct Watch {
     pub node_addresses: Vec<IpAddr>,
     /// The addresses of this node's pods, at most one prefix a family.
     pub pod_cidrs: Vec<(IpAddr, u8)>,
+    /// For how many more targets of each family there has to be room: see [`HooksTier::watch_also`].
+    pub spare: u32,
 }
 
 impl Watch {
@@ -145,7 +147,9 @@ impl HooksTier {
         constants.insert("NETNS", netns.to_ne_bytes().to_vec());
         constants.extend(pod_constants(&watch.pod_cidrs));
         constants.insert(aya_log::LEVEL, vec![log::level()]);
-        let room = u32::try_from(watch.targets.len().max(1)).unwrap_or(u32::MAX);
+        let room = u32::try_from(watch.targets.len().max(1))
+            .unwrap_or(u32::MAX)
+            .saturating_add(watch.spare);
         let mut programs = Programs::new(OBJECT, &[("TARGETS4", room), ("TARGETS6", room)])?;
         fill(&mut programs, watch)?;
 
@@ -174,6 +178,15 @@ impl HooksTier {
             _links: links,
             placed,
         })
+    }
+
+    /// Watches these targets, which include those that are watched already.
+    ///
+    /// # Errors
+    ///
+    /// There is no room for them, or the kernel takes them not.
+    pub fn watch_also(&mut self, watch: &Watch) -> Result<(), ProbeError> {
+        fill(&mut self.programs, watch)
     }
 
     /// Number of netfilter links.

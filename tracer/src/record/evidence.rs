@@ -21,10 +21,38 @@ pub struct Drop {
     pub stage: String,
 }
 
+/// The running kernel's names of drop reasons.
+#[derive(Clone, Debug)]
+pub struct Reasons(BTreeMap<u32, String>);
+
+impl Reasons {
+    /// From the running kernel's BTF.
+    pub fn of_this_kernel() -> Result<Self, BtfError> {
+        Ok(Self(Btf::vmlinux()?.enum_names("skb_drop_reason")?))
+    }
+
+    /// How and where the packet of a [`kind::DROP`] record was dropped.
+    pub fn drop_of(&self, record: &Record) -> Drop {
+        let reason = self.0.get(&record.reason).map_or_else(
+            || format!("reason {:#x}", record.reason),
+            |name| {
+                name.trim_start_matches("SKB_DROP_REASON_")
+                    .trim_start_matches("SKB_")
+                    .to_owned()
+            },
+        );
+        let (hook, stage) = catalogue::stage_name(record.stage);
+        Drop {
+            reason,
+            stage: format!("{hook} {stage}"),
+        }
+    }
+}
+
 /// Everything the ring buffer told, by flow.
 #[derive(Debug)]
 pub struct Evidence {
-    reasons: BTreeMap<u32, String>,
+    reasons: Reasons,
     left: HashMap<FlowKey, SocketAddr>,
     drops: HashMap<FlowKey, Drop>,
     /// First packets seen.
@@ -39,7 +67,7 @@ impl Evidence {
     /// Nothing yet; drop reasons get their names from the running kernel's BTF.
     pub fn new() -> Result<Self, BtfError> {
         Ok(Self {
-            reasons: Btf::vmlinux()?.enum_names("skb_drop_reason")?,
+            reasons: Reasons::of_this_kernel()?,
             left: HashMap::new(),
             drops: HashMap::new(),
             first_packets: 0,
@@ -51,13 +79,7 @@ impl Evidence {
     /// Takes in what the ring buffer held.
     pub fn absorb(&mut self, records: &[Record]) {
         for record in records {
-            let key = (
-                record.protocol,
-                SocketAddr::new(
-                    address(record.family, record.source),
-                    u16::from_be_bytes(record.sport),
-                ),
-            );
+            let key = (record.protocol, source_of(record));
             match record.kind {
                 kind::FIRST => {
                     self.first_packets += 1;
@@ -74,7 +96,7 @@ impl Evidence {
                 }
                 kind::DROP => {
                     self.dropped_packets += 1;
-                    self.drops.insert(key, self.drop_of(record));
+                    self.drops.insert(key, self.reasons.drop_of(record));
                 }
                 _ => self.unreadable += 1,
             }
@@ -90,22 +112,22 @@ impl Evidence {
     pub fn drop_for(&self, flow: &FlowKey) -> Option<&Drop> {
         self.drops.get(flow)
     }
+}
 
-    fn drop_of(&self, record: &Record) -> Drop {
-        let reason = self.reasons.get(&record.reason).map_or_else(
-            || format!("reason {:#x}", record.reason),
-            |name| {
-                name.trim_start_matches("SKB_DROP_REASON_")
-                    .trim_start_matches("SKB_")
-                    .to_owned()
-            },
-        );
-        let (hook, stage) = catalogue::stage_name(record.stage);
-        Drop {
-            reason,
-            stage: format!("{hook} {stage}"),
-        }
-    }
+/// Where the packet came from at its first boundary.
+pub fn source_of(record: &Record) -> SocketAddr {
+    SocketAddr::new(
+        address(record.family, record.source),
+        u16::from_be_bytes(record.sport),
+    )
+}
+
+/// What the packet asked for at its first boundary.
+pub fn destination_of(record: &Record) -> SocketAddr {
+    SocketAddr::new(
+        address(record.family, record.destination),
+        u16::from_be_bytes(record.dport),
+    )
 }
 
 /// The address in a record's sixteen bytes.

@@ -1,0 +1,284 @@
+//! Services by the addresses under which packets ask for them, as the node's own rules name them.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
+
+use tracer_ebpf::path::Target;
+
+use crate::rules::services::{Found, FoundService, FrontendKind};
+
+/// One `ServicePort`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// `ns/name:port`, or in IPVS mode, whose rules hold no names, `address:port`.
+    pub name: String,
+    /// The mode whose rules serve it.
+    pub mode: &'static str,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Where its packets may go, by any policy.
+    pub endpoints: BTreeSet<SocketAddr>,
+    /// Do the rules still name it?
+    pub there: bool,
+}
+
+/// Which `ServicePorts` are watched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// `ns/name` or `ns/name:port`.
+    Service(String),
+    /// A virtual address and port.
+    Vip(SocketAddr),
+    /// A port of the node.
+    NodePort(u16),
+}
+
+impl Choice {
+    fn takes(&self, service: &FoundService) -> bool {
+        match self {
+            Self::Service(wanted) => service.name.as_ref().is_some_and(|name| {
+                name == wanted
+                    || name
+                        .rsplit_once(':')
+                        .is_some_and(|(name, _)| name == wanted)
+            }),
+            Self::Vip(vip) => service
+                .frontends
+                .iter()
+                .any(|frontend| frontend.address == Some(vip.ip()) && frontend.port == vip.port()),
+            Self::NodePort(port) => service
+                .frontends
+                .iter()
+                .any(|frontend| frontend.kind == FrontendKind::NodePort && frontend.port == *port),
+        }
+    }
+}
+
+/// Every `ServicePort` that the rules name or named since the session began.
+#[derive(Clone, Debug, Default)]
+pub struct Directory {
+    choices: Vec<Choice>,
+    services: Vec<Known>,
+    by_name: HashMap<(String, u8, bool), usize>,
+    /// By virtual address, or the node's, port and protocol.
+    frontends: HashMap<(SocketAddr, u8), (usize, Target)>,
+}
+
+impl Directory {
+    /// One that takes all `ServicePorts`, or if any are chosen, those.
+    pub fn new(choices: Vec<Choice>) -> Self {
+        Self {
+            choices,
+            ..Self::default()
+        }
+    }
+
+    /// Takes in what the rules say now; `local` are the node's addresses, which serve NodePorts.
+    ///
+    /// What is no longer named stays known: packets to it go on, and now they go wrong.
+    pub fn learn(&mut self, found: &Found, local: &[IpAddr]) {
+        for service in &mut self.services {
+            service.there = false;
+        }
+        let chosen = |service: &&FoundService| {
+            self.choices.is_empty() || self.choices.iter().any(|choice| choice.takes(service))
+        };
+        let chosen: Vec<&FoundService> = found.services.iter().filter(chosen).collect();
+        for service in chosen {
+            self.learn_one(service, local);
+        }
+    }
+
+    fn learn_one(&mut self, service: &FoundService, local: &[IpAddr]) {
+        let name = name_of(service);
+        let protocol = service.protocol.number();
+        let ipv6 = service.family == crate::cluster::Family::V6;
+        let index = *self
+            .by_name
+            .entry((name.clone(), protocol, ipv6))
+            .or_insert_with(|| {
+                self.services.push(Known {
+                    name,
+                    mode: service.mode,
+                    protocol,
+                    endpoints: BTreeSet::new(),
+                    there: true,
+                });
+                self.services.len() - 1
+            });
+        let known = &mut self.services[index];
+        known.mode = service.mode;
+        known.endpoints = service
+            .endpoints
+            .iter()
+            .chain(&service.local_endpoints)
+            .copied()
+            .collect();
+        known.there = true;
+        for frontend in &service.frontends {
+            let (addresses, target) = match frontend.address {
+                Some(address) if frontend.kind == FrontendKind::NodePort => {
+                    (vec![address], Target::NodePort)
+                }
+                Some(address) => (vec![address], Target::ClusterIp),
+                None => (
+                    local
+                        .iter()
+                        .copied()
+                        .filter(|address| address.is_ipv6() == ipv6)
+                        .collect(),
+                    Target::NodePort,
+                ),
+            };
+            for address in addresses {
+                let socket = SocketAddr::new(address, frontend.port);
+                self.frontends.insert((socket, protocol), (index, target));
+            }
+        }
+    }
+
+    /// The `ServicePort` that packets to this address ask for, as an index.
+    pub fn asked(&self, destination: SocketAddr, protocol: u8) -> Option<usize> {
+        let (index, _) = self.frontends.get(&(destination, protocol))?;
+        Some(*index)
+    }
+
+    /// What is known under an index.
+    pub fn get(&self, index: usize) -> Option<&Known> {
+        self.services.get(index)
+    }
+
+    /// Everything that is known, by index.
+    pub fn services(&self) -> &[Known] {
+        &self.services
+    }
+
+    /// What the probes have to recognise: frontends, and endpoints, from which answers come.
+    pub fn targets(&self) -> Vec<(SocketAddr, u8, Target)> {
+        let mut targets: HashMap<(SocketAddr, u8), Target> = HashMap::new();
+        for service in &self.services {
+            for endpoint in &service.endpoints {
+                targets.insert((*endpoint, service.protocol), Target::Pod);
+            }
+        }
+        // Whoever is both, as a host-network endpoint on a NodePort can be, is asked as a Service.
+        for (key, (_, target)) in &self.frontends {
+            targets.insert(*key, *target);
+        }
+        targets
+            .into_iter()
+            .map(|((socket, protocol), target)| (socket, protocol, target))
+            .collect()
+    }
+}
+
+fn name_of(service: &FoundService) -> String {
+    if let Some(name) = &service.name {
+        return name.clone();
+    }
+    let first = service.frontends.first();
+    match first.map(|frontend| (frontend.address, frontend.port)) {
+        Some((Some(address), port)) => SocketAddr::new(address, port).to_string(),
+        Some((None, port)) => format!("NodePort {port}"),
+        None => "unknown".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{Family, Protocol};
+    use crate::rules::services::Frontend;
+
+    fn service(name: &str, vip: &str, node_port: Option<u16>, endpoint: &str) -> FoundService {
+        let vip: SocketAddr = vip.parse().expect("an address");
+        let mut frontends = vec![Frontend {
+            kind: FrontendKind::ClusterIp,
+            address: Some(vip.ip()),
+            port: vip.port(),
+            refusal: None,
+        }];
+        frontends.extend(node_port.map(|port| Frontend {
+            kind: FrontendKind::NodePort,
+            address: None,
+            port,
+            refusal: None,
+        }));
+        FoundService {
+            name: Some(name.to_owned()),
+            mode: "nftables",
+            family: Family::V4,
+            protocol: Protocol::Tcp,
+            frontends,
+            endpoints: vec![endpoint.parse().expect("an address")],
+            local_endpoints: Vec::new(),
+            internal_policy: None,
+            external_policy: None,
+            affinity: None,
+            source_ranges: Vec::new(),
+            health_check_node_port: None,
+        }
+    }
+
+    fn socket(text: &str) -> SocketAddr {
+        text.parse().expect("an address")
+    }
+
+    fn found() -> Found {
+        Found {
+            services: vec![
+                service(
+                    "shop/web:http",
+                    "10.96.0.1:80",
+                    Some(30080),
+                    "10.244.0.2:8080",
+                ),
+                service("shop/web:admin", "10.96.0.1:81", None, "10.244.0.2:8081"),
+                service("shop/webb:http", "10.96.0.2:80", None, "10.244.0.3:8080"),
+            ],
+            ..Found::default()
+        }
+    }
+
+    #[test]
+    fn services_are_known_by_their_addresses() {
+        let mut directory = Directory::new(Vec::new());
+        directory.learn(&found(), &["192.0.2.1".parse().expect("an address")]);
+        let name = |to: &str| {
+            let index = directory.asked(socket(to), 6)?;
+            Some(directory.get(index)?.name.as_str())
+        };
+        assert_eq!(name("10.96.0.1:80"), Some("shop/web:http"));
+        assert_eq!(name("192.0.2.1:30080"), Some("shop/web:http"));
+        assert_eq!(name("10.96.0.1:82"), None);
+        assert_eq!(directory.asked(socket("10.96.0.1:80"), 17), None);
+        assert_eq!(directory.targets().len(), 3 + 1 + 3);
+    }
+
+    #[test]
+    fn what_is_gone_stays_known() {
+        let mut directory = Directory::new(Vec::new());
+        directory.learn(&found(), &[]);
+        directory.learn(&Found::default(), &[]);
+        let index = directory.asked(socket("10.96.0.2:80"), 6).expect("known");
+        assert!(!directory.get(index).expect("known").there);
+        directory.learn(&found(), &[]);
+        assert!(directory.get(index).expect("known").there);
+        assert_eq!(directory.services().len(), 3);
+    }
+
+    #[test]
+    fn what_is_chosen_is_watched() {
+        let count = |choice| {
+            let mut directory = Directory::new(vec![choice]);
+            directory.learn(&found(), &[]);
+            directory.services().len()
+        };
+        assert_eq!(count(Choice::Service("shop/web".to_owned())), 2);
+        assert_eq!(count(Choice::Service("shop/web:http".to_owned())), 1);
+        assert_eq!(count(Choice::Service("shop/we".to_owned())), 0);
+        assert_eq!(count(Choice::Vip(socket("10.96.0.2:80"))), 1);
+        assert_eq!(count(Choice::NodePort(30080)), 1);
+        assert_eq!(count(Choice::NodePort(30081)), 0);
+    }
+}

@@ -1,0 +1,10 @@
+//! A live node, watched: whose packets pass, where they go, what each stage costs, who changes the
+//! rules. Reads and attaches probes; changes nothing.
+//!
+//! [`directory`] knows Services by their addresses, [`changes`] hears of rule changes, [`session`]
+//! joins both with what the probes tell, and [`summary`] is what a session found.
+
+pub mod changes;
+pub mod directory;
+pub mod session;
+pub mod summary;

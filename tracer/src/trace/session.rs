@@ -1,0 +1,422 @@
+//! A session: probes on a node, its Services by name, and what became of every new flow to them.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tracer_ebpf::path::Target;
+use tracer_ebpf::record::{Record, kind};
+
+use super::changes::{ChangesError, RuleChange, Watcher};
+use super::directory::{Choice, Directory};
+use super::summary::{Summary, Tally};
+use crate::cluster::Cidr;
+use crate::kernel::btf::BtfError;
+use crate::kernel::clock::monotonic_ns;
+use crate::kernel::dump;
+use crate::kernel::netns::{Netns, NetnsError};
+use crate::kernel::tool::ToolError;
+use crate::probe::hooks::{HooksTier, ProbeError, Watch};
+use crate::record::evidence::{Reasons, destination_of, source_of};
+use crate::record::headers::dissect;
+use crate::record::times;
+use crate::rules::dump::Unreadable;
+use crate::rules::ipvs;
+use crate::rules::services::{self, Found};
+
+/// Room for Services that come while a session lasts, as addresses and endpoints of each family.
+const SPARE: u32 = 16 << 10;
+/// How long the rules must have been left alone before they are read again.
+const SETTLED: Duration = Duration::from_millis(500);
+
+/// Why a node cannot be traced.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceError {
+    /// The namespace.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The node's addresses.
+    #[error("cannot list the node's addresses: {0}")]
+    Addresses(#[source] io::Error),
+    /// Its rules cannot be listed.
+    #[error(transparent)]
+    Dump(#[from] ToolError),
+    /// Its rules cannot be read.
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
+    /// There is nothing to trace.
+    #[error("no rules of kube-proxy are here: is this the node's network namespace (--netns)?")]
+    NoServices,
+    /// Nothing of what was asked for is there.
+    #[error(
+        "the rules name no such Service (of {0} that they name): `svcpath rules parse --live` lists them"
+    )]
+    NoSuchService(usize),
+    /// The probes.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// The kernel's type information.
+    #[error(transparent)]
+    Btf(#[from] BtfError),
+    /// The listener for rule changes.
+    #[error(transparent)]
+    Changes(#[from] ChangesError),
+}
+
+/// What to trace.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Only these; empty: all Services.
+    pub choices: Vec<Choice>,
+    /// Where pods live: who comes from there comes from a pod, everybody else but the node itself from
+    /// outside. At most one network a family.
+    pub pod_cidrs: Vec<Cidr>,
+}
+
+/// How a new flow's first packet left the node's netfilter hooks.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "end")]
+pub enum End {
+    /// Translated to an endpoint, and sent on by a device.
+    Sent,
+    /// Translated to an endpoint in the node's own namespace, and handed to its socket.
+    Delivered,
+    /// Left the node with the Service's virtual address: no rule translated it.
+    Leaked,
+    /// Handed to a socket of the node untranslated.
+    Untranslated,
+    /// Sent to an address that is no endpoint of the Service as its rules were last read.
+    Elsewhere,
+    /// Dropped.
+    Dropped {
+        /// The kernel's drop reason, without its prefix: `NETFILTER_DROP`.
+        reason: String,
+        /// `HOOK stage`.
+        stage: String,
+    },
+    /// The packet's headers could not be read.
+    Unknown,
+}
+
+impl End {
+    /// What to look at, for an end that is none of a healthy Service.
+    pub const fn advice(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Sent | Self::Delivered => return None,
+            Self::Leaked => {
+                "the rules for this address are missing: compare them with the cluster (svcpath rules check --live) \
+                 and see who changed them last"
+            }
+            Self::Untranslated => {
+                "a process of the node listens on the Service's port, or the node has the address bound \
+                 (kube-ipvs0): compare the rules with the cluster"
+            }
+            Self::Elsewhere => {
+                "the endpoints changed after the rules were last read, or a rule of somebody else translates first"
+            }
+            Self::Dropped { .. } => {
+                "see the stage: filter is a policy or a Service without endpoints, deliver a port that nobody \
+                 listens on"
+            }
+            Self::Unknown => "fragments and packets with long extension headers are not read",
+        })
+    }
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sent => f.write_str("sent to its endpoint"),
+            Self::Delivered => f.write_str("delivered to its endpoint"),
+            Self::Leaked => f.write_str("leaked"),
+            Self::Untranslated => f.write_str("untranslated to a local socket"),
+            Self::Elsewhere => f.write_str("sent elsewhere"),
+            Self::Dropped { reason, stage } => write!(f, "dropped at {stage} ({reason})"),
+            Self::Unknown => f.write_str("unknown"),
+        }
+    }
+}
+
+/// The first packet of a flow to a Service, or a later one that was dropped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Journey {
+    /// When it came to the node (`CLOCK_MONOTONIC`, ns).
+    pub time_ns: u64,
+    /// `ns/name:port`.
+    pub service: String,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Who asks.
+    pub source: SocketAddr,
+    /// What was asked for.
+    pub destination: SocketAddr,
+    /// Where it was headed at the end; `None` if unknown.
+    pub headed: Option<SocketAddr>,
+    /// `pod→ClusterIP`, ...
+    pub path: &'static str,
+    /// Is it a flow's first packet?
+    pub first: bool,
+    /// The sum of its stages, ns: its time on this node without the probes' own.
+    pub elapsed_ns: u64,
+    /// How it ended.
+    #[serde(flatten)]
+    pub end: End,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "event")]
+pub enum Event {
+    /// A packet went by.
+    Journey(Journey),
+    /// Somebody changed rules.
+    RuleChange(RuleChange),
+    /// The rules were read again.
+    Services {
+        /// When (`CLOCK_MONOTONIC`, ns).
+        time_ns: u64,
+        /// How many `ServicePorts` they name now.
+        there: usize,
+        /// How many they named before and name no more.
+        gone: usize,
+    },
+}
+
+/// Probes at work.
+#[derive(Debug)]
+pub struct Session {
+    ns: Netns,
+    options: Options,
+    probes: HooksTier,
+    watcher: Watcher,
+    reasons: Reasons,
+    directory: Directory,
+    tallies: Vec<Tally>,
+    changes: Vec<RuleChange>,
+    changed: Option<Instant>,
+    reading: Option<Receiver<Result<Found, TraceError>>>,
+    /// Records about packets to no Service: to an endpoint itself, or answers.
+    others: u64,
+    started_ns: u64,
+}
+
+impl Session {
+    /// Reads the rules and attaches the probes.
+    pub fn start(ns: &Netns, options: Options) -> Result<Self, TraceError> {
+        // Listening begins before reading: no change falls between the two.
+        let watcher = Watcher::start(ns)?;
+        let found = read(ns)?;
+        if found.services.is_empty() {
+            return Err(TraceError::NoServices);
+        }
+        let mut directory = Directory::new(options.choices.clone());
+        let local = local_addresses(ns)?;
+        directory.learn(&found, &local);
+        if directory.services().is_empty() {
+            return Err(TraceError::NoSuchService(found.services.len()));
+        }
+        let probes = HooksTier::attach(ns, &watch(&directory, local, &options))?;
+        Ok(Self {
+            ns: ns.clone(),
+            options,
+            probes,
+            watcher,
+            reasons: Reasons::of_this_kernel()?,
+            tallies: vec![Tally::default(); directory.services().len()],
+            directory,
+            changes: Vec::new(),
+            changed: None,
+            reading: None,
+            others: 0,
+            started_ns: monotonic_ns(),
+        })
+    }
+
+    /// When the probes were attached (`CLOCK_MONOTONIC`, ns).
+    pub const fn started_ns(&self) -> u64 {
+        self.started_ns
+    }
+
+    /// Number of netfilter links.
+    pub fn links(&self) -> usize {
+        self.probes.links()
+    }
+
+    /// The Services.
+    pub const fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    /// What was counted of each Service, in the directory's order.
+    pub fn tallies(&self) -> &[Tally] {
+        &self.tallies
+    }
+
+    /// Takes in what happened since the last call, in the order in which it was told.
+    pub fn poll(&mut self) -> Result<Vec<Event>, TraceError> {
+        let mut events = Vec::new();
+        // Changes first: packets that come through the ring were mostly under way before them.
+        for change in self.watcher.drain()? {
+            self.changed = Some(Instant::now());
+            self.changes.push(change.clone());
+            events.push(Event::RuleChange(change));
+        }
+        for record in self.probes.drain()? {
+            match self.judge(&record) {
+                Some((index, journey)) => {
+                    self.tallies[index].add(&journey);
+                    events.push(Event::Journey(journey));
+                }
+                None => self.others += 1,
+            }
+        }
+        events.extend(self.learn()?);
+        Ok(events)
+    }
+
+    /// Has what was asked to be read again, in the background, been read?
+    fn learn(&mut self) -> Result<Option<Event>, TraceError> {
+        if let Some(reading) = &self.reading {
+            let found = match reading.try_recv() {
+                Err(TryRecvError::Empty) => return Ok(None),
+                // The thread is gone without a word: it panicked, and has said so.
+                Err(TryRecvError::Disconnected) => None,
+                Ok(found) => Some(found?),
+            };
+            self.reading = None;
+            let Some(found) = found else { return Ok(None) };
+            let local = local_addresses(&self.ns)?;
+            self.directory.learn(&found, &local);
+            self.tallies
+                .resize(self.directory.services().len(), Tally::default());
+            let watch = watch(&self.directory, local, &self.options);
+            self.probes.watch_also(&watch)?;
+            let there = |there| {
+                let services = self.directory.services().iter();
+                services.filter(|service| service.there == there).count()
+            };
+            return Ok(Some(Event::Services {
+                time_ns: monotonic_ns(),
+                there: there(true),
+                gone: there(false),
+            }));
+        }
+        if self.changed.is_some_and(|at| at.elapsed() >= SETTLED) {
+            self.changed = None;
+            let (tell, reading) = channel();
+            let ns = self.ns.clone();
+            std::thread::spawn(move || {
+                // A session that has ended does not want to know.
+                let _ = tell.send(read(&ns));
+            });
+            self.reading = Some(reading);
+        }
+        Ok(None)
+    }
+
+    /// What a record says of a packet to a Service.
+    fn judge(&self, record: &Record) -> Option<(usize, Journey)> {
+        let destination = destination_of(record);
+        let index = self.directory.asked(destination, record.protocol)?;
+        let service = self.directory.get(index)?;
+        let headers = dissect(&record.header);
+        let headed = headers.and_then(|h| Some(SocketAddr::new(h.dst, h.dport?)));
+        let path = tracer_ebpf::path::Path::ALL.get(usize::from(record.path));
+        let virtual_address = path.is_some_and(|path| path.target == Target::ClusterIp);
+        let end = match (record.kind, headed) {
+            (kind::DROP, _) => {
+                let drop = self.reasons.drop_of(record);
+                End::Dropped {
+                    reason: drop.reason,
+                    stage: drop.stage,
+                }
+            }
+            (_, None) => End::Unknown,
+            (_, Some(headed)) if service.endpoints.contains(&headed) => {
+                if record.transmitted == 0 {
+                    End::Delivered
+                } else {
+                    End::Sent
+                }
+            }
+            (_, Some(headed)) if headed == destination && record.transmitted == 0 => {
+                End::Untranslated
+            }
+            (_, Some(headed)) if headed == destination && virtual_address => End::Leaked,
+            (_, Some(_)) => End::Elsewhere,
+        };
+        let journey = Journey {
+            time_ns: record.started,
+            service: service.name.clone(),
+            protocol: record.protocol,
+            source: source_of(record),
+            destination,
+            headed,
+            path: path.map_or("unknown", |path| path.title()),
+            first: record.kind == kind::FIRST || record.state == tracer_ebpf::record::state::NEW,
+            elapsed_ns: record.elapsed,
+            end,
+        };
+        Some((index, journey))
+    }
+
+    /// Ends the session: what is left in the ring is counted, the probes are detached.
+    pub fn finish(mut self) -> Result<(Vec<Event>, Summary), TraceError> {
+        let events = self.poll()?;
+        let stats = self.probes.stats()?;
+        let found = self.probes.times()?;
+        let stages: BTreeMap<_, _> = tracer_ebpf::path::Path::ALL
+            .into_iter()
+            .filter(|path| path.target != Target::Pod)
+            .map(|path| (path.title(), times::of_path(&found, path)))
+            .filter(|(_, times)| !times.node.is_empty())
+            .collect();
+        let summary = Summary::new(
+            monotonic_ns().saturating_sub(self.started_ns),
+            &self.directory,
+            &self.tallies,
+            stages,
+            self.changes,
+            stats,
+            self.others,
+        );
+        Ok((events, summary))
+    }
+}
+
+fn read(ns: &Netns) -> Result<Found, TraceError> {
+    Ok(services::read(&dump::dump(ns)?)?)
+}
+
+fn watch(directory: &Directory, local: Vec<IpAddr>, options: &Options) -> Watch {
+    Watch {
+        targets: directory.targets(),
+        node_addresses: local,
+        pod_cidrs: options
+            .pod_cidrs
+            .iter()
+            .map(|cidr| (cidr.base, cidr.prefix))
+            .collect(),
+        spare: SPARE,
+    }
+}
+
+/// The node's own addresses, without those that IPVS mode binds for Services.
+fn local_addresses(ns: &Netns) -> Result<Vec<IpAddr>, TraceError> {
+    let list = ns.run(nix::ifaddrs::getifaddrs)?;
+    let list = list.map_err(|error| TraceError::Addresses(error.into()))?;
+    let mut addresses: Vec<IpAddr> = list
+        .filter(|interface| interface.interface_name != ipvs::LINK)
+        .filter_map(|interface| {
+            let address = interface.address?;
+            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+            v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))
+        })
+        .collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    Ok(addresses)
+}

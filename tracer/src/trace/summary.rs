@@ -1,0 +1,370 @@
+//! What a session found.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::fmt;
+use std::net::SocketAddr;
+
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use tracer_ebpf::histogram::{CELLS, bounds_of, cell_of};
+use tracer_ebpf::record::Stats;
+
+use super::changes::RuleChange;
+use super::directory::Directory;
+use super::session::{End, Journey};
+use crate::record::run::{Clock, Histogram, PacketState};
+use crate::record::times::PathTimes;
+use crate::report::quantile::quantile;
+use crate::report::units;
+
+/// New flows that a Service's tally remembers, to know a repeated first packet when it comes.
+const REMEMBERED: usize = 4096;
+
+/// What became of one Service's packets.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// New flows.
+    pub flows: u64,
+    /// First packets that were sent once more: nobody had answered the one before.
+    pub repeated: u64,
+    /// New flows by how their first packet ended.
+    pub ends: BTreeMap<End, u64>,
+    /// Packets of established flows that were dropped, by reason and stage.
+    pub later_drops: BTreeMap<End, u64>,
+    /// First packets' time on the node, by cell of the probes' histograms.
+    cells: BTreeMap<usize, u64>,
+    sum_ns: u64,
+    recent: HashSet<(SocketAddr, SocketAddr)>,
+    order: VecDeque<(SocketAddr, SocketAddr)>,
+}
+
+impl Tally {
+    /// Counts a journey.
+    pub fn add(&mut self, journey: &Journey) {
+        if !journey.first {
+            *self.later_drops.entry(journey.end.clone()).or_default() += 1;
+            return;
+        }
+        let flow = (journey.source, journey.destination);
+        if !self.recent.insert(flow) {
+            self.repeated += 1;
+            return;
+        }
+        self.order.push_back(flow);
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.recent.remove(&oldest);
+        }
+        self.flows += 1;
+        *self.ends.entry(journey.end.clone()).or_default() += 1;
+        let cell = cell_of(journey.elapsed_ns).min(CELLS - 1);
+        *self.cells.entry(cell).or_default() += 1;
+        self.sum_ns += journey.elapsed_ns;
+    }
+
+    /// First packets' time on the node.
+    pub fn histogram(&self) -> Histogram {
+        Histogram {
+            count: self.cells.values().sum(),
+            sum_ns: self.sum_ns,
+            buckets: self
+                .cells
+                .iter()
+                .map(|(cell, count)| {
+                    let (low, high) = bounds_of(*cell);
+                    [low, high, *count]
+                })
+                .collect(),
+        }
+    }
+
+    /// New flows whose first packet went where it should.
+    pub fn good(&self) -> u64 {
+        let healthy = |end: &&End| matches!(end, End::Sent | End::Delivered);
+        let ends = self.ends.iter().filter(|(end, _)| healthy(end));
+        ends.map(|(_, count)| count).sum()
+    }
+}
+
+/// One `ServicePort` in a summary.
+#[derive(Clone, Debug, Serialize)]
+pub struct ServiceSummary {
+    /// `ns/name:port`.
+    pub name: String,
+    /// The mode whose rules serve it.
+    pub mode: &'static str,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Endpoints that the rules name.
+    pub endpoints: usize,
+    /// Did the rules still name it at the end?
+    pub there: bool,
+    /// New flows.
+    pub flows: u64,
+    /// First packets that were sent once more.
+    pub repeated: u64,
+    /// New flows by how their first packet ended.
+    pub ends: Vec<Count>,
+    /// Packets of established flows that were dropped.
+    pub later_drops: Vec<Count>,
+    /// First packets' time on the node, ns.
+    pub node: Histogram,
+}
+
+/// How often something happened.
+#[derive(Clone, Debug, Serialize)]
+pub struct Count {
+    /// What.
+    #[serde(flatten)]
+    pub end: End,
+    /// How often.
+    pub count: u64,
+}
+
+fn counts(ends: &BTreeMap<End, u64>) -> Vec<Count> {
+    ends.iter()
+        .map(|(end, count)| Count {
+            end: end.clone(),
+            count: *count,
+        })
+        .collect()
+}
+
+/// What was timed on one path, over all Services that were traced.
+#[derive(Clone, Debug, Serialize)]
+pub struct PathSummary {
+    /// `pod→ClusterIP`, ...
+    pub path: &'static str,
+    /// Each stage, in a packet's order, by packet state.
+    pub stages: Vec<crate::record::run::StageHistogram>,
+    /// The whole node, by packet state.
+    pub node: BTreeMap<PacketState, Histogram>,
+}
+
+/// How the probes did.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Health {
+    /// Journeys that began.
+    pub journeys: u64,
+    /// Journeys that left by a device.
+    pub transmitted: u64,
+    /// Journeys that ended at a local socket.
+    pub delivered_locally: u64,
+    /// Journeys that the kernel dropped.
+    pub dropped: u64,
+    /// Records that the ring buffer could not take: flows that are missing above.
+    pub ring_lost: u64,
+    /// Journeys given up because two packets wanted one slot.
+    pub slot_collisions: u64,
+    /// Probes that found a packet at another step than expected.
+    pub unpaired: u64,
+    /// Packets to none of these Services, which left after one look-up.
+    pub other_packets: u64,
+    /// Records of packets to an endpoint itself.
+    pub to_endpoints: u64,
+}
+
+/// What a session found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// The clock of every time in it.
+    pub clock: Clock,
+    /// How long the probes were attached, ns.
+    pub duration_ns: u64,
+    /// The probe tier.
+    pub tier: &'static str,
+    /// Services to which there were flows, most flows first.
+    pub services: Vec<ServiceSummary>,
+    /// Services that were watched without a flow.
+    pub silent: usize,
+    /// What was timed.
+    pub paths: Vec<PathSummary>,
+    /// Who changed rules.
+    pub rule_changes: Vec<RuleChange>,
+    /// How the probes did.
+    pub probes: Health,
+}
+
+impl Summary {
+    pub(super) fn new(
+        duration_ns: u64,
+        directory: &Directory,
+        tallies: &[Tally],
+        paths: BTreeMap<&'static str, PathTimes>,
+        rule_changes: Vec<RuleChange>,
+        stats: Stats,
+        to_endpoints: u64,
+    ) -> Self {
+        let mut services: Vec<ServiceSummary> = directory
+            .services()
+            .iter()
+            .zip(tallies)
+            .filter(|(_, tally)| tally.flows + tally.repeated > 0 || !tally.later_drops.is_empty())
+            .map(|(known, tally)| ServiceSummary {
+                name: known.name.clone(),
+                mode: known.mode,
+                protocol: known.protocol,
+                endpoints: known.endpoints.len(),
+                there: known.there,
+                flows: tally.flows,
+                repeated: tally.repeated,
+                ends: counts(&tally.ends),
+                later_drops: counts(&tally.later_drops),
+                node: tally.histogram(),
+            })
+            .collect();
+        services.sort_by(|a, b| b.flows.cmp(&a.flows).then_with(|| a.name.cmp(&b.name)));
+        Self {
+            clock: if crate::kernel::clock::is_virtual() {
+                Clock::Virtual
+            } else {
+                Clock::Wall
+            },
+            duration_ns,
+            tier: "hooks",
+            silent: directory.services().len() - services.len(),
+            services,
+            paths: paths
+                .into_iter()
+                .map(|(path, times)| PathSummary {
+                    path,
+                    stages: times.stages,
+                    node: times.node,
+                })
+                .collect(),
+            rule_changes,
+            probes: Health {
+                journeys: stats.journeys,
+                transmitted: stats.transmitted,
+                delivered_locally: stats.delivered,
+                dropped: stats.dropped,
+                ring_lost: stats.ring_lost,
+                slot_collisions: stats.collisions,
+                unpaired: stats.unpaired,
+                other_packets: stats.other,
+                to_endpoints,
+            },
+        }
+    }
+}
+
+/// Half and the last hundredth of a histogram, as a person reads them.
+fn half_and_tail(clock: Clock, histogram: &Histogram) -> String {
+    match (quantile(histogram, 0.5), quantile(histogram, 0.99)) {
+        (Some(half), Some(tail)) => format!(
+            "{} / {}",
+            units::cost_u64(clock, half),
+            units::cost_u64(clock, tail)
+        ),
+        _ => "-".to_owned(),
+    }
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.force_no_tty();
+    table.set_header(header);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// `3 leaked, 1 dropped at ...`; nothing for what went well.
+fn troubles(ends: &[Count]) -> String {
+    let bad = ends.iter().filter(|count| count.end.advice().is_some());
+    let bad: Vec<String> = bad.map(|c| format!("{} {}", c.count, c.end)).collect();
+    bad.join(", ")
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "\n{} Services with flows, {} without, in {} ({} tier; times are a packet's on this node, without the probes' own)",
+            self.services.len(),
+            self.silent,
+            units::time_u64(self.duration_ns),
+            self.tier,
+        )?;
+        let mut rows = table(&[
+            "Service",
+            "mode",
+            "endpoints",
+            "new flows",
+            "repeated",
+            "p50 / p99",
+        ]);
+        for service in &self.services {
+            let gone = if service.there { "" } else { " (gone)" };
+            rows.add_row([
+                format!("{}{gone}", service.name),
+                service.mode.to_owned(),
+                service.endpoints.to_string(),
+                units::count(service.flows),
+                units::count(service.repeated),
+                half_and_tail(self.clock, &service.node),
+            ]);
+        }
+        if !self.services.is_empty() {
+            writeln!(f, "{rows}")?;
+        }
+        self.write_troubles(f)?;
+        for path in &self.paths {
+            let new = |stage: &&crate::record::run::StageHistogram| stage.state == PacketState::New;
+            let mut rows = table(&[path.path, "new, p50 / p99", "packets"]);
+            for stage in path.stages.iter().filter(new) {
+                rows.add_row([
+                    format!("{} {}", stage.hook, stage.stage),
+                    half_and_tail(self.clock, &stage.histogram),
+                    units::count(stage.histogram.count),
+                ]);
+            }
+            if let Some(node) = path.node.get(&PacketState::New) {
+                rows.add_row([
+                    "whole node".to_owned(),
+                    half_and_tail(self.clock, node),
+                    units::count(node.count),
+                ]);
+            }
+            writeln!(f, "\n{rows}")?;
+        }
+        let probes = &self.probes;
+        writeln!(
+            f,
+            "\nprobes  {} journeys: {} left by a device, {} reached a socket, {} dropped; {} other packets; lost: {} records, {} collisions, {} unpaired",
+            units::count(probes.journeys),
+            units::count(probes.transmitted),
+            units::count(probes.delivered_locally),
+            units::count(probes.dropped),
+            units::count(probes.other_packets),
+            probes.ring_lost,
+            probes.slot_collisions,
+            probes.unpaired,
+        )
+    }
+}
+
+impl Summary {
+    fn write_troubles(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for service in &self.services {
+            let new = troubles(&service.ends);
+            if !new.is_empty() {
+                writeln!(f, "{}: of {} new flows {new}", service.name, service.flows)?;
+            }
+            let later = troubles(&service.later_drops);
+            if !later.is_empty() {
+                writeln!(f, "{}: of established flows {later}", service.name)?;
+            }
+            let ends = service.ends.iter().chain(&service.later_drops);
+            let mut advice: Vec<&str> = ends.filter_map(|count| count.end.advice()).collect();
+            advice.dedup();
+            for advice in advice {
+                writeln!(f, "  {advice}")?;
+            }
+        }
+        Ok(())
+    }
+}
