@@ -36,8 +36,8 @@ pub(crate) fn code_of(error: &anyhow::Error) -> u8 {
 }
 
 fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
-    if let Some(Stdout(error)) = cause.downcast_ref() {
-        return Some(if error.kind() == ErrorKind::BrokenPipe {
+    if let Some(error) = cause.downcast_ref::<Stdout>() {
+        return Some(if error.is_broken_pipe() {
             BROKEN_PIPE
         } else {
             FAILURE
@@ -111,6 +111,13 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write to standard output: {0}")]
 pub(crate) struct Stdout(#[source] std::io::Error);
+
+impl Stdout {
+    /// Has its reader gone away?
+    pub(crate) fn is_broken_pipe(&self) -> bool {
+        self.0.kind() == ErrorKind::BrokenPipe
+    }
+}
 
 /// Writes to standard output; unlike `print!` without a panic when its reader has gone away.
 pub(crate) fn print(text: &str) -> Result<(), Stdout> {

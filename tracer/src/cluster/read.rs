@@ -1,4 +1,4 @@
-//! A cluster from what `kubectl get services,endpointslices,nodes -A -o json` prints.
+//! A cluster from what `kubectl get services,endpointslices,nodes,servicecidrs -A -o json` prints.
 //!
 //! What kube-proxy skips is skipped here, with a [`Warning`] where kube-proxy logs one; what it
 //! would pass on, and the kernel's tools would refuse, is a [`ReadError`]. Sources: `pkg/proxy/`
@@ -441,7 +441,14 @@ impl<'a> Reader<'a> {
                 None => *others.entry(kind.to_owned()).or_default() += 1,
             }
         }
-        if objects.is_empty() && !others.is_empty() {
+        for object in &objects {
+            if object.kind == "Service" {
+                return Ok(objects);
+            }
+            *others.entry(object.kind.to_owned()).or_default() += 1;
+        }
+        // Every cluster has one, so an empty list is no cluster's either; but it claims nothing else.
+        if !others.is_empty() {
             let found: Vec<String> = others
                 .iter()
                 .take(5)

@@ -6,12 +6,15 @@ use std::collections::HashSet;
 use std::fmt;
 use std::net::IpAddr;
 
+use nix::errno::Errno;
+use nix::ifaddrs::getifaddrs;
 use nix::net::if_::if_nametoindex;
 
 use super::netlink::{
     Attributes, NLM_F_ACK, NLM_F_CREATE_EXCL, NLM_F_DUMP, NetlinkError, Request, Socket,
 };
 use super::netns::{Netns, NetnsError};
+use crate::rules::ipvs;
 
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINKINFO: u16 = 18;
@@ -47,9 +50,41 @@ pub enum AddressError {
         /// What went wrong.
         source: NetlinkError,
     },
+    /// The node's addresses could not be listed.
+    #[error("cannot list the addresses of namespace {namespace}: {source}")]
+    List {
+        /// The namespace.
+        namespace: String,
+        /// What the kernel said.
+        source: Errno,
+    },
     /// The namespace could not be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
+}
+
+/// The addresses on which a node serves NodePorts: all but those that IPVS mode binds for Services, and
+/// those that are good for one link only. Loopback ones are among them.
+pub fn of_node(ns: &Netns) -> Result<Vec<IpAddr>, AddressError> {
+    let list = ns.run(getifaddrs)?.map_err(|source| AddressError::List {
+        namespace: ns.name().to_owned(),
+        source,
+    })?;
+    let mut addresses: Vec<IpAddr> = list
+        .filter(|interface| interface.interface_name != ipvs::LINK)
+        .filter_map(|interface| {
+            let address = interface.address?;
+            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+            v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))
+        })
+        .filter(|address| match address {
+            IpAddr::V4(_) => true,
+            IpAddr::V6(v6) => !v6.is_unicast_link_local(),
+        })
+        .collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    Ok(addresses)
 }
 
 /// One address to bind or to let go.

@@ -31,6 +31,9 @@ pub enum Kind {
     Leftover,
     /// There without being called for, and not explained by the above.
     Extra,
+    /// No longer called for, harmless, and kube-proxy's own to remove: a real server that gets no new
+    /// flows and lives until its last connection ends, a chain emptied for the next sync to delete.
+    Draining,
 }
 
 impl fmt::Display for Kind {
@@ -41,6 +44,7 @@ impl fmt::Display for Kind {
             Self::Stale => "stale",
             Self::Leftover => "leftover",
             Self::Extra => "extra",
+            Self::Draining => "draining",
         })
     }
 }
@@ -80,8 +84,13 @@ pub struct Report {
     pub services: usize,
     /// Endpoints of these Services, ready or not.
     pub endpoints: usize,
+    /// In iptables modes, the back end whose rules these are; `None` if the dump does not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub back_end: Option<Mode>,
     /// Every difference.
     pub differences: Vec<Finding>,
+    /// What is on its way out: [`Kind::Draining`], which is no difference.
+    pub draining: Vec<Finding>,
 }
 
 /// Why rules could not be checked.
@@ -123,15 +132,13 @@ pub fn check(
     });
     let (found, expected) = (found?, expected?);
     let mut differences = Vec::new();
+    let mut back_end = None;
     for (index, family) in Family::ALL.into_iter().enumerate() {
         let tables = expected.iptables[index].as_ref();
-        check_iptables(
-            mode,
-            family,
-            tables,
-            &found.iptables[index],
-            &mut differences,
-        )?;
+        let tables_there = &found.iptables[index];
+        let chosen = check_iptables(mode, family, tables, tables_there, &mut differences)?;
+        let save = chosen.and_then(|index| texts.of(family).iptables.get(index));
+        back_end = back_end.or(save.and_then(dump::back_end));
         let table = expected.nft[index].as_ref();
         check_nftables(
             mode,
@@ -146,12 +153,18 @@ pub fn check(
     let has_rules = |service: &&crate::cluster::Service| !service.cluster_ips.is_empty();
     let services = || cluster.services.iter().filter(has_rules);
     let endpoints = services().flat_map(|s| &s.ports).map(|p| p.endpoints.len());
+    let (draining, differences) = differences
+        .into_iter()
+        .partition(|finding| finding.kind == Kind::Draining);
+    let uses_iptables = matches!(mode, Mode::IptablesLegacy | Mode::IptablesNft);
     Ok(Report {
         node: node.name,
         mode,
+        back_end: back_end.filter(|_| uses_iptables),
         services: services().count(),
         endpoints: endpoints.sum(),
         differences,
+        draining,
     })
 }
 
@@ -216,14 +229,14 @@ fn ours<T, E: Into<dump::Cause>>(result: Result<T, E>) -> Result<T, Unreadable> 
 }
 
 /// The tables of kube-proxy's back end against what is called for; those of the other back end, and
-/// in nftables mode of both, against nothing.
+/// in nftables mode of both, against nothing. Answers which of `found` is kube-proxy's.
 fn check_iptables(
     mode: Mode,
     family: Family,
     expected: Option<&Tables<'_>>,
     found: &[Tables<'_>],
     differences: &mut Vec<Finding>,
-) -> Result<(), CheckError> {
+) -> Result<Option<usize>, CheckError> {
     let mut chosen = None;
     if let Some(expected) = expected {
         let (index, tables) = found
@@ -240,7 +253,7 @@ fn check_iptables(
             differences.extend(iptables::check(&nothing, tables, Mode::Nftables));
         }
     }
-    Ok(())
+    Ok(chosen)
 }
 
 /// How many chains named as kube-proxy names them there are.

@@ -8,6 +8,10 @@ use std::net::IpAddr;
 use super::{RuleSet, Step, Sysctl, ipvs};
 use crate::cluster::Family;
 
+/// What `load.sh` says where kube-proxy's counters cannot be made, without which `iptables-restore`
+/// refuses the rules that count.
+const NO_NFACCT: &str = "{ echo 'the rules count with nfacct: install the package nfacct, or render with --no-nfacct' >&2; exit 1; }";
+
 /// One file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleFile {
@@ -56,13 +60,16 @@ impl RuleSet {
             let file = match step {
                 Step::Sysctl(Sysctl { path, value, .. }) => {
                     // Writing into a String cannot fail, here and below.
+                    if path.starts_with("net/ipv4/vs/") {
+                        script.push_str("modprobe -q ip_vs || true\n");
+                    }
                     let _ = writeln!(script, "echo {value} > /proc/sys/{path}");
                     continue;
                 }
                 Step::Accounting(name) => {
                     let _ = writeln!(
                         script,
-                        "nfacct get {name} > /dev/null 2>&1 || nfacct add {name}"
+                        "nfacct get {name} > /dev/null 2>&1 || nfacct add {name} || {NO_NFACCT}"
                     );
                     continue;
                 }

@@ -1,7 +1,6 @@
 //! A session: probes on a node, its Services by name, and what became of every new flow to them.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
@@ -14,6 +13,7 @@ use super::changes::{ChangesError, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
 use super::summary::{Summary, Tally};
 use crate::cluster::Cidr;
+use crate::kernel::addresses::{self, AddressError};
 use crate::kernel::btf::BtfError;
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::dump;
@@ -24,7 +24,6 @@ use crate::record::evidence::{Reasons, destination_of, source_of};
 use crate::record::headers::dissect;
 use crate::record::times;
 use crate::rules::dump::Unreadable;
-use crate::rules::ipvs;
 use crate::rules::services::{self, Found};
 
 /// Room for Services that come while a session lasts, as addresses and endpoints of each family.
@@ -39,8 +38,8 @@ pub enum TraceError {
     #[error(transparent)]
     Netns(#[from] NetnsError),
     /// The node's addresses.
-    #[error("cannot list the node's addresses: {0}")]
-    Addresses(#[source] io::Error),
+    #[error(transparent)]
+    Addresses(#[from] AddressError),
     /// Its rules cannot be listed.
     #[error(transparent)]
     Dump(#[from] ToolError),
@@ -213,7 +212,7 @@ impl Session {
             return Err(TraceError::NoServices);
         }
         let mut directory = Directory::new(options.choices.clone());
-        let local = local_addresses(ns)?;
+        let local = addresses::of_node(ns)?;
         directory.learn(&found, &local);
         if directory.services().is_empty() {
             return Err(TraceError::NoSuchService(found.services.len()));
@@ -288,7 +287,7 @@ impl Session {
             };
             self.reading = None;
             let Some(found) = found else { return Ok(None) };
-            let local = local_addresses(&self.ns)?;
+            let local = addresses::of_node(&self.ns)?;
             self.directory.learn(&found, &local);
             self.tallies
                 .resize(self.directory.services().len(), Tally::default());
@@ -402,21 +401,4 @@ fn watch(directory: &Directory, local: Vec<IpAddr>, options: &Options) -> Watch 
             .collect(),
         spare: SPARE,
     }
-}
-
-/// The node's own addresses, without those that IPVS mode binds for Services.
-fn local_addresses(ns: &Netns) -> Result<Vec<IpAddr>, TraceError> {
-    let list = ns.run(nix::ifaddrs::getifaddrs)?;
-    let list = list.map_err(|error| TraceError::Addresses(error.into()))?;
-    let mut addresses: Vec<IpAddr> = list
-        .filter(|interface| interface.interface_name != ipvs::LINK)
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-            v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))
-        })
-        .collect();
-    addresses.sort_unstable();
-    addresses.dedup();
-    Ok(addresses)
 }

@@ -83,7 +83,7 @@ impl From<ModeArg> for Mode {
 /// The cluster, the node and kube-proxy's flags.
 #[derive(Debug, clap::Args)]
 struct ClusterArgs {
-    /// What `kubectl get services,endpointslices,nodes -A -o json` printed (`-`: standard input).
+    /// What `kubectl get services,endpointslices,nodes,servicecidrs -A -o json` printed (`-`: standard input).
     #[arg(long, value_name = "FILE")]
     cluster: PathBuf,
     /// The node's name.

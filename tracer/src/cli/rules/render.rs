@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use tracer::report::write;
-use tracer::rules::{RuleSet, render};
+use tracer::rules::{Mode, RuleSet, render};
 
 use super::super::exit;
 use super::{ClusterArgs, read_cluster};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
-    kubectl get services,endpointslices,nodes -A -o json > cluster.json\n  \
+    kubectl get services,endpointslices,nodes,servicecidrs -A -o json > cluster.json\n  \
     svcpath rules render --cluster cluster.json --node worker-0 --mode nftables \\\n      \
     --cluster-cidr 10.244.0.0/16 -o rules\n  \
     svcpath rules render --cluster new.json --from old.json --node worker-0 --mode iptables\n\n\
@@ -26,6 +26,9 @@ pub(super) struct Args {
     /// Write only what kube-proxy would send to go from this older state of the cluster.
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
+    /// The kernel has no nfacct: kube-proxy then leaves out what counts with it.
+    #[arg(long)]
+    no_nfacct: bool,
     /// Folder to write to; without it, a shell script goes to standard output.
     #[arg(short = 'o', value_name = "DIR")]
     folder: Option<PathBuf>,
@@ -36,8 +39,15 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let cluster = read_cluster(&args.cluster.cluster)?;
-    let view = args.cluster.flags.view(&cluster, &args.cluster.node)?;
+    let mut view = args.cluster.flags.view(&cluster, &args.cluster.node)?;
+    view.nfacct &= !args.no_nfacct;
     let mode = args.cluster.mode.into();
+    if mode == Mode::Nftables && view.service_cidrs.is_empty() {
+        exit::say(
+            "warning: no ServiceCIDRs are known, so the rule for unallocated ClusterIPs is left out; \
+             --service-cidr gives them, or `kubectl get servicecidrs` in the file",
+        );
+    }
     let set = match &args.from {
         Some(old) => {
             let old = read_cluster(old)?;

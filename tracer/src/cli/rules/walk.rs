@@ -27,7 +27,7 @@ use super::{Flags, ModeArg, Output, live, read_cluster};
     --cluster-cidr 10.244.0.0/16 --from 10.244.0.7 --to '[fd00:10:96::a]:80'")]
 pub(super) struct Args {
     /// The rules that this cluster calls for: what
-    /// `kubectl get services,endpointslices,nodes -A -o json` printed.
+    /// `kubectl get services,endpointslices,nodes,servicecidrs -A -o json` printed.
     #[arg(long, value_name = "FILE", requires_all = ["node", "mode"])]
     cluster: Option<PathBuf>,
     /// The rules in this folder of dumps.

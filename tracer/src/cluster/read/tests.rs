@@ -365,17 +365,16 @@ fn lists_of_one_kind_need_no_kind_of_their_objects() {
         .remove("kind");
     let read = read_value(&list).expect("a cluster");
     assert_eq!(only_service(&read).name, "web");
-    let cidrs = json!({"kind": "ServiceCIDRList", "items": [
+    let mut cidrs = json!({"kind": "ServiceCIDRList", "items": [
         {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12", "fd00::/108"]}},
     ]});
-    assert_eq!(
-        read_value(&cidrs)
-            .expect("a cluster")
-            .cluster
-            .service_cidrs
-            .len(),
-        2
-    );
+    let error = read_value(&cidrs).expect_err("no Service").to_string();
+    assert!(error.contains("1 ServiceCIDR and no Service"), "{error}");
+    let mut service = list["items"][0].clone();
+    service["kind"] = json!("Service");
+    cidrs["items"].as_array_mut().expect("items").push(service);
+    let read = read_value(&cidrs).expect("a cluster");
+    assert_eq!(read.cluster.service_cidrs.len(), 2);
 }
 
 #[test]

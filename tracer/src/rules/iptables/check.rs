@@ -5,12 +5,13 @@
 //! else order is exact, because the probabilities of endpoints depend on it. Chains and rules that
 //! are not kube-proxy's are no differences, nor are the kubelet's.
 
+use std::borrow::Cow;
 use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
 
 use super::chains::{ChainKind, Names, key, service_of};
 use super::effect;
-use super::rule::{Chain, Rule, Table, Tables, built_in_chains};
+use super::rule::{Chain, Match, Rule, Table, Tables, built_in_chains};
 use crate::cluster::Family;
 use crate::rules::Mode;
 use crate::rules::check::{Finding, Kind};
@@ -23,6 +24,7 @@ const TABLES: [&str; 3] = ["mangle", "filter", "nat"];
 /// `expected` is what the cluster calls for, read from what was rendered for it in `mode` with
 /// nfacct as [`uses_nfacct`] says; in nftables mode it is [`Tables::none`]. `found` is the node's.
 pub fn check(expected: &Tables<'_>, found: &Tables<'_>, mode: Mode) -> Vec<Finding> {
+    let found = &*as_in_large_clusters(expected, found);
     let mut checker = Checker {
         family: found.family,
         mode,
@@ -36,6 +38,57 @@ pub fn check(expected: &Tables<'_>, found: &Tables<'_>, mode: Mode) -> Vec<Findi
         checker.table(name);
     }
     checker.findings
+}
+
+/// `found`, with the comments left out that large clusters are not called upon to have.
+///
+/// Above 1000 endpoints kube-proxy writes a Service's own chains without comments, but a partial sync
+/// leaves those of unchanged Services as they were, comments and all, until it starts anew.
+fn as_in_large_clusters<'c, 'a>(
+    expected: &Tables<'a>,
+    found: &'c Tables<'a>,
+) -> Cow<'c, Tables<'a>> {
+    let mut result = Cow::Borrowed(found);
+    for (at, table) in found.list.iter().enumerate() {
+        for (index, chain) in table.chains.iter().enumerate() {
+            if !ChainKind::of(table.name, chain.name).is_of_one_service() {
+                continue;
+            }
+            let wanted = expected
+                .chain(table.name, chain.name)
+                .map(|chain| &chain.rules);
+            if let Some(rules) = wanted.and_then(|wanted| without_comments(wanted, &chain.rules)) {
+                result.to_mut().list[at].chains[index].rules = rules;
+            }
+        }
+    }
+    result
+}
+
+/// The rules that are there, those without their comments that are then called for; `None` if nothing
+/// changes.
+fn without_comments<'a>(wanted: &[Rule<'a>], there: &[Rule<'a>]) -> Option<Vec<Rule<'a>>> {
+    if wanted == there || wanted.iter().all(|rule| rule.comment().is_some()) {
+        return None;
+    }
+    let bare = |rule: &Rule<'a>| {
+        let mut bare = rule.clone();
+        let matches = rule.matches.iter();
+        bare.matches = matches
+            .filter(|part| !matches!(part, Match::Comment(_)))
+            .cloned()
+            .collect();
+        bare
+    };
+    let rules = there.iter().map(|rule| {
+        let bare = bare(rule);
+        if !wanted.contains(rule) && wanted.contains(&bare) {
+            bare
+        } else {
+            rule.clone()
+        }
+    });
+    Some(rules.collect())
 }
 
 /// Do kube-proxy's rules count with nfacct? A kernel without it has none, which is no difference.
@@ -1067,6 +1120,34 @@ mod tests {
         }
         // The Service's chain and rule, and for each endpoint a chain and three rules.
         assert_eq!(lines, 2 + 8 * 4);
+    }
+
+    #[test]
+    fn a_cluster_that_became_large_keeps_comments_until_they_are_written_anew() {
+        let render = |services| rendered(&cluster(services), &NodeView::default(), NFT, Family::V4);
+        let (large, small) = (render(130), render(120));
+        let expected = parse(&large, Family::V4).expect("a dump");
+        let before = parse(&small, Family::V4).expect("a dump").saved();
+        let mut mixed = expected.clone();
+        let with_comments = parse(&before, Family::V4).expect("a dump");
+        for table in &mut mixed.list {
+            for chain in &mut table.chains {
+                if ChainKind::of(table.name, chain.name).is_of_one_service()
+                    && let Some(before) = with_comments.chain(table.name, chain.name)
+                {
+                    chain.rules.clone_from(&before.rules);
+                }
+            }
+        }
+        let save = mixed.saved();
+        assert!(save.matches("--comment").count() > expected.saved().matches("--comment").count());
+        let found = parse(&save, Family::V4).expect("a dump");
+        assert_eq!(check(&expected, &found, NFT), []);
+        // The other way round they are called for.
+        let small = parse(&small, Family::V4).expect("a dump");
+        let bare = parse(&large, Family::V4).expect("a dump").saved();
+        let bare = parse(&bare, Family::V4).expect("a dump");
+        assert!(!check(&small, &bare, NFT).is_empty());
     }
 
     #[test]

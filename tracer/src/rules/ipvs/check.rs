@@ -400,7 +400,7 @@ impl Checker<'_> {
     fn unwanted_real(&mut self, key: ServerKey, real_server: &RealServer, shares: &Shares) {
         if real_server.weight == 0 {
             let effect = "drains: it gets no new flows, and goes when its last connection ends";
-            return self.real(Kind::Stale, key, real_server, true, effect.to_owned());
+            return self.real(Kind::Draining, key, real_server, true, effect.to_owned());
         }
         let share = shares.share(real_server);
         let service = self.names.server(key);
@@ -910,7 +910,7 @@ mod tests {
         );
         one(
             &servers("-A -t 10.96.10.2:80 -s rr\n", &more.replace("-w 1", "-w 0")),
-            Kind::Stale,
+            Kind::Draining,
             web,
             "drains",
         );

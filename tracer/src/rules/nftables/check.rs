@@ -673,12 +673,12 @@ impl<'t> Checker<'t> {
 
     fn unexpected_chain(&mut self, name: &str, chain: &Chain) {
         let service = service_of(name);
-        let kind = if service.is_some() {
-            Kind::Stale
-        } else {
-            Kind::Extra
-        };
         let reached = chain.base.is_some() || self.referenced().contains(name);
+        let kind = match service {
+            Some(_) if !reached && chain.rules.is_empty() => Kind::Draining,
+            Some(_) => Kind::Stale,
+            None => Kind::Extra,
+        };
         let effect = match (reached, chain.rules.is_empty()) {
             (false, true) => {
                 "kube-proxy has emptied it and will delete it with a later sync; no packet gets here"
@@ -1596,7 +1596,7 @@ mod tests {
         );
         let found = check(&expected, Some(&emptied), Form::Text);
         assert_eq!(found.len(), 1);
-        assert_eq!(found[0].kind, Kind::Stale);
+        assert_eq!(found[0].kind, Kind::Draining);
         assert_eq!(found[0].service.as_deref(), Some("shop/draining:http"));
         assert!(found[0].effect.contains("no packet gets here"));
         // All of it.

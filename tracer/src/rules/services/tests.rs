@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::cluster::{Cidr, Cluster, Endpoint, Service, ServicePort};
 use crate::rules::dump::FamilyTexts;
+use crate::rules::dump::Source;
 use crate::rules::{NodeView, RuleSet, Step, render};
 
 macro_rules! dump {
