@@ -130,7 +130,7 @@ impl std::fmt::Display for Delta {
             }
         }
         if self.others > 0 {
-            write!(f, "{separator}{} of chains, sets and tables", self.others)?;
+            write!(f, "{separator}{} other", self.others)?;
         }
         Ok(())
     }
@@ -363,8 +363,8 @@ mod tests {
         assert_eq!(change.by.name.as_deref(), Some("nft"));
         assert!(change.by.parent.is_some() && change.by.cgroup.is_some());
         let said = change.to_string();
-        let end = " committed generation 7: ip kube-proxy -2 elements, ip nat +2 rules -1 rules 1 of \
-                   chains, sets and tables";
+        let end =
+            " committed generation 7: ip kube-proxy -2 elements, ip nat +2 rules -1 rules 1 other";
         assert!(said.ends_with(end), "{said}");
         assert_eq!(take(NFT_MSG_NEWGEN, &[]).expect("complete").tables.len(), 0);
     }

@@ -184,6 +184,17 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// When it happened (`CLOCK_MONOTONIC`, ns).
+    pub const fn time_ns(&self) -> u64 {
+        match self {
+            Self::Journey(journey) => journey.time_ns,
+            Self::RuleChange(change) => change.time_ns,
+            Self::Services { time_ns, .. } => *time_ns,
+        }
+    }
+}
+
 /// Probes at work.
 #[derive(Debug)]
 pub struct Session {
@@ -254,10 +265,9 @@ impl Session {
         &self.tallies
     }
 
-    /// Takes in what happened since the last call, in the order in which it was told.
+    /// Takes in what happened since the last call, in the order of time.
     pub fn poll(&mut self) -> Result<Vec<Event>, TraceError> {
         let mut events = Vec::new();
-        // Changes first: packets that come through the ring were mostly under way before them.
         for change in self.watcher.drain()? {
             self.changed = Some(Instant::now());
             self.changes.push(change.clone());
@@ -273,6 +283,7 @@ impl Session {
             }
         }
         events.extend(self.learn()?);
+        events.sort_by_key(Event::time_ns);
         Ok(events)
     }
 

@@ -153,6 +153,9 @@ pub struct Health {
     pub delivered_locally: u64,
     /// Journeys that the kernel dropped.
     pub dropped: u64,
+    /// Journeys whose end no probe saw: under way, or waiting in a queue, such as for a neighbour's
+    /// address.
+    pub unfinished: u64,
     /// Records that the ring buffer could not take: flows that are missing above.
     pub ring_lost: u64,
     /// Journeys given up because two packets wanted one slot.
@@ -239,6 +242,13 @@ impl Summary {
                 transmitted: stats.transmitted,
                 delivered_locally: stats.delivered,
                 dropped: stats.dropped,
+                unfinished: stats.journeys.saturating_sub(
+                    stats.transmitted
+                        + stats.delivered
+                        + stats.dropped
+                        + stats.collisions
+                        + stats.unpaired,
+                ),
                 ring_lost: stats.ring_lost,
                 slot_collisions: stats.collisions,
                 unpaired: stats.unpaired,
@@ -270,6 +280,13 @@ fn table(header: &[&str]) -> Table {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
+}
+
+fn write_rows(f: &mut fmt::Formatter<'_>, rows: &Table) -> fmt::Result {
+    for line in rows.lines() {
+        writeln!(f, " {}", line.trim_end())?;
+    }
+    Ok(())
 }
 
 /// `3 leaked, 1 dropped at ...`; nothing for what went well.
@@ -309,7 +326,7 @@ impl fmt::Display for Summary {
             ]);
         }
         if !self.services.is_empty() {
-            writeln!(f, "{rows}")?;
+            write_rows(f, &rows)?;
         }
         self.write_troubles(f)?;
         for path in &self.paths {
@@ -329,16 +346,18 @@ impl fmt::Display for Summary {
                     units::count(node.count),
                 ]);
             }
-            writeln!(f, "\n{rows}")?;
+            writeln!(f)?;
+            write_rows(f, &rows)?;
         }
         let probes = &self.probes;
         writeln!(
             f,
-            "\nprobes  {} journeys: {} left by a device, {} reached a socket, {} dropped; {} other packets; lost: {} records, {} collisions, {} unpaired",
+            "\nprobes  {} journeys: {} left by a device, {} reached a socket, {} dropped, {} unfinished; {} other packets; lost: {} records, {} collisions, {} unpaired",
             units::count(probes.journeys),
             units::count(probes.transmitted),
             units::count(probes.delivered_locally),
             units::count(probes.dropped),
+            units::count(probes.unfinished),
             units::count(probes.other_packets),
             probes.ring_lost,
             probes.slot_collisions,

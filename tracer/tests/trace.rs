@@ -1,0 +1,245 @@
+//! A node of the laboratory, traced as a live one would be. Needs root; changes nothing outside
+//! namespaces of its own.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use tokio::task::LocalSet;
+use tracer::kernel::clock::monotonic_ns;
+use tracer::kernel::dump;
+use tracer::lab::traffic::{self, Stream, TrafficPlan, TrafficResult};
+use tracer::lab::{Outcome, plan};
+use tracer::rules::Mode;
+use tracer::rules::dump::Texts;
+use tracer::scenario::node::TestNode;
+use tracer::trace::directory::Choice;
+use tracer::trace::session::{End, Event, Options, Session};
+use tracer_ebpf::path::Path;
+
+/// Longer than anything here takes on a machine under load.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    LocalSet::new().block_on(&runtime, future)
+}
+
+fn node(mode: Mode) -> TestNode {
+    let node = TestNode::build(10, 3).expect("a laboratory");
+    on_one_thread(node.apply(mode)).expect("rules");
+    node
+}
+
+fn send(node: &TestNode, flows: u32, seed: u64) -> TrafficResult {
+    let streams = Path::SERVICE.into_iter().map(|path| Stream {
+        path,
+        per_second: 500.0,
+        flows,
+        start_ns: 0,
+    });
+    let plan = TrafficPlan {
+        streams: streams.collect(),
+        seed,
+        patience: Duration::from_millis(500),
+        ..TrafficPlan::default()
+    };
+    on_one_thread(async {
+        let prepared = traffic::prepare(&node.lab, &node.cluster, &plan).await?;
+        prepared.run(monotonic_ns() + 1_000_000).await
+    })
+    .expect("traffic")
+}
+
+fn options(choices: Vec<Choice>) -> Options {
+    Options {
+        choices,
+        pod_cidrs: vec![plan::NODE_POD_CIDR],
+    }
+}
+
+/// Flows by the Service that they were sent to, and protocol.
+fn sent(node: &TestNode, result: &TrafficResult) -> BTreeMap<String, u64> {
+    let mut sent = BTreeMap::new();
+    for flow in &result.flows {
+        let service = &node.cluster.services[flow.service];
+        let port = &service.ports[0];
+        let name = format!("{}/{}:{}", service.namespace, service.name, port.name);
+        *sent.entry(name).or_default() += 1;
+    }
+    sent
+}
+
+/// Every rule, set, server and address of the node, without counters and dates.
+fn as_dumped(node: &TestNode) -> Vec<String> {
+    let texts = dump::dump(node.lab.node()).expect("a dump");
+    let Texts {
+        v4,
+        v6,
+        servers,
+        sets,
+        addresses,
+        ..
+    } = texts;
+    let of_families = [v4, v6].into_iter().flat_map(|family| {
+        let nft = family.nft.into_iter().chain(family.nft_json);
+        family.iptables.into_iter().chain(nft)
+    });
+    of_families
+        .chain(servers)
+        .chain(sets)
+        .chain(addresses)
+        .flat_map(|source| {
+            let lines = source.text.lines().filter(|line| !line.starts_with('#'));
+            let bare = lines.map(|line| line.split(" [").next().unwrap_or_default().to_owned());
+            bare.collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+fn every_flow_is_told_by_its_service(mode: Mode) {
+    let node = node(mode);
+    let before = as_dumped(&node);
+    let mut session = Session::start(node.lab.node(), options(Vec::new())).expect("attaches");
+    let result = send(&node, 40, 1);
+    assert!(
+        result
+            .flows
+            .iter()
+            .all(|flow| matches!(flow.outcome, Outcome::Delivered { .. }))
+    );
+    let events = session.poll().expect("polls");
+    let journeys = events
+        .iter()
+        .filter(|event| matches!(event, Event::Journey(_)));
+    assert_eq!(journeys.count(), 120);
+    let (_, summary) = session.finish().expect("ends");
+    let told: BTreeMap<String, u64> = summary
+        .services
+        .iter()
+        .map(|service| (service.name.clone(), service.flows))
+        .collect();
+    assert_eq!(told, sent(&node, &result));
+    for service in &summary.services {
+        let good = service
+            .ends
+            .iter()
+            .all(|count| matches!(count.end, End::Sent | End::Delivered));
+        assert!(good && service.repeated == 0, "{service:#?}");
+        assert_eq!(service.mode, mode.name());
+    }
+    let paths: Vec<&str> = summary.paths.iter().map(|path| path.path).collect();
+    assert_eq!(
+        paths,
+        ["external→NodePort", "host→ClusterIP", "pod→ClusterIP"]
+    );
+    let probes = summary.probes;
+    assert_eq!(
+        (probes.ring_lost, probes.slot_collisions, probes.unpaired),
+        (0, 0, 0)
+    );
+    assert!(summary.rule_changes.is_empty(), "{summary:#?}");
+    assert!(before.len() > 50);
+    assert!(as_dumped(&node) == before, "tracing only reads");
+}
+
+#[test]
+fn flows_through_nftables_are_told_by_service() {
+    every_flow_is_told_by_its_service(Mode::Nftables);
+}
+
+#[test]
+fn flows_through_iptables_nft_are_told_by_service() {
+    every_flow_is_told_by_its_service(Mode::IptablesNft);
+}
+
+#[test]
+fn flows_through_iptables_legacy_are_told_by_service() {
+    every_flow_is_told_by_its_service(Mode::IptablesLegacy);
+}
+
+#[test]
+fn a_flush_is_heard_and_what_it_breaks_is_seen() {
+    let node = node(Mode::Nftables);
+    let mut session = Session::start(node.lab.node(), options(Vec::new())).expect("attaches");
+    let flushed = node
+        .lab
+        .node()
+        .command("nft")
+        .args(["flush", "table", "ip", "kube-proxy"])
+        .status()
+        .expect("nft runs");
+    assert!(flushed.success());
+    let begin = Instant::now();
+    let change = loop {
+        assert!(begin.elapsed() < PATIENCE, "the change was never heard of");
+        let events = session.poll().expect("polls");
+        let mut changes = events.into_iter().filter_map(|event| match event {
+            Event::RuleChange(change) => Some(change),
+            _ => None,
+        });
+        if let Some(change) = changes.next() {
+            break change;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert_eq!(change.by.name.as_deref(), Some("nft"));
+    assert!(change.by.pid.is_some());
+    assert!(
+        change.tables["ip kube-proxy"].rules_deleted > 10,
+        "{change}"
+    );
+    assert!(!change.incomplete);
+
+    let result = send(&node, 10, 2);
+    let (_, summary) = session.finish().expect("ends");
+    let told: u64 = summary.services.iter().map(|service| service.flows).sum();
+    let leaked: u64 = summary
+        .services
+        .iter()
+        .flat_map(|service| &service.ends)
+        .filter(|count| count.end == End::Leaked)
+        .map(|count| count.count)
+        .sum();
+    // What goes to a NodePort finds no socket, and what the host and pods send leaves as it is.
+    assert_eq!(told, result.flows.len() as u64, "{summary:#?}");
+    assert_eq!(leaked, 20, "{summary:#?}");
+    let text = summary.to_string();
+    assert!(
+        text.contains("leaked") && text.contains("svcpath rules check"),
+        "{text}"
+    );
+}
+
+#[test]
+fn only_what_is_chosen_is_traced() {
+    let node = node(Mode::Nftables);
+    let first = &node.cluster.services[0];
+    let name = format!("{}/{}", first.namespace, first.name);
+    let session = Session::start(
+        node.lab.node(),
+        options(vec![Choice::Service(name.clone())]),
+    )
+    .expect("attaches");
+    let result = send(&node, 40, 3);
+    let (_, summary) = session.finish().expect("ends");
+    let wanted: BTreeMap<String, u64> = sent(&node, &result)
+        .into_iter()
+        .filter(|(service, _)| service.starts_with(&format!("{name}:")))
+        .collect();
+    let told: BTreeMap<String, u64> = summary
+        .services
+        .iter()
+        .map(|service| (service.name.clone(), service.flows))
+        .collect();
+    assert_eq!(told, wanted);
+
+    let nothing = options(vec![Choice::Service("no/such".to_owned())]);
+    let error = Session::start(node.lab.node(), nothing).expect_err("no such Service");
+    assert!(
+        error.to_string().contains("no such Service (of 10"),
+        "{error}"
+    );
+}
