@@ -57,6 +57,7 @@ fn options(choices: Vec<Choice>) -> Options {
     Options {
         choices,
         pod_cidrs: vec![plan::NODE_POD_CIDR],
+        cost: true,
     }
 }
 
@@ -139,6 +140,11 @@ fn every_flow_is_told_by_its_service(mode: Mode) {
     assert_eq!(
         (probes.ring_lost, probes.slot_collisions, probes.unpaired),
         (0, 0, 0)
+    );
+    let cost = probes.cost.expect("asked for");
+    assert!(
+        cost.probe_runs > probes.journeys && cost.probe_ns > cost.probe_runs,
+        "{probes:?}"
     );
     assert!(summary.rule_changes.is_empty(), "{summary:#?}");
     assert!(before.len() > 50);

@@ -53,7 +53,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Report(args) => report::run(args),
         Command::Rules(args) => rules::run(args),
-        Command::Trace(args) => trace::run(args),
+        Command::Trace(args) => trace::run(&args),
         Command::Lab(args) => lab::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };

@@ -54,6 +54,9 @@ pub(crate) struct Args {
     /// Show every flow's first packet, and every drop, as it happens.
     #[arg(long)]
     journeys: bool,
+    /// Have the kernel account for the probes' own time, which costs some 30 ns a probe more.
+    #[arg(long)]
+    cost: bool,
     /// Text, or one JSON object a line of which the last is the summary.
     #[arg(long, value_enum, default_value = "text")]
     output: Output,
@@ -102,7 +105,7 @@ fn duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "a time is longer than 0 and ends some day".to_owned())
 }
 
-pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     exit::require_root("svcpath trace")?;
     let ns = match &args.netns {
         Some(path) => Netns::open(path)?,
@@ -114,12 +117,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let options = Options {
         choices: choices.collect(),
         pod_cidrs: args.pod_cidr.clone(),
+        cost: args.cost,
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    runtime.block_on(trace(&args, &ns, options))
+    runtime.block_on(trace(args, &ns, options))
 }
 
 async fn trace(args: &Args, ns: &Netns, options: Options) -> anyhow::Result<ExitCode> {
@@ -131,7 +135,7 @@ async fn trace(args: &Args, ns: &Netns, options: Options) -> anyhow::Result<Exit
         std::fs::write(path, "ready\n")
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let mut screen = Screen::new(args, &session)?;
+    let mut screen = Screen::new(args, &session);
     let mut command = Running::start(&args.command)?;
     let begin = Instant::now();
     let mut stopped = None;
@@ -230,7 +234,7 @@ struct Screen {
 }
 
 impl Screen {
-    fn new(args: &Args, session: &Session) -> anyhow::Result<Self> {
+    fn new(args: &Args, session: &Session) -> Self {
         let services = session.directory().services();
         if args.output == Output::Text {
             exit::say(&format!(
@@ -248,7 +252,7 @@ impl Screen {
                 }
             ));
         }
-        Ok(Self {
+        Self {
             output: args.output,
             journeys: args.journeys,
             table: args.output == Output::Text && !args.journeys && std::io::stdout().is_terminal(),
@@ -261,7 +265,7 @@ impl Screen {
             drawn: 0,
             last: Instant::now(),
             flows: Vec::new(),
-        })
+        }
     }
 
     fn show(&mut self, events: &[Event]) -> anyhow::Result<()> {

@@ -16,7 +16,8 @@ use tracer_ebpf::record::{
 };
 
 use super::catalogue::{self, ALL};
-use super::program::{self, Constants, Kind, Link, Place, ProgramError, Programs};
+pub use super::program::RunTime;
+use super::program::{self, Constants, Counting, Kind, Link, Place, ProgramError, Programs};
 use super::{OBJECT, log, offsets};
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::netns::{Netns, NetnsError};
@@ -113,8 +114,8 @@ pub struct Times {
 pub struct HooksTier {
     programs: Programs,
     messages: Option<log::Reader>,
-    // Held to stay attached.
-    _links: Vec<Link>,
+    links: Vec<Link>,
+    counting: Option<Counting>,
     placed: Vec<Placed>,
 }
 
@@ -157,7 +158,8 @@ impl HooksTier {
         for name in TRACEPOINTS {
             let id = btf.typedef_id(&format!("btf_trace_{name}"))?;
             let program = programs.load(name, Kind::Tracepoint(id), &constants)?;
-            links.push(program::attach_tracepoint(&program)?);
+            let fd = program::attach_tracepoint(&program)?;
+            links.push(Link::new(program, fd));
         }
         let mut placed = Vec::with_capacity(2 * ALL.len());
         let _inside = node.enter()?;
@@ -175,7 +177,8 @@ impl HooksTier {
         Ok(Self {
             programs,
             messages: log::reader("kfree_skb"),
-            _links: links,
+            links,
+            counting: None,
             placed,
         })
     }
@@ -187,6 +190,26 @@ impl HooksTier {
     /// There is no room for them, or the kernel takes them not.
     pub fn watch_also(&mut self, watch: &Watch) -> Result<(), ProbeError> {
         fill(&mut self.programs, watch)
+    }
+
+    /// Lets the kernel count what the probes cost from here on, which costs a little more.
+    pub fn count_run_time(&mut self) -> Result<(), ProbeError> {
+        self.counting = Some(Counting::start()?);
+        Ok(())
+    }
+
+    /// What all probes together cost since [`HooksTier::count_run_time`]; `None` if that was not asked.
+    pub fn run_time(&self) -> Result<Option<RunTime>, ProbeError> {
+        if self.counting.is_none() {
+            return Ok(None);
+        }
+        let mut sum = RunTime::default();
+        for link in &self.links {
+            let RunTime { runs, ns } = link.run_time()?;
+            sum.runs += runs;
+            sum.ns += ns;
+        }
+        Ok(Some(sum))
     }
 
     /// Number of netfilter links.
@@ -455,7 +478,7 @@ fn attach_boundary(
             priority,
         };
         match program::attach_netfilter(&program, place) {
-            Ok(link) => return Ok((link, priority)),
+            Ok(fd) => return Ok((Link::new(program, fd), priority)),
             Err(error) if error.is_occupied() => {}
             Err(error) => return Err(error.into()),
         }

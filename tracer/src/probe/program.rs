@@ -21,7 +21,8 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use aya::maps::{Map, MapData};
 use aya_obj::generated::{
-    BPF_PSEUDO_MAP_VALUE, bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_prog_type,
+    BPF_PSEUDO_MAP_VALUE, bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_prog_info,
+    bpf_prog_type, bpf_stats_type,
 };
 use aya_obj::{EbpfSectionKind, Object};
 
@@ -72,6 +73,9 @@ pub enum ProgramError {
         /// What `BPF_LINK_CREATE` answered.
         source: io::Error,
     },
+    /// The kernel does not tell what programs cost.
+    #[error("the kernel does not count programs' run time: {0}")]
+    Statistics(#[source] io::Error),
 }
 
 fn verifier_note(log: &str) -> String {
@@ -103,6 +107,54 @@ pub(super) struct Program {
 #[derive(Debug)]
 pub(super) struct Link {
     _fd: OwnedFd,
+    program: Program,
+}
+
+/// How often programs ran, and for how long in all, as the kernel counts it (`bpf_prog_info`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunTime {
+    /// Runs.
+    pub runs: u64,
+    /// Nanoseconds, without the kernel's way in and out of a program.
+    pub ns: u64,
+}
+
+/// While it lives, the kernel counts programs' runs and their time, which costs it two readings of the
+/// clock a run. It ends with this process at the latest (`BPF_ENABLE_STATS`).
+#[derive(Debug)]
+pub(super) struct Counting {
+    _fd: OwnedFd,
+}
+
+impl Counting {
+    pub(super) fn start() -> Result<Self, ProgramError> {
+        let mut attr = zeroed();
+        attr.enable_stats.type_ = bpf_stats_type::BPF_STATS_RUN_TIME as u32;
+        let fd = bpf(bpf_cmd::BPF_ENABLE_STATS, &mut attr).map_err(ProgramError::Statistics)?;
+        Ok(Self { _fd: fd_of(fd) })
+    }
+}
+
+impl Link {
+    /// A program and the descriptor that attaching it gave.
+    pub(super) fn new(program: Program, fd: OwnedFd) -> Self {
+        Self { _fd: fd, program }
+    }
+
+    /// What the program did since it was loaded, as far as it was counted.
+    pub(super) fn run_time(&self) -> Result<RunTime, ProgramError> {
+        // SAFETY: every field of the structure is an integer or an array of integers.
+        let mut info: bpf_prog_info = unsafe { std::mem::zeroed() };
+        let mut attr = zeroed();
+        attr.info.bpf_fd = self.program.fd.as_raw_fd().unsigned_abs();
+        attr.info.info_len = u32::try_from(size_of::<bpf_prog_info>()).unwrap_or(0);
+        attr.info.info = std::ptr::from_mut(&mut info) as u64;
+        bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr).map_err(ProgramError::Statistics)?;
+        Ok(RunTime {
+            runs: info.run_cnt,
+            ns: info.run_time_ns,
+        })
+    }
 }
 
 /// Where a link goes.
@@ -335,12 +387,12 @@ fn program_load(
 }
 
 /// Attaches a tracepoint program to the tracepoint it was loaded for.
-pub(super) fn attach_tracepoint(program: &Program) -> Result<Link, ProgramError> {
+pub(super) fn attach_tracepoint(program: &Program) -> Result<OwnedFd, ProgramError> {
     let mut attr = zeroed();
     // A null name means the tracepoint that the program was loaded for.
     attr.raw_tracepoint.prog_fd = program.fd.as_raw_fd().unsigned_abs();
     match bpf(bpf_cmd::BPF_RAW_TRACEPOINT_OPEN, &mut attr) {
-        Ok(fd) => Ok(Link { _fd: fd_of(fd) }),
+        Ok(fd) => Ok(fd_of(fd)),
         Err(source) => Err(ProgramError::Tracepoint {
             name: program.name.to_owned(),
             source,
@@ -349,7 +401,7 @@ pub(super) fn attach_tracepoint(program: &Program) -> Result<Link, ProgramError>
 }
 
 /// Attaches a netfilter program to the network namespace that the calling thread is in.
-pub(super) fn attach_netfilter(program: &Program, place: Place) -> Result<Link, ProgramError> {
+pub(super) fn attach_netfilter(program: &Program, place: Place) -> Result<OwnedFd, ProgramError> {
     let mut attr = zeroed();
     // SAFETY: writing to a union's field; all fields are plain integers.
     unsafe {
@@ -361,7 +413,7 @@ pub(super) fn attach_netfilter(program: &Program, place: Place) -> Result<Link, 
         link.__bindgen_anon_3.netfilter.priority = place.priority;
     }
     match bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr) {
-        Ok(fd) => Ok(Link { _fd: fd_of(fd) }),
+        Ok(fd) => Ok(fd_of(fd)),
         Err(source) => Err(ProgramError::Attach {
             hook: place.hook,
             priority: place.priority,

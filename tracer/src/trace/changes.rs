@@ -1,4 +1,4 @@
-//! Rule changes as the kernel announces them: every transaction of nf_tables, which is how iptables-nft
+//! Rule changes as the kernel announces them: every transaction of `nf_tables`, which is how iptables-nft
 //! and nft write rules, with the process that made it.
 //!
 //! Of iptables-legacy, ipset and IPVS the kernel announces nothing; this tier does not see them change.

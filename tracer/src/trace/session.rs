@@ -11,7 +11,7 @@ use tracer_ebpf::record::{Record, kind};
 
 use super::changes::{ChangesError, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
-use super::summary::{Summary, Tally};
+use super::summary::{Health, Summary, Tally};
 use crate::cluster::Cidr;
 use crate::kernel::addresses::{self, AddressError};
 use crate::kernel::btf::BtfError;
@@ -73,6 +73,8 @@ pub struct Options {
     /// Where pods live: who comes from there comes from a pod, everybody else but the node itself from
     /// outside. At most one network a family.
     pub pod_cidrs: Vec<Cidr>,
+    /// Have the kernel count what the probes cost, which costs a little more.
+    pub cost: bool,
 }
 
 /// How a new flow's first packet left the node's netfilter hooks.
@@ -228,7 +230,10 @@ impl Session {
         if directory.services().is_empty() {
             return Err(TraceError::NoSuchService(found.services.len()));
         }
-        let probes = HooksTier::attach(ns, &watch(&directory, local, &options))?;
+        let mut probes = HooksTier::attach(ns, &watch(&directory, local, &options))?;
+        if options.cost {
+            probes.count_run_time()?;
+        }
         Ok(Self {
             ns: ns.clone(),
             options,
@@ -377,6 +382,7 @@ impl Session {
     pub fn finish(mut self) -> Result<(Vec<Event>, Summary), TraceError> {
         let events = self.poll()?;
         let stats = self.probes.stats()?;
+        let cost = self.probes.run_time()?;
         let found = self.probes.times()?;
         let stages: BTreeMap<_, _> = tracer_ebpf::path::Path::ALL
             .into_iter()
@@ -390,8 +396,7 @@ impl Session {
             &self.tallies,
             stages,
             self.changes,
-            stats,
-            self.others,
+            Health::new(stats, self.others, cost),
         );
         Ok((events, summary))
     }

@@ -12,6 +12,7 @@ use tracer_ebpf::record::Stats;
 use super::changes::RuleChange;
 use super::directory::Directory;
 use super::session::{End, Journey};
+use crate::probe::hooks::RunTime;
 use crate::record::run::{Clock, Histogram, PacketState};
 use crate::record::times::PathTimes;
 use crate::report::quantile::quantile;
@@ -166,6 +167,46 @@ pub struct Health {
     pub other_packets: u64,
     /// Records of packets to an endpoint itself.
     pub to_endpoints: u64,
+    /// What the probes cost by the kernel's account (always wall-clock ns): runs, and their time without
+    /// the way in and out of each; absent if it was not asked for.
+    #[serde(flatten)]
+    pub cost: Option<Cost>,
+}
+
+/// What the probes cost.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Cost {
+    /// How often probes ran: at every boundary that any packet passed.
+    pub probe_runs: u64,
+    /// How long in all, ns.
+    pub probe_ns: u64,
+}
+
+impl Health {
+    pub(super) fn new(stats: Stats, to_endpoints: u64, cost: Option<RunTime>) -> Self {
+        Self {
+            journeys: stats.journeys,
+            transmitted: stats.transmitted,
+            delivered_locally: stats.delivered,
+            dropped: stats.dropped,
+            unfinished: stats.journeys.saturating_sub(
+                stats.transmitted
+                    + stats.delivered
+                    + stats.dropped
+                    + stats.collisions
+                    + stats.unpaired,
+            ),
+            ring_lost: stats.ring_lost,
+            slot_collisions: stats.collisions,
+            unpaired: stats.unpaired,
+            other_packets: stats.other,
+            to_endpoints,
+            cost: cost.map(|cost| Cost {
+                probe_runs: cost.runs,
+                probe_ns: cost.ns,
+            }),
+        }
+    }
 }
 
 /// What a session found.
@@ -196,8 +237,7 @@ impl Summary {
         tallies: &[Tally],
         paths: BTreeMap<&'static str, PathTimes>,
         rule_changes: Vec<RuleChange>,
-        stats: Stats,
-        to_endpoints: u64,
+        probes: Health,
     ) -> Self {
         let mut services: Vec<ServiceSummary> = directory
             .services()
@@ -237,24 +277,7 @@ impl Summary {
                 })
                 .collect(),
             rule_changes,
-            probes: Health {
-                journeys: stats.journeys,
-                transmitted: stats.transmitted,
-                delivered_locally: stats.delivered,
-                dropped: stats.dropped,
-                unfinished: stats.journeys.saturating_sub(
-                    stats.transmitted
-                        + stats.delivered
-                        + stats.dropped
-                        + stats.collisions
-                        + stats.unpaired,
-                ),
-                ring_lost: stats.ring_lost,
-                slot_collisions: stats.collisions,
-                unpaired: stats.unpaired,
-                other_packets: stats.other,
-                to_endpoints,
-            },
+            probes,
         }
     }
 }
@@ -362,7 +385,19 @@ impl fmt::Display for Summary {
             probes.ring_lost,
             probes.slot_collisions,
             probes.unpaired,
-        )
+        )?;
+        if let Some(cost) = probes.cost
+            && cost.probe_runs > 0
+        {
+            writeln!(
+                f,
+                "cost    {} runs of probes, {:.0} ns each ({} in all), by the kernel's own account",
+                units::count(cost.probe_runs),
+                cost.probe_ns as f64 / cost.probe_runs as f64,
+                units::time_u64(cost.probe_ns),
+            )?;
+        }
+        Ok(())
     }
 }
 
