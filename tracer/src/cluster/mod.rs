@@ -5,10 +5,12 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+mod conflicts;
 mod net;
 pub mod random;
 pub mod read;
 
+pub use conflicts::{Claim, Claimant, Conflict};
 pub use net::{Cidr, Family, NotCidr, parse_address};
 
 /// A transport protocol that a Service can carry.

@@ -1,12 +1,13 @@
 //! A cluster from what `kubectl get services,endpointslices,nodes,servicecidrs -A -o json` prints.
 //!
-//! What kube-proxy skips is skipped here, with a [`Warning`] where kube-proxy logs one; what it
-//! would pass on, and the kernel's tools would refuse, is a [`ReadError`]. Sources: `pkg/proxy/`
-//! of Kubernetes v1.36 (`endpointslicecache.go`, `endpointschangetracker.go`, `serviceport.go`,
+//! What kube-proxy skips is skipped here, with a [`Warning`] where kube-proxy logs one, and where
+//! two Services claim one address and port, of which it logs nothing; what it would pass on, and
+//! the kernel's tools would refuse, is a [`ReadError`]. Sources: `pkg/proxy/` of Kubernetes v1.36
+//! (`endpointslicecache.go`, `endpointschangetracker.go`, `serviceport.go`,
 //! `servicechangetracker.go`, `util/utils.go`) and the label selector of its informers
 //! (`cmd/kube-proxy/app/server.go`).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -17,8 +18,8 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::{
-    Cidr, Cluster, Condition, Endpoint, Family, Node, Protocol, Service, ServicePort,
-    TrafficPolicy, parse_address,
+    Cidr, Claim, Cluster, Condition, Conflict, Endpoint, Family, Node, Protocol, Service,
+    ServicePort, TrafficPolicy, parse_address,
 };
 
 /// How much is looked at before the rest is held, which may be a gigabyte of anything, bytes.
@@ -35,17 +36,19 @@ const NOT_WATCHED: [&str; 2] = [
 const ZONE: &str = "topology.kubernetes.io/zone";
 /// The API server's default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
 const AFFINITY_SECONDS: i64 = 10_800;
+/// How many claimants of one address a warning names.
+const MOST_NAMES: usize = 3;
 
 /// A cluster, and what was left out of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Read {
     /// The cluster.
     pub cluster: Cluster,
-    /// What was skipped, in the order of the file.
+    /// What was skipped, in the order of the file, and what several Services claim.
     pub warnings: Vec<Warning>,
 }
 
-/// Something that was skipped, as kube-proxy skips it.
+/// Something that was skipped, as kube-proxy skips it, or that it leaves to chance.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warning {
     /// `Service`, `EndpointSlice`, `Node`, `ServiceCIDR` or `List`.
@@ -421,6 +424,7 @@ impl<'a> Reader<'a> {
             }
         }
         self.keep_last_of_each_service();
+        self.conflicts();
         self.slices(&objects)?;
         Ok(self.result)
     }
@@ -803,6 +807,23 @@ impl<'a> Reader<'a> {
         });
     }
 
+    /// kube-proxy says nothing of what several `ServicePort`s claim, but no Service can rely on it.
+    fn conflicts(&mut self) {
+        let Read { cluster, warnings } = &mut self.result;
+        let conflicts = cluster.conflicts();
+        // A NodePort of two dual-stack Services is one conflict in each family.
+        let mut said: HashSet<(usize, String)> = HashSet::new();
+        for conflict in conflicts {
+            let warning = conflict_warning(cluster, &conflict);
+            let last = conflict.claimants.last().map_or(0, |last| last.service);
+            if let Some(warning) = warning
+                && said.insert((last, warning.message.clone()))
+            {
+                warnings.push(warning);
+            }
+        }
+    }
+
     fn node(&mut self, object: &Object<'a>) -> Result<(), ReadError> {
         self.check_name(object, "metadata.name", object.name(), false)?;
         let raw: RawNode = self.parse(object.raw, || format!("Node {}", object.path()))?;
@@ -1014,6 +1035,36 @@ impl<'a> Reader<'a> {
         }
         endpoints
     }
+}
+
+/// Of the last claimant, what the others claim too.
+fn conflict_warning(cluster: &Cluster, conflict: &Conflict) -> Option<Warning> {
+    let (last, others) = conflict.claimants.split_last()?;
+    let (service, port) = cluster.claimant(*last)?;
+    let mut names: Vec<String> = others
+        .iter()
+        .take(MOST_NAMES)
+        .filter_map(|other| cluster.claimant(*other))
+        .map(|(service, port)| service.port_name(port))
+        .collect();
+    if others.len() > MOST_NAMES {
+        names.push(format!("{} others", others.len() - MOST_NAMES));
+    }
+    Some(Warning {
+        kind: "Service",
+        object: format!("{}/{}", service.namespace, service.name),
+        field: match conflict.claim {
+            Claim::Socket(..) => last.field.to_owned(),
+            Claim::NodePort(..) => format!("spec.ports[{}].nodePort", last.port),
+        },
+        message: format!(
+            "{} of {} is claimed by {} too: kube-proxy gives it to one of them at random; in \
+             iptables mode the rules of all are there, and the first, at random, counts",
+            conflict.claim,
+            service.port_name(port),
+            names.join(", ")
+        ),
+    })
 }
 
 /// One endpoint for each address and port. Of several, the last that is not terminating counts

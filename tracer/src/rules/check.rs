@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::dump::{self, Texts, Unreadable};
 use super::iptables::rule::Tables;
+use super::nftables::claims::Claims;
 use super::nftables::table::Ruleset;
 use super::{Mode, NodeView, RuleSet, Step, iptables, ipvs, nftables, render};
 use crate::cluster::{Cluster, Family};
@@ -126,7 +127,7 @@ pub fn check(
     let (found, expected) = thread::scope(|scope| {
         let found = scope.spawn(|| Found::parse(texts));
         let rules = rules.get_or_init(|| render(cluster, &node, mode));
-        let expected = Expected::parse(rules);
+        let expected = Expected::of(cluster, &node, rules);
         let found = found.join().unwrap_or_else(|panic| resume_unwind(panic));
         (found, expected)
     });
@@ -190,16 +191,20 @@ impl<'a> Found<'a> {
 /// what the mode does not use.
 struct Expected<'a> {
     iptables: [Option<Tables<'a>>; 2],
-    nft: [Option<Ruleset>; 2],
+    nft: [Option<(Ruleset, Claims)>; 2],
     ipvs: Option<ipvs::check::Wanted>,
 }
 
 impl<'a> Expected<'a> {
-    fn parse(rules: &'a RuleSet) -> Result<Self, Unreadable> {
+    fn of(cluster: &Cluster, node: &NodeView, rules: &'a RuleSet) -> Result<Self, Unreadable> {
         let mut all = Self {
             iptables: [None, None],
             nft: [None, None],
             ipvs: None,
+        };
+        let conflicts = match rules.mode {
+            Mode::Nftables => cluster.conflicts(),
+            _ => Vec::new(),
         };
         let index = |family: Family| usize::from(family == Family::V6);
         for step in &rules.steps {
@@ -208,7 +213,9 @@ impl<'a> Expected<'a> {
                     all.iptables[index(*family)] = Some(ours(iptables::parse(text, *family))?);
                 }
                 Step::Nft { family, text } => {
-                    all.nft[index(*family)] = Some(ours(nftables::parse(text))?);
+                    let ruleset = ours(nftables::parse(text))?;
+                    let claims = ours(Claims::of(cluster, &conflicts, node, *family))?;
+                    all.nft[index(*family)] = Some((ruleset, claims));
                 }
                 _ => {}
             }
@@ -279,12 +286,12 @@ fn no_save(mode: Mode, family: Family) -> CheckError {
 fn check_nftables(
     mode: Mode,
     family: Family,
-    expected: Option<&Ruleset>,
+    expected: Option<&(Ruleset, Claims)>,
     found: Option<&(Ruleset, nftables::check::Form)>,
     differences: &mut Vec<Finding>,
 ) -> Result<(), CheckError> {
     let table = found.and_then(|(ruleset, _)| ruleset.table(family));
-    if let Some(expected) = expected {
+    if let Some((expected, claims)) = expected {
         let Some((_, form)) = found else {
             let (file, command) = match family {
                 Family::V4 => ("nft-ip.txt", "nft list table ip kube-proxy"),
@@ -297,7 +304,7 @@ fn check_nftables(
             });
         };
         if let Some(expected) = expected.table(family) {
-            differences.extend(nftables::check::check(expected, table, *form));
+            differences.extend(nftables::check::check(expected, claims, table, *form));
         }
     } else if let Some(table) = table {
         differences.push(nftables::check::leftover(table));
@@ -376,3 +383,6 @@ fn ipvs_leftovers(found: &ipvs::check::Found) -> Vec<Finding> {
     }
     findings
 }
+
+#[cfg(test)]
+mod tests;

@@ -494,3 +494,96 @@ proptest! {
         }
     }
 }
+
+/// A list of `ns/web` and of `ns/web2`, changed, with an external IP of both.
+fn list_of_two(other: impl Fn(&mut Value)) -> Value {
+    let mut list = list_with(
+        |s| s["spec"]["externalIPs"] = json!(["192.0.2.7"]),
+        unchanged,
+    );
+    let mut second = list["items"][0].clone();
+    second["metadata"]["name"] = json!("web2");
+    second["spec"]["clusterIP"] = json!("10.96.0.8");
+    second["spec"]["clusterIPs"] = json!(["10.96.0.8"]);
+    second["spec"]["ports"][0]["nodePort"] = json!(30081);
+    second["status"] = json!({});
+    other(&mut second);
+    list["items"].as_array_mut().expect("items").push(second);
+    list
+}
+
+#[test]
+fn what_two_services_claim_is_said() {
+    const HOW: &str = "is claimed by ns/web:http too: kube-proxy gives it to one of them at random; \
+                       in iptables mode the rules of all are there, and the first, at random, counts";
+    let warnings = |other: &dyn Fn(&mut Value)| -> Vec<String> {
+        let read = read_value(&list_of_two(other)).expect("a cluster");
+        read.warnings.iter().map(ToString::to_string).collect()
+    };
+    let of = |what: &str| format!("Service ns/web2: {what} of ns/web2:http {HOW}");
+    let external = of("spec.externalIPs: 192.0.2.7:80/tcp");
+    assert_eq!(warnings(&|_| {}), std::slice::from_ref(&external));
+    let balanced = |s: &mut Value| {
+        s["spec"]["externalIPs"] = json!([]);
+        s["status"] = json!({"loadBalancer": {"ingress": [{"ip": "192.0.2.1"}]}});
+    };
+    assert_eq!(
+        warnings(&balanced),
+        [of("status.loadBalancer.ingress: 192.0.2.1:80/tcp")]
+    );
+    let node_port = |s: &mut Value| {
+        s["spec"]["externalIPs"] = json!(null);
+        s["spec"]["ports"][0]["nodePort"] = json!(30080);
+    };
+    assert_eq!(
+        warnings(&node_port),
+        [of("spec.ports[0].nodePort: 30080/tcp")]
+    );
+    let cluster_ip = |s: &mut Value| {
+        s["spec"]["clusterIP"] = json!("10.96.0.7");
+        s["spec"]["clusterIPs"] = json!(["10.96.0.7"]);
+    };
+    assert_eq!(
+        warnings(&cluster_ip),
+        [of("spec.clusterIPs: 10.96.0.7:80/tcp"), external]
+    );
+}
+
+#[test]
+fn what_kube_proxy_skips_claims_nothing() {
+    let skipped: [fn(&mut Value); 6] = [
+        |s| s["spec"]["clusterIP"] = json!("None"),
+        |s| s["spec"]["type"] = json!("ExternalName"),
+        |s| {
+            s["metadata"]["labels"] = json!({"service.kubernetes.io/service-proxy-name": "other"});
+        },
+        |s| s["metadata"]["labels"] = json!({"service.kubernetes.io/headless": ""}),
+        // Not the same.
+        |s| s["spec"]["ports"][0]["protocol"] = json!("UDP"),
+        |s| s["spec"]["ports"][0]["port"] = json!(81),
+    ];
+    for change in skipped {
+        let read = read_value(&list_of_two(change)).expect("a cluster");
+        assert_eq!(read.warnings, []);
+    }
+}
+
+#[test]
+fn a_conflict_of_many_services_is_one_warning() {
+    let mut list = list_of_two(unchanged);
+    for index in 3..8 {
+        let mut other = list["items"][2].clone();
+        other["metadata"]["name"] = json!(format!("web{index}"));
+        other["spec"]["clusterIP"] = json!(format!("10.96.1.{index}"));
+        other["spec"]["clusterIPs"] = json!([format!("10.96.1.{index}")]);
+        other["spec"]["ports"][0]["nodePort"] = json!(30100 + index);
+        list["items"].as_array_mut().expect("items").push(other);
+    }
+    let read = read_value(&list).expect("a cluster");
+    let [warning] = read.warnings.as_slice() else {
+        panic!("one warning: {:?}", read.warnings);
+    };
+    assert_eq!(warning.object, "ns/web7");
+    let names = "ns/web:http, ns/web2:http, ns/web3:http, 3 others too";
+    assert!(warning.message.contains(names), "{warning}");
+}

@@ -4,6 +4,9 @@
 //! [`table`](super::table) leave out (order of elements, sets and chains; handles; counters;
 //! spelling) and the elements of affinity sets, which the traffic itself adds.
 //!
+//! Where several Services claim one address and port, any of them may have it: see
+//! [`claims`](super::claims).
+//!
 //! One rule depends on what a cluster's Services do not tell: `ip daddr CIDRS drop comment "Drop
 //! traffic to unallocated ClusterIPs"`. If the `ServiceCIDR`s are unknown, the expected table has no
 //! such rule. Then one with any networks that hold every ClusterIP of the family is called for if
@@ -17,6 +20,7 @@ use std::net::{IpAddr, SocketAddr};
 use crate::cluster::Protocol;
 use crate::rules::check::{Finding, Kind};
 
+use super::claims::{Claims, Misplaced};
 use super::table::{
     Chain, Destination, Element, ElementText, Field, Key, Line, Mapped, MarkChange, Operand,
     Ranges, Rule, Set, Statement, TABLE, Table, Target, Value, Verdict, VerdictMap,
@@ -32,12 +36,16 @@ pub enum Form {
 }
 
 /// What differs between the table that is called for and the one that was found.
-pub fn check(expected: &Table, found: Option<&Table>, form: Form) -> Vec<Finding> {
+///
+/// Where several Services claim one address and port, `expected` has what one of them would write;
+/// `claims` is what any would.
+pub fn check(expected: &Table, claims: &Claims, found: Option<&Table>, form: Form) -> Vec<Finding> {
     let Some(found) = found else {
         return vec![no_table(expected)];
     };
     let mut checker = Checker {
         expected,
+        claims,
         found,
         form,
         services: OnceCell::new(),
@@ -46,6 +54,7 @@ pub fn check(expected: &Table, found: Option<&Table>, form: Form) -> Vec<Finding
     };
     checker.table();
     checker.sets();
+    checker.misplaced();
     checker.chains();
     checker.findings
 }
@@ -266,6 +275,7 @@ fn destinations(target: &Target) -> impl Iterator<Item = Destination> {
 
 struct Checker<'t> {
     expected: &'t Table,
+    claims: &'t Claims,
     found: &'t Table,
     form: Form,
     /// Made when the first difference asks for it.
@@ -458,14 +468,43 @@ impl<'t> Checker<'t> {
         for (key, element) in &expected.elements {
             match found.elements.get(key) {
                 None => self.missing_element(name, key, element),
-                Some(there) if there != element => self.altered_element(name, key, element, there),
-                Some(_) => {}
+                Some(there) if there == element || self.claims.allow(name, key, there) => {}
+                Some(there) => self.altered_element(name, key, element, there),
             }
         }
         for (key, element) in &found.elements {
             if !expected.elements.contains_key(key) {
                 self.extra_element(name, key, element);
             }
+        }
+    }
+
+    /// Elements that are each some Service's, but together no sync's.
+    fn misplaced(&mut self) {
+        let (claims, found) = (self.claims, self.found);
+        for Misplaced { set, key, element } in claims.misplaced(found) {
+            let Some(there) = found.sets.get(set).and_then(|set| set.elements.get(key)) else {
+                continue;
+            };
+            let service = self.service_of_element(set, key, element);
+            let meets = match &there.value {
+                Some(Mapped::Verdict(verdict)) => verdict.to_string(),
+                Some(Mapped::Other(_)) | None => String::new(),
+            };
+            let difference = Difference {
+                kind: Kind::Altered,
+                rule: ElementText(key, element).to_string(),
+                found: Some(ElementText(key, there).to_string()),
+                line: there.line,
+                effect: format!(
+                    "new flows to {} meet {meets}, though other elements give {} precedence over \
+                     that Service, and kube-proxy writes all elements in one order",
+                    Addressed(key),
+                    service.as_deref().unwrap_or("another Service"),
+                ),
+                service,
+            };
+            self.report(set, difference);
         }
     }
 
@@ -1283,6 +1322,11 @@ fn gained_rule(rule: &Rule) -> String {
 mod tests {
     use super::super::{json, parse};
     use super::*;
+
+    /// Where no two Services claim the same.
+    fn check(expected: &Table, found: Option<&Table>, form: Form) -> Vec<Finding> {
+        super::check(expected, &Claims::default(), found, form)
+    }
 
     const IP: &str = include_str!("../fixtures/kube-proxy-1.36.2/nftables/nft-ip.txt");
     const IP6: &str = include_str!("../fixtures/kube-proxy-1.36.2/nftables/nft-ip6.txt");

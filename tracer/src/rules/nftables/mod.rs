@@ -6,6 +6,7 @@ pub(super) use sync::sync;
 pub use text::{ParseError, apply, parse};
 
 pub mod check;
+pub mod claims;
 pub mod json;
 mod render;
 mod sync;

@@ -2,13 +2,20 @@
 
 use proptest::prelude::*;
 
-use super::check::{Form, check};
+use super::check::{self, Form};
+use super::claims::Claims;
 use super::table::{Ruleset, Table};
 use super::{apply, json, parse};
 use crate::cluster::{
     Cluster, Condition, Endpoint, Family, Protocol, Service, ServicePort, TrafficPolicy,
 };
+use crate::rules::check::Finding;
 use crate::rules::{self, Mode, NodeView, RuleSet, Step};
+
+/// Where no two Services claim the same.
+fn check(expected: &Table, found: Option<&Table>, form: Form) -> Vec<Finding> {
+    check::check(expected, &Claims::default(), found, form)
+}
 
 const CLUSTER: &str = include_str!("../fixtures/kube-proxy-1.36.2/cluster.json");
 const IP: &str = include_str!("../fixtures/kube-proxy-1.36.2/nftables/nft-ip.txt");
