@@ -418,7 +418,10 @@ fn expected(outcome: &Outcome<'_>, packet: &Packet, local: impl Fn(IpAddr) -> bo
     match outcome.fate {
         Fate::Endpoint { endpoint } if local(endpoint.ip()) => Seen::TakenIn,
         Fate::Endpoint { endpoint } => sent(endpoint),
-        Fate::Forwarded | Fate::Leaked => sent(SocketAddr::new(packet.to, packet.to_port)),
+        // No packet of these is of a flow that was translated before.
+        Fate::Forwarded | Fate::Leaked | Fate::Tracked => {
+            sent(SocketAddr::new(packet.to, packet.to_port))
+        }
         Fate::Node => Seen::TakenIn,
         Fate::Dropped { .. } => Seen::Nothing,
         Fate::Rejected { .. } => Seen::Refused,

@@ -12,10 +12,12 @@ use crate::rules::dump::{FamilyTexts, Source, Texts};
 
 /// Everything that the namespace holds now. Changes nothing.
 pub fn dump(ns: &Netns) -> Result<Texts, ToolError> {
-    let [v4, v6] = Family::ALL.map(|family| dump_family(ns, family));
+    let tables = ask(ns, "nft", &["list", "tables"])?;
+    let [v4, v6] = Family::ALL.map(|family| dump_family(ns, family, &tables));
     let mut texts = Texts {
         v4: v4?,
         v6: v6?,
+        nft_tables: Some(tables),
         ..Texts::default()
     };
     if in_use(ns, "/proc/net/ip_vs") {
@@ -26,7 +28,7 @@ pub fn dump(ns: &Netns) -> Result<Texts, ToolError> {
     Ok(texts)
 }
 
-fn dump_family(ns: &Netns, family: Family) -> Result<FamilyTexts, ToolError> {
+fn dump_family(ns: &Netns, family: Family, tables: &Source) -> Result<FamilyTexts, ToolError> {
     let names = match family {
         Family::V4 => "/proc/net/ip_tables_names",
         Family::V6 => "/proc/net/ip6_tables_names",
@@ -41,12 +43,11 @@ fn dump_family(ns: &Netns, family: Family) -> Result<FamilyTexts, ToolError> {
         .iptables
         .push(ask(ns, &save_tool(Backend::Nft, family), &[])?);
     let table = format!("table {} kube-proxy", family.nft());
-    let tables = tool::run(ns, "nft", &["list", "tables", family.nft()], "")?;
-    texts.nft = Some(if tables.lines().any(|line| line == table) {
+    texts.nft = Some(if tables.text.lines().any(|line| line == table) {
         ask(ns, "nft", &["list", "table", family.nft(), "kube-proxy"])?
     } else {
         Source {
-            origin: format!("nft list tables {}", family.nft()),
+            origin: tables.origin.clone(),
             text: String::new(),
         }
     });

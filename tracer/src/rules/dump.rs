@@ -62,6 +62,9 @@ pub struct Texts {
     pub sets: Option<Source>,
     /// `ip addr show kube-ipvs0`.
     pub addresses: Option<Source>,
+    /// `nft list tables`, of a live node: the names of the tables that are there besides those of
+    /// which [`FamilyTexts`] holds the rules.
+    pub nft_tables: Option<Source>,
 }
 
 /// Why a dump folder could not be read.
@@ -217,6 +220,7 @@ impl Texts {
             servers: take(6)?,
             sets: take(7)?,
             addresses: read_text(&folder.join(ADDRESSES), "ip addr show kube-ipvs0")?,
+            nft_tables: None,
         };
         if texts == Self::default() {
             return Err(DumpError::Empty(folder.to_owned()));

@@ -42,7 +42,11 @@ impl<'a> Rules<'a> {
     /// the addresses of Services.
     pub fn place(&self, mut local: HashSet<IpAddr>, virtual_ips: HashSet<IpAddr>) -> Place {
         local.extend(&self.local);
-        Place { local, virtual_ips }
+        Place {
+            local,
+            virtual_ips,
+            ..Place::default()
+        }
     }
 
     /// Indexes the rules.

@@ -101,12 +101,20 @@ pub struct Place {
     pub local: HashSet<IpAddr>,
     /// The addresses of Services: a packet to one of them that leaves untranslated has leaked.
     pub virtual_ips: HashSet<IpAddr>,
+    /// The ports that Services have on the node's own addresses.
+    pub node_ports: HashSet<(Protocol, u16)>,
 }
 
 impl Place {
     /// Does the node take packets to this address in?
     pub fn is_local(&self, address: IpAddr) -> bool {
         address.is_loopback() || self.local.contains(&address)
+    }
+
+    /// Is this a Service's address, or a `NodePort` on the node?
+    fn is_service(&self, address: IpAddr, protocol: Protocol, port: u16) -> bool {
+        self.virtual_ips.contains(&address)
+            || (self.is_local(address) && self.node_ports.contains(&(protocol, port)))
     }
 }
 
@@ -216,6 +224,8 @@ pub enum Action<'a> {
     Nothing,
     /// The rule has a match or target that this oracle does not know: taken as not matching.
     Unknown(&'a str),
+    /// There are more ways than are followed: taken as not matching.
+    Limit,
     /// The chain ended without a verdict.
     End,
 }
@@ -360,6 +370,8 @@ pub enum Fate {
     Forwarded,
     /// Sent on with a Service's address untranslated.
     Leaked,
+    /// Goes where the first packet of its flow went: its conntrack entry knows, the rules do not.
+    Tracked,
     /// Dropped.
     Dropped {
         /// Where.
@@ -448,15 +460,25 @@ impl<'a> Journey<'_, 'a> {
     /// INPUT, and the end of the journey unless IPVS sends it on.
     fn take_in(&mut self, branch: Branch<'a>) {
         for branch in self.at(Hook::Input, branch) {
-            let fate = if branch.translated || branch.virtual_server.is_some() {
-                Fate::Endpoint {
-                    endpoint: SocketAddr::new(branch.destination, branch.destination_port),
-                }
-            } else {
-                Fate::Node
-            };
+            let fate = self.chosen(&branch).unwrap_or(Fate::Node);
             self.end(&branch, fate);
         }
+    }
+
+    /// How a branch ends that was translated, or was when its flow began.
+    fn chosen(&self, branch: &Branch<'a>) -> Option<Fate> {
+        if branch.translated || branch.virtual_server.is_some() {
+            return Some(Fate::Endpoint {
+                endpoint: SocketAddr::new(branch.destination, branch.destination_port),
+            });
+        }
+        let (protocol, port) = (branch.protocol, branch.destination_port);
+        let tracked = branch.state == State::Established
+            && self
+                .oracle
+                .place
+                .is_service(branch.destination, protocol, port);
+        tracked.then_some(Fate::Tracked)
     }
 
     /// From a process on the node.
@@ -478,17 +500,13 @@ impl<'a> Journey<'_, 'a> {
                 }
                 continue;
             }
-            let fate = if branch.translated || branch.virtual_server.is_some() {
-                Fate::Endpoint {
-                    endpoint: SocketAddr::new(branch.destination, branch.destination_port),
-                }
-            } else if branch.state != State::Established
-                && self.oracle.place.virtual_ips.contains(&branch.destination)
-            {
+            let is_virtual = self.oracle.place.virtual_ips.contains(&branch.destination);
+            let untranslated = if is_virtual {
                 Fate::Leaked
             } else {
                 Fate::Forwarded
             };
+            let fate = self.chosen(&branch).unwrap_or(untranslated);
             self.end(&branch, fate);
         }
     }
@@ -632,8 +650,8 @@ mod tests {
 
     fn place() -> Place {
         Place {
-            local: HashSet::new(),
             virtual_ips: [VIP].into(),
+            ..Place::default()
         }
     }
 
@@ -663,6 +681,34 @@ mod tests {
             assert_eq!(outcomes.len(), 1);
             assert_eq!(outcomes[0].fate, Fate::Dropped { hook });
             assert!(outcomes[0].steps.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_later_packet_goes_where_the_first_went() {
+        let node = IpAddr::from([192, 0, 2, 1]);
+        let mut place = place();
+        place.local.insert(node);
+        place.node_ports.insert((Protocol::Tcp, 30080));
+        let oracle = Oracle::new(&place, &[]);
+        for origin in [Origin::Node, Origin::Link(None)] {
+            for (to, to_port, state, fate) in [
+                (VIP, 80, State::Established, Fate::Tracked),
+                (VIP, 80, State::Invalid, Fate::Leaked),
+                (node, 30080, State::Established, Fate::Tracked),
+                (node, 30080, State::New, Fate::Node),
+                (node, 30081, State::Established, Fate::Node),
+                (POD, 30080, State::Established, Fate::Forwarded),
+            ] {
+                let packet = Packet {
+                    to,
+                    to_port,
+                    ..packet(origin.clone(), state)
+                };
+                let outcomes = oracle.walk(&packet);
+                assert_eq!(outcomes.len(), 1);
+                assert_eq!(outcomes[0].fate, fate, "{packet:?}");
+            }
         }
     }
 

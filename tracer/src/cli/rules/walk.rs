@@ -9,11 +9,11 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 use serde_json::json;
-use tracer::cluster::{Family, Protocol};
+use tracer::cluster::{Cluster, Family, Protocol};
 use tracer::rules::dump::Texts;
 use tracer::rules::oracle::Rules;
 use tracer::rules::services;
-use tracer::rules::walk::{Action, Fate, Origin, Outcome, Packet, State, Visited};
+use tracer::rules::walk::{Action, Fate, Origin, Outcome, Packet, Place, State, Visited};
 use tracer::rules::{Mode, render};
 
 use super::super::exit::{self, Usage};
@@ -72,9 +72,9 @@ enum Path {
     PodToClusterip,
     /// A process on the node sends it.
     HostToClusterip,
-    /// It comes from outside.
+    /// It comes from outside to an address of the node.
     ExternalToNodeport,
-    /// A pod on this node sends it to a NodePort.
+    /// A pod on this node sends it to a NodePort, at an address of the node.
     PodToNodeport,
     /// A pod sends it to a Service that it is an endpoint of.
     Hairpin,
@@ -101,9 +101,18 @@ impl FromStr for From {
         if let Ok(address) = s.parse() {
             return Ok(Self(address, None));
         }
-        s.parse::<SocketAddr>()
-            .map(|socket| Self(socket.ip(), Some(socket.port())))
-            .map_err(|_| Usage(format!("'{s}' is no ADDR or ADDR:PORT")))
+        let socket: SocketAddr = s
+            .parse()
+            .map_err(|_| Usage(format!("'{s}' is no ADDR or ADDR:PORT")))?;
+        Ok(Self(socket.ip(), Some(port(socket)?)))
+    }
+}
+
+/// The port, which no packet has as 0.
+fn port(socket: SocketAddr) -> Result<u16, Usage> {
+    match socket.port() {
+        0 => Err(Usage(format!("'{socket}' has port 0: use 1 to 65535"))),
+        port => Ok(port),
     }
 }
 
@@ -120,11 +129,12 @@ impl FromStr for To {
             .into_iter()
             .find(|known| known.name().eq_ignore_ascii_case(protocol))
             .ok_or_else(|| Usage(format!("'{protocol}' is no protocol: use tcp, udp or sctp")))?;
-        let socket = socket.parse().map_err(|_| {
+        let socket: SocketAddr = socket.parse().map_err(|_| {
             Usage(format!(
                 "'{socket}' is no ADDR:PORT (IPv6: [ADDR]:PORT), such as 10.96.0.10:53/udp"
             ))
         })?;
+        port(socket)?;
         Ok(Self(socket, protocol))
     }
 }
@@ -133,10 +143,15 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if Family::of(args.from.0) != Family::of(args.to.0.ip()) {
         return Err(Usage("--from and --to are of different IP families".to_owned()).into());
     }
-    let (texts, virtual_ips, mut local) = sources(args)?;
-    local.extend(args.flags.node_address.iter().copied());
-    let rules = Rules::parse(&texts, Family::of(args.from.0))?;
-    let place = rules.place(local, virtual_ips);
+    let family = Family::of(args.from.0);
+    let mut sources = sources(args, family)?;
+    sources.local.extend(&args.flags.node_address);
+    if args.path.is_some_and(Path::is_to_node) {
+        sources.local.insert(args.to.0.ip());
+    }
+    let rules = Rules::parse(&sources.texts, family)?;
+    let mut place = rules.place(sources.local, sources.virtual_ips);
+    place.node_ports = sources.node_ports;
     let packet = Packet {
         origin: origin(args, |address| place.is_local(address)),
         from: args.from.0,
@@ -152,6 +167,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     };
     let layers = rules.layers();
     let outcomes = layers.oracle(&place).walk(&packet);
+    let mut warnings = sources.not_walked;
+    warnings.extend(elsewhere(&packet, &place, &outcomes));
+    warnings.extend(cut_short(&outcomes));
+    for warning in &warnings {
+        exit::say(&format!("warning: {warning}"));
+    }
     let text = match args.output {
         Output::Json => {
             let answer = json!({
@@ -162,7 +183,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
                 "protocol": packet.protocol,
                 "state": packet.state,
                 "arrives": packet.origin != Origin::Node,
-                "outcomes": outcomes,
+                "outcomes": outcomes.iter().map(shown).collect::<Result<Vec<_>, _>>()?,
+                "warnings": warnings,
             });
             serde_json::to_string_pretty(&answer)? + "\n"
         }
@@ -172,30 +194,117 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The rules' texts, the Services' addresses and the node's own.
-fn sources(args: &Args) -> anyhow::Result<(Texts, HashSet<IpAddr>, HashSet<IpAddr>)> {
+impl Path {
+    /// Is the packet for an address of the node?
+    fn is_to_node(self) -> bool {
+        matches!(self, Self::ExternalToNodeport | Self::PodToNodeport)
+    }
+}
+
+/// What a walk starts from.
+struct Sources {
+    texts: Texts,
+    /// The Services' addresses.
+    virtual_ips: HashSet<IpAddr>,
+    /// The node's own.
+    local: HashSet<IpAddr>,
+    node_ports: HashSet<(Protocol, u16)>,
+    /// A warning for each table that is left out.
+    not_walked: Vec<String>,
+}
+
+impl Sources {
+    /// What a node's rules say.
+    fn read(texts: Texts, family: Family) -> anyhow::Result<Self> {
+        let found = services::read(&texts)?;
+        let tables = found.not_walked(&texts, family);
+        let not_walked = tables
+            .map(|table| format!("not walked: {table}, which can drop or translate packets too"))
+            .collect();
+        Ok(Self {
+            virtual_ips: found.virtual_ips().collect(),
+            local: HashSet::new(),
+            node_ports: found.node_ports(family).collect(),
+            not_walked,
+            texts,
+        })
+    }
+}
+
+/// Every `NodePort` that a cluster's Services have in a family.
+fn node_ports(cluster: &Cluster, family: Family) -> HashSet<(Protocol, u16)> {
+    let services = cluster.services.iter().filter(|service| {
+        let mut addresses = service.cluster_ips.iter();
+        addresses.any(|address| Family::of(*address) == family)
+    });
+    services
+        .flat_map(|service| &service.ports)
+        .filter_map(|port| Some((port.protocol, port.node_port?)))
+        .collect()
+}
+
+/// A warning if the packet is for a `NodePort`, and for the node only as far as its addresses are
+/// known.
+fn elsewhere(packet: &Packet, place: &Place, outcomes: &[Outcome<'_>]) -> Option<String> {
+    let (to, port) = (packet.to, packet.to_port);
+    let served = |outcome: &Outcome<'_>| matches!(outcome.fate, Fate::Endpoint { .. });
+    let elsewhere = place.node_ports.contains(&(packet.protocol, port))
+        && !place.is_local(to)
+        && !place.virtual_ips.contains(&to)
+        // nftables' rules can name the node's addresses themselves.
+        && !outcomes.iter().all(served);
+    elsewhere.then(|| {
+        format!(
+            "{to} is taken as another machine's: NodePort {port} is only served on the node's own \
+             addresses; if {to} is one of them, give --node-address {to}"
+        )
+    })
+}
+
+/// A warning if there are more ways than were followed.
+fn cut_short(outcomes: &[Outcome<'_>]) -> Option<String> {
+    let mut steps = outcomes.iter().flat_map(|outcome| &outcome.steps);
+    steps
+        .any(|visited| visited.step.action == Action::Limit)
+        .then(|| "limit reached: not every way that the packet can go was followed".to_owned())
+}
+
+/// An outcome with all of its keys, whatever it is.
+fn shown(outcome: &Outcome<'_>) -> serde_json::Result<serde_json::Value> {
+    let mut value = serde_json::to_value(outcome)?;
+    if let Some(keys) = value.as_object_mut() {
+        keys.entry("endpoint").or_insert(serde_json::Value::Null);
+        // As its first packet was, which the rules do not tell.
+        if outcome.fate == Fate::Tracked {
+            keys.insert("masqueraded".to_owned(), serde_json::Value::Null);
+        }
+    }
+    Ok(value)
+}
+
+fn sources(args: &Args, family: Family) -> anyhow::Result<Sources> {
     if let Some(file) = &args.cluster {
         let (Some(node), Some(mode)) = (&args.node, args.mode) else {
             return Err(Usage("--cluster needs --node and --mode".to_owned()).into());
         };
         let cluster = read_cluster(file)?;
         let view = args.flags.view(&cluster, node)?;
-        let texts = Texts::rendered(&render(&cluster, &view, Mode::from(mode)));
-        let local = view.addresses.iter().copied().collect();
-        return Ok((texts, cluster.virtual_ips().collect(), local));
+        return Ok(Sources {
+            texts: Texts::rendered(&render(&cluster, &view, Mode::from(mode))),
+            virtual_ips: cluster.virtual_ips().collect(),
+            local: view.addresses.iter().copied().collect(),
+            node_ports: node_ports(&cluster, family),
+            not_walked: Vec::new(),
+        });
     }
     if let Some(folder) = &args.dump {
-        let texts = Texts::read(folder)?;
-        let virtual_ips = services::read(&texts)?.virtual_ips().collect();
-        return Ok((texts, virtual_ips, HashSet::new()));
+        return Sources::read(Texts::read(folder)?, family);
     }
     if !args.live {
         let what = "say which rules: --cluster FILE with --node and --mode, --dump DIR, or --live";
         return Err(Usage(what.to_owned()).into());
     }
-    let texts = live()?;
-    let virtual_ips = services::read(&texts)?.virtual_ips().collect();
-    Ok((texts, virtual_ips, HashSet::new()))
+    Sources::read(live()?, family)
 }
 
 fn origin(args: &Args, is_local: impl Fn(IpAddr) -> bool) -> Origin {
@@ -228,14 +337,19 @@ fn show(packet: &Packet, outcomes: &[Outcome<'_>]) -> String {
     for outcome in outcomes {
         show_steps(&mut text, before, &outcome.steps);
         before = &outcome.steps;
-        let masqueraded = if outcome.masqueraded {
-            "masqueraded"
-        } else {
-            "not masqueraded"
+        let masqueraded = match outcome {
+            Outcome {
+                fate: Fate::Tracked,
+                ..
+            } => "",
+            Outcome {
+                masqueraded: true, ..
+            } => ", masqueraded",
+            _ => ", not masqueraded",
         };
         let _ = writeln!(
             text,
-            "  = {:.6} %  {}, {masqueraded}",
+            "  = {:.6} %  {}{masqueraded}",
             outcome.probability * 100.0,
             fate(&outcome.fate, to)
         );
@@ -289,6 +403,7 @@ fn action(action: &Action<'_>) -> String {
         Action::Remember => "remember the source".to_owned(),
         Action::Nothing => "nothing".to_owned(),
         Action::Unknown(what) => format!("unknown: {what}; taken as not matching"),
+        Action::Limit => "limit reached; taken as not matching".to_owned(),
         Action::End => "end of the chain".to_owned(),
     }
 }
@@ -298,6 +413,7 @@ fn fate(fate: &Fate, to: SocketAddr) -> String {
         Fate::Endpoint { endpoint } => format!("endpoint {endpoint}"),
         Fate::Node => format!("taken in by the node itself, as {to}"),
         Fate::Forwarded => format!("sent on to {to}"),
+        Fate::Tracked => "as its first packet was translated".to_owned(),
         Fate::Leaked => format!("leaked: leaves the node for {to}, untranslated"),
         Fate::Dropped { hook } => format!("dropped at {hook}"),
         Fate::Rejected { hook } => format!("rejected at {hook}"),

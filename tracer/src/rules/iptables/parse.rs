@@ -311,7 +311,10 @@ impl<'a> TableReader<'a> {
         let (chain, rule) = rest.split_once(' ').unwrap_or((rest, ""));
         match verb {
             "-A" | "-I" => {
-                let rule = RuleReader::new(rule, number, family, &mut self.matches).read()?;
+                let rule = match RuleReader::new(rule, number, family, &mut self.matches).read() {
+                    Err(_) if rule.contains(UNSUPPORTED_REVISION) => not_understood(rule, number),
+                    read => read?,
+                };
                 if let Some(reader) = self.chain(chain) {
                     if verb == "-A" {
                         if reader.chain.rules.is_empty() {
@@ -341,6 +344,18 @@ impl<'a> TableReader<'a> {
             _ => Err(not_a_line()),
         }
     }
+}
+
+/// What `iptables-save` prints instead of the options of an extension whose revision in the kernel
+/// is newer than the one that it knows.
+const UNSUPPORTED_REVISION: &str = "[unsupported revision]";
+
+/// A rule of which not even the words can be told apart.
+fn not_understood(options: &str, number: u32) -> Rule<'_> {
+    let mut rule = Rule::empty(number);
+    let other = Match::Other(Words { name: "", options });
+    rule.matches = [other].into_iter().collect();
+    rule
 }
 
 /// One word of a line.
@@ -609,10 +624,28 @@ impl<'a, 'v> RuleReader<'a, 'v> {
     /// A word that follows no option that takes it.
     fn argument(&mut self, word: &Word<'a>) -> Result<(), Problem> {
         if self.extend() {
-            Ok(())
-        } else {
-            Err(Problem::Word(shortened(&word.text)))
+            return Ok(());
         }
+        let rest = self.line.text.get(word.start..).unwrap_or_default();
+        if rest.starts_with(UNSUPPORTED_REVISION) && self.give_up() {
+            return Ok(());
+        }
+        Err(Problem::Word(shortened(&word.text)))
+    }
+
+    /// Keeps the extension that is read as one that is not understood, if there is one.
+    fn give_up(&mut self) -> bool {
+        match self.extension {
+            Extension::Match(start) => {
+                let other = Match::Other(words(self.since(start)));
+                if let Some(last) = self.matches.last_mut() {
+                    *last = other;
+                }
+            }
+            Extension::Target(start) => self.rule.target = Target::Other(words(self.since(start))),
+            Extension::None => return false,
+        }
+        true
     }
 
     /// If the extension that is read is not understood, its words go on to here.
@@ -651,18 +684,9 @@ impl<'a, 'v> RuleReader<'a, 'v> {
             return Ok(());
         }
         // An option that is not understood makes the whole extension one that is not.
-        match self.extension {
-            Extension::Match(from) => {
-                let other = Match::Other(words(self.since(from)));
-                if let Some(last) = self.matches.last_mut() {
-                    *last = other;
-                }
-            }
-            Extension::Target(from) => self.rule.target = Target::Other(words(self.since(from))),
-            Extension::None => {
-                self.keep(start);
-                self.extension = Extension::Match(start);
-            }
+        if !self.give_up() {
+            self.keep(start);
+            self.extension = Extension::Match(start);
         }
         Ok(())
     }
@@ -733,12 +757,7 @@ impl<'a, 'v> RuleReader<'a, 'v> {
             "MASQUERADE" => Target::Masquerade {
                 random_fully: false,
             },
-            "DNAT" => Target::Dnat(Dnat {
-                address: None,
-                port: None,
-                random: false,
-                persistent: false,
-            }),
+            "DNAT" => Target::Dnat(NO_DESTINATION),
             name if OTHER_TARGETS.contains(&name) => Target::Other(Words { name, options: "" }),
             name => Target::Jump(name),
         };
@@ -797,53 +816,38 @@ impl<'a, 'v> RuleReader<'a, 'v> {
             (&Target::Dnat(dnat), "--to-destination") => {
                 return self.read_destination(option, dnat);
             }
+            (Target::Other(words), "--to-destination") if is_misread(words) => {
+                self.rule.as_printed = false;
+                return self.read_destination(option, NO_DESTINATION);
+            }
             _ => return Ok(false),
         }
         Ok(true)
     }
 
-    /// `ADDRESS`, `ADDRESS:PORT`, `:PORT`; ranges are not understood.
+    /// `ADDRESS`, `ADDRESS:PORT`, `:PORT`; ranges are not understood. Of several, the last one with
+    /// an address counts: old binaries print `:0` before or after the one that the kernel holds.
     fn read_destination(&mut self, option: &str, dnat: Dnat) -> Understood {
         let text = self.text(option)?;
-        if text.contains('-') || dnat.address.is_some() || dnat.port.is_some() {
-            let Extension::Target(start) = self.extension else {
-                return Ok(false);
-            };
-            self.rule.target = Target::Other(words(self.since(start)));
+        if text.contains('-') {
+            return Ok(self.give_up());
+        }
+        let (address, port) = read_socket(text, self.family)
+            .ok_or_else(|| Problem::value(option, text, "address and port"))?;
+        let again = dnat.address.is_some() || dnat.port.is_some();
+        self.rule.as_printed &= !again;
+        if address.is_none() && dnat.address.is_some() {
             return Ok(true);
         }
-        let wanted = "address and port";
-        let wrong = || Problem::value(option, text, wanted);
-        let (address, port) = match self.family {
-            Family::V4 => text
-                .split_once(':')
-                .map_or((text, None), |(a, p)| (a, Some(p))),
-            Family::V6 => match text.strip_prefix('[') {
-                Some(rest) => {
-                    let (address, port) = rest.split_once(']').ok_or_else(wrong)?;
-                    match port {
-                        "" => (address, None),
-                        port => (address, Some(port.strip_prefix(':').ok_or_else(wrong)?)),
-                    }
-                }
-                None => (text, None),
-            },
-        };
-        let address = match address {
-            "" => None,
-            address => Some(read_address(address, self.family).ok_or_else(wrong)?),
-        };
-        let port = match port {
-            None => None,
-            Some(port) => Some(port.parse().map_err(|_| wrong())?),
-        };
-        if address.is_none() && port.is_none() {
-            return Err(wrong());
+        if address.is_none() && port == Some(0) {
+            return Ok(self.give_up());
         }
+        // What follows another destination is said of that one.
+        let flags = if again { NO_DESTINATION } else { dnat };
         self.rule.target = Target::Dnat(Dnat {
             address,
             port,
-            ..dnat
+            ..flags
         });
         Ok(true)
     }
@@ -1077,6 +1081,40 @@ const OTHER_TARGETS: [&str; 36] = [
     "TRACE",
     "TTL",
 ];
+
+/// `DNAT` before its options.
+const NO_DESTINATION: Dnat = Dnat {
+    address: None,
+    port: None,
+    random: false,
+    persistent: false,
+};
+
+/// Is this what an old binary prints of a destination that it misreads?
+fn is_misread(target: &Words<'_>) -> bool {
+    let mut words = target.options.split_ascii_whitespace();
+    target.name == "DNAT" && words.next() == Some("--to-destination") && words.next() == Some(":0")
+}
+
+/// What `--to-destination` takes: an address, a port with a colon before it, or both.
+fn read_socket(text: &str, family: Family) -> Option<(Option<IpAddr>, Option<u16>)> {
+    let port_of = |text: &str| text.strip_prefix(':')?.parse::<u16>().ok();
+    if let Some(port) = port_of(text) {
+        return Some((None, Some(port)));
+    }
+    let (address, port) = match family {
+        Family::V4 => text.split_at(text.find(':').unwrap_or(text.len())),
+        Family::V6 => match text.strip_prefix('[') {
+            Some(rest) => rest.split_once(']')?,
+            None => (text, ""),
+        },
+    };
+    let port = match port {
+        "" => None,
+        port => Some(port_of(port)?),
+    };
+    Some((Some(read_address(address, family)?), port))
+}
 
 /// The name of an extension and the options after it.
 fn words(text: &str) -> Words<'_> {
@@ -1412,9 +1450,80 @@ mod tests {
             "-s 10.0.0.0/255.0.255.0 -j X",
             "-p foo -j X",
             "-j MASQUERADE --to-ports 1-2",
+            "-j DNAT --to-destination :0 --persistent",
         ] {
             let printed = v4(line);
             assert_eq!(printed.trim_start(), line);
+        }
+    }
+
+    #[test]
+    fn a_revision_that_the_binary_did_not_know_is_kept() {
+        for line in [
+            "-j DNAT [unsupported revision]",
+            "-p tcp -m tcp -j DNAT [unsupported revision]",
+            "-m conntrack [unsupported revision] -j X",
+            "-m foo --bar [unsupported revision] -m comment --comment \"x y\" -j X",
+            "-j MARK --set-xmark x [unsupported revision]",
+            "-s 10.0.0.300 [unsupported revision]",
+        ] {
+            let printed = v4(line);
+            assert_eq!(printed.trim_start(), line);
+        }
+        let text =
+            "*nat\n-A X -s 10.0.0.1/32 -m conntrack [unsupported revision] -j DROP\nCOMMIT\n";
+        let tables = parse(text, Family::V4).expect("a dump");
+        let rule = &tables.chain("nat", "X").expect("a chain").rules[0];
+        assert!(rule.source.is_some());
+        assert_eq!(rule.target, Target::Drop);
+        assert_eq!(
+            rule.matches[..],
+            [Match::Other(Words {
+                name: "conntrack",
+                options: "[unsupported revision]"
+            })]
+        );
+        for line in ["[unsupported revision", "-j X [other revision]"] {
+            assert!(rule_of(line).is_err(), "{line}");
+        }
+    }
+
+    fn rule_of(line: &str) -> Result<String, Problem> {
+        rule(line, Family::V4)
+    }
+
+    #[test]
+    fn of_several_destinations_the_last_with_an_address_counts() {
+        let to = "-j DNAT --to-destination 10.0.0.5:80";
+        for line in [
+            "-j DNAT --to-destination :0 --persistent --to-destination :0 --persistent \
+             --to-destination 10.0.0.5:80",
+            "-j DNAT --to-destination 10.0.0.5:80 --to-destination :0",
+            "-j DNAT --to-destination :81 --random --to-destination 10.0.0.5:80",
+            "-j DNAT --to-destination 10.0.0.4:80 --to-destination 10.0.0.5:80",
+        ] {
+            assert_eq!(v4(line).trim_start(), to, "{line}");
+        }
+        let v6 = |line: &str| rule(line, Family::V6).expect("one");
+        for (line, saved) in [
+            (
+                "-j DNAT --to-destination :0 --persistent --to-destination [fd00::2]:80",
+                "-j DNAT --to-destination [fd00::2]:80",
+            ),
+            (
+                "-j DNAT --to-destination :0 --persistent",
+                "-j DNAT --to-destination :0 --persistent",
+            ),
+            (
+                "-j DNAT --to-destination :80",
+                "-j DNAT --to-destination :80",
+            ),
+            (
+                "-j DNAT --to-destination ::1",
+                "-j DNAT --to-destination ::1",
+            ),
+        ] {
+            assert_eq!(v6(line).trim_start(), saved);
         }
     }
 

@@ -5,7 +5,8 @@
 //! no list of `-m recent` yet, so that session affinity has no say; it comes and goes through no
 //! bridge's port; and a rule that needs what cannot be known (a match or target that is not
 //! modelled, the link that the packet will leave on, a set that was not read) does not match, which
-//! a step of [`Action::Unknown`] says.
+//! a step of [`Action::Unknown`] says. Nor does one that leads to more ways than are followed:
+//! [`Action::Limit`].
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -227,39 +228,28 @@ impl<'a> Evaluation<'_, 'a> {
                 traveller.frames.pop();
                 continue;
             };
-            let mut answer = self.asks(rule, &traveller.branch);
-            if matches!(answer, Answer::Perhaps(_)) && self.splits >= MOST {
-                answer = Answer::Unknown("too many random choices");
-            }
-            if !matches!(answer, Answer::No)
-                && let Some(what) = self.unknown_target(rule, depth)
-            {
-                answer = Answer::Unknown(what);
-            }
             frame.next += 1;
-            match answer {
-                Answer::No => {
+            let answer = self.asks(rule, &traveller.branch);
+            if matches!(answer, Answer::No) {
+                frame.passed += 1;
+                continue;
+            }
+            if let Some(why) = self.obstacle(rule, &answer, depth) {
+                self.step(&mut traveller, why);
+                continue;
+            }
+            if let Answer::Perhaps(share) = answer {
+                self.splits += 1;
+                let chosen = traveller.branch.split(share);
+                let frames = traveller.frames.clone();
+                if let Some(frame) = traveller.frames.last_mut() {
                     frame.passed += 1;
-                    continue;
                 }
-                Answer::Unknown(what) => {
-                    self.step(&mut traveller, Action::Unknown(what));
-                    continue;
-                }
-                Answer::Perhaps(share) => {
-                    self.splits += 1;
-                    let chosen = traveller.branch.split(share);
-                    let frames = traveller.frames.clone();
-                    if let Some(frame) = traveller.frames.last_mut() {
-                        frame.passed += 1;
-                    }
-                    self.waiting.push(traveller);
-                    traveller = Traveller {
-                        branch: chosen,
-                        frames,
-                    };
-                }
-                Answer::Yes => {}
+                self.waiting.push(traveller);
+                traveller = Traveller {
+                    branch: chosen,
+                    frames,
+                };
             }
             match self.act(rule, traveller) {
                 Some(further) => traveller = further,
@@ -343,14 +333,22 @@ impl<'a> Evaluation<'_, 'a> {
         self.walk.step(&mut traveller.branch, step);
     }
 
-    /// Why the rule's target cannot be followed, if so.
-    fn unknown_target(&self, rule: &Rule<'a>, depth: usize) -> Option<&'a str> {
-        match rule.target {
-            Target::Other(words) if !GOES_ON.contains(&words.name) => Some(words.name),
-            Target::Jump(name) | Target::Goto(name) => {
-                let chain = self.base.table.chain(name);
-                (chain.is_none() || depth >= DEEPEST || self.jumps >= MOST).then_some(name)
+    /// Why a rule that may match cannot be followed, if so.
+    fn obstacle(&self, rule: &Rule<'a>, answer: &Answer<'a>, depth: usize) -> Option<Action<'a>> {
+        match (&rule.target, answer) {
+            (Target::Other(words), _) if !GOES_ON.contains(&words.name) => {
+                Some(Action::Unknown(words.name))
             }
+            (Target::Jump(name) | Target::Goto(name), _)
+                if self.base.table.chain(name).is_none() =>
+            {
+                Some(Action::Unknown(name))
+            }
+            (_, Answer::Unknown(what)) => Some(Action::Unknown(what)),
+            (Target::Jump(_) | Target::Goto(_), _) if depth >= DEEPEST || self.jumps >= MOST => {
+                Some(Action::Limit)
+            }
+            (_, Answer::Perhaps(_)) if self.splits >= MOST => Some(Action::Limit),
             _ => None,
         }
     }
@@ -513,7 +511,7 @@ const fn is_recent(recent: &Recent<'_>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, HashSet};
+    use std::collections::BTreeMap;
 
     use super::*;
     use crate::cluster::{Family, Protocol};
@@ -530,6 +528,7 @@ mod tests {
         Place {
             local: addresses(&[[172, 31, 255, 2]]),
             virtual_ips: addresses(&[[10, 96, 10, 1]]),
+            ..Place::default()
         }
     }
 
@@ -652,10 +651,7 @@ mod tests {
         let tables = parse(text, Family::V4).expect("a dump");
         let sets = SetTable::default();
         let chains = Chains::new(&tables, &sets);
-        let place = Place {
-            local: HashSet::new(),
-            virtual_ips: HashSet::new(),
-        };
+        let place = Place::default();
         let oracle = Oracle::new(&place, &[&chains]);
         read(&oracle.walk(packet))
     }
@@ -742,8 +738,8 @@ mod tests {
         ] {
             outcomes(text, &packet(POD, OUTSIDE, 80), |outcomes| {
                 assert_eq!(outcomes.len(), 1);
-                let unknown = |action| matches!(action, Action::Unknown(_));
-                assert!(outcomes[0].steps.iter().any(|it| unknown(it.step.action)));
+                let mut steps = outcomes[0].steps.iter();
+                assert!(steps.any(|it| it.step.action == Action::Limit));
             });
         }
         let mut text = "*filter\n:FORWARD ACCEPT [0:0]\n".to_owned();
@@ -756,6 +752,8 @@ mod tests {
         outcomes(&text, &packet(POD, OUTSIDE, 80), |outcomes| {
             let sum: f64 = outcomes.iter().map(|outcome| outcome.probability).sum();
             assert!((sum - 1.0).abs() < 1e-9);
+            let mut steps = outcomes.iter().flat_map(|outcome| &outcome.steps);
+            assert!(steps.any(|it| it.step.action == Action::Limit));
         });
     }
 

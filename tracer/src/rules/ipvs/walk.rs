@@ -284,7 +284,7 @@ mod tests {
         let addresses = servers.list.iter().map(|server| server.key.socket.ip());
         Place {
             local: addresses.collect(),
-            virtual_ips: HashSet::new(),
+            ..Place::default()
         }
     }
 

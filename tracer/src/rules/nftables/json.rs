@@ -53,6 +53,8 @@ pub fn parse(text: &str) -> Result<Ruleset, JsonError> {
 #[derive(Default)]
 struct Builder {
     ruleset: Ruleset,
+    /// Tables of others whose chains the kernel does not ask.
+    dormant: Vec<(Text, Text)>,
     /// Why reading was given up.
     error: Option<JsonError>,
 }
@@ -104,7 +106,7 @@ impl<'de> Visitor<'de> for Objects<'_> {
         let mut index = 0_usize;
         while let Some(object) = list.next_element::<Map<String, Json>>()? {
             for (kind, body) in &object {
-                if let Err(Fault { at, what }) = add(&mut self.0.ruleset, kind, body) {
+                if let Err(Fault { at, what }) = add(self.0, kind, body) {
                     let path = format!("nftables[{index}].{kind}{at}");
                     let error = A::Error::custom(format!("{path}: {what}"));
                     self.0.error = Some(JsonError::Content { path, what });
@@ -144,23 +146,21 @@ fn comment_of(body: &Json) -> Option<Text> {
 }
 
 /// Adds one object of the list.
-fn add(ruleset: &mut Ruleset, kind: &str, body: &Json) -> Result<(), Fault> {
+fn add(builder: &mut Builder, kind: &str, body: &Json) -> Result<(), Fault> {
     if kind == "metainfo" {
         return Ok(());
     }
     let family = text_of(body, "family")?;
     let name = text_of(body, if kind == "table" { "name" } else { "table" })?;
     let Some(ours) = ours(family, name) else {
-        if kind == "table" {
-            ruleset.foreign.push((family.into(), name.into()));
-        }
+        add_foreign(builder, kind, (family.into(), name.into()), body);
         return Ok(());
     };
-    let slot = ruleset.slot(ours);
+    let slot = builder.ruleset.slot(ours);
     if kind == "table" {
         let mut table = Table::new(ours);
         table.comment = comment_of(body);
-        table.dormant = words(body.get("flags")).any(|flag| flag == "dormant");
+        table.dormant = is_dormant(body);
         return match slot.replace(table) {
             None => Ok(()),
             Some(_) => fault("", "a table a second time"),
@@ -189,6 +189,25 @@ fn add(ruleset: &mut Ruleset, kind: &str, body: &Json) -> Result<(), Fault> {
             Ok(())
         }
     }
+}
+
+/// Adds an object of somebody else's table.
+fn add_foreign(builder: &mut Builder, kind: &str, table: (Text, Text), body: &Json) {
+    if kind == "table" {
+        if is_dormant(body) {
+            builder.dormant.push(table.clone());
+        }
+        builder.ruleset.foreign.push(table);
+    } else if kind == "chain" && body.get("hook").is_some() {
+        let hooked = &mut builder.ruleset.hooked;
+        if !builder.dormant.contains(&table) && !hooked.contains(&table) {
+            hooked.push(table);
+        }
+    }
+}
+
+fn is_dormant(table: &Json) -> bool {
+    words(table.get("flags")).any(|flag| flag == "dormant")
 }
 
 /// A text, or the texts of a list.
@@ -714,6 +733,22 @@ mod tests {
              {\"log\":{\"prefix\":\"x\"}} {\"accept\":null}"
         );
         assert!(table.others.contains_key("flowtable f"));
+    }
+
+    #[test]
+    fn foreign_tables_that_packets_pass_are_told() {
+        let json = r#"{"nftables": [
+            {"table": {"family": "inet", "name": "a"}},
+            {"chain": {"family": "inet", "table": "a", "name": "x"}},
+            {"chain": {"family": "inet", "table": "a", "name": "y", "type": "filter", "hook": "forward", "prio": 0, "policy": "drop"}},
+            {"chain": {"family": "inet", "table": "a", "name": "z", "type": "filter", "hook": "input", "prio": 0, "policy": "drop"}},
+            {"table": {"family": "inet", "name": "b", "flags": "dormant"}},
+            {"chain": {"family": "inet", "table": "b", "name": "y", "type": "filter", "hook": "forward", "prio": 0, "policy": "drop"}},
+            {"table": {"family": "ip", "name": "c"}},
+            {"flowtable": {"family": "ip", "table": "c", "name": "f", "hook": "ingress", "prio": 0}}]}"#;
+        let ruleset = parse(json).expect("JSON");
+        assert_eq!(*ruleset.hooked, [("inet".into(), "a".into())]);
+        assert_eq!(ruleset.foreign.len(), 3);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 pub(super) use render::render;
 pub use render::update;
 pub(super) use sync::sync;
+pub(super) use text::ours;
 pub use text::{ParseError, apply, parse};
 
 pub mod check;

@@ -48,6 +48,8 @@ pub struct Ruleset {
     pub ip6: Option<Table>,
     /// Every other table: its family and name, in the order of the dump.
     pub foreign: Vec<(Text, Text)>,
+    /// Those of them that packets pass: with a base chain, and not dormant.
+    pub hooked: Vec<(Text, Text)>,
 }
 
 impl Ruleset {

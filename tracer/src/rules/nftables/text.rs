@@ -251,7 +251,10 @@ impl<'a> Parser<'a> {
         self.open()?;
         let Some(family) = ours(family, name) else {
             ruleset.foreign.push((family.into(), name.into()));
-            return self.skip_block();
+            if self.skip_table()? {
+                ruleset.hooked.push((family.into(), name.into()));
+            }
+            return Ok(());
         };
         if ruleset.table(family).is_some() {
             return Err(self
@@ -263,6 +266,30 @@ impl<'a> Parser<'a> {
         self.table_body(&mut table)?;
         *ruleset.slot(family) = Some(table);
         Ok(())
+    }
+
+    /// As [`Self::skip_block`], of the table of somebody else: do packets pass it?
+    fn skip_table(&mut self) -> Parsed<bool> {
+        let (mut depth, mut flags) = (1_u32, false);
+        let (mut hooked, mut dormant) = (false, false);
+        let mut before = [Token::Open; 2];
+        while depth > 0 {
+            let Some(token) = self.lexer.next()? else {
+                return Err(self.cut());
+            };
+            match token {
+                Token::Open => depth = depth.saturating_add(1),
+                Token::Close => depth -= 1,
+                Token::Word("flags") if depth == 1 => flags = true,
+                Token::Word("dormant") if depth == 1 => dormant |= flags,
+                // `type filter hook`; flowtables have a hook too, and no type.
+                Token::Word("hook") if depth == 2 => hooked |= before[0] == Token::Word("type"),
+                token if token.is_end() => flags = false,
+                _ => {}
+            }
+            before = [before[1], token];
+        }
+        Ok(hooked && !dormant)
     }
 
     /// Up to the brace that closes the block which has just been opened.
@@ -732,7 +759,7 @@ enum Repeats {
 }
 
 /// The family of a table, if it is one of kube-proxy's.
-pub(super) fn ours(family: &str, name: &str) -> Option<Family> {
+pub(in crate::rules) fn ours(family: &str, name: &str) -> Option<Family> {
     if name != TABLE {
         return None;
     }
@@ -1567,8 +1594,24 @@ mod tests {
             .map(|(family, name)| format!("{family} {name}"))
             .collect();
         assert_eq!(names, ["ip nat", "inet kube-proxy", "netdev filter"]);
+        assert!(ruleset.hooked.is_empty());
         assert_eq!(ruleset.ip, parse(IP).expect("a ruleset").ip);
         assert_eq!(ruleset.ip6, parse(IP6).expect("a ruleset").ip6);
+    }
+
+    #[test]
+    fn foreign_tables_that_packets_pass_are_told() {
+        let ruleset = parse(
+            "table inet a {\n\tchain c {\n\t\ttype filter hook forward priority filter; policy drop;\n\t}\n}\n\
+             table inet b {\n\tflags dormant\n\tchain c {\n\t\ttype nat hook output priority -100;\n\t}\n}\n\
+             table inet c {\n\tset s {\n\t\ttype ipv4_addr\n\t}\n\tflowtable f {\n\t\thook ingress priority 0\n\t}\n\
+             \tchain hook {\n\t\tcomment \"type filter hook\"\n\t\tdrop\n\t}\n}\n\
+             table ip d { chain c { type nat hook prerouting priority 0; } }\n",
+        )
+        .expect("a ruleset");
+        let hooked = [("inet".into(), "a".into()), ("ip".into(), "d".into())];
+        assert_eq!(*ruleset.hooked, hooked);
+        assert_eq!(ruleset.foreign.len(), 4);
     }
 
     #[test]

@@ -246,12 +246,15 @@ impl<'a> Pass<'_, 'a> {
             }
             Verdict::Jump(name) | Verdict::Goto(name) => {
                 let depth = thread.frames.last().map_or(0, |frame| frame.depth) + 1;
-                let chain = self.table.chains.get(&**name);
-                let Some(chain) = chain.filter(|_| depth <= DEEPEST) else {
-                    // No kernel holds such a rule.
+                // No kernel holds a rule that leads nowhere, or too deep.
+                let Some(chain) = self.table.chains.get(&**name) else {
                     self.step(thread, Action::Unknown(name));
                     return None;
                 };
+                if depth > DEEPEST {
+                    self.step(thread, Action::Limit);
+                    return None;
+                }
                 if matches!(verdict, Verdict::Jump(_)) {
                     self.step(thread, Action::Jump(name));
                 } else {
@@ -556,6 +559,7 @@ mod tests {
         Place {
             local: [NODE.parse().expect("an address")].into(),
             virtual_ips: addresses("service-ips"),
+            ..Place::default()
         }
     }
 
@@ -599,6 +603,7 @@ mod tests {
             Fate::Node => "node".to_owned(),
             Fate::Forwarded => "forwarded".to_owned(),
             Fate::Leaked => "leaked".to_owned(),
+            Fate::Tracked => "tracked".to_owned(),
             Fate::Dropped { hook } => format!("dropped {hook}"),
             Fate::Rejected { hook } => format!("rejected {hook}"),
         };
@@ -716,7 +721,7 @@ mod tests {
                 ..packet(POD, "10.96.10.1:80")
             };
             let fate = if state == State::Established {
-                "forwarded 1.0000"
+                "tracked 1.0000"
             } else {
                 "leaked 1.0000"
             };

@@ -6,7 +6,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::{Collector, Foreign, Found, FoundService, FrontendKind, Refusal, owner};
+use super::{Collector, Foreign, Found, FoundService, FrontendKind, NftTable, Refusal, owner};
 use crate::cluster::{Family, Protocol, TrafficPolicy};
 use crate::rules::Mode;
 use crate::rules::nftables::table::{
@@ -26,6 +26,12 @@ pub(super) fn read(ruleset: &Ruleset, family: Family, found: &mut Found) {
         add_table(table, &mut collector);
         collector.finish(found);
     }
+    found
+        .nft_tables
+        .extend(ruleset.hooked.iter().map(|(family, name)| NftTable {
+            family: family.to_string(),
+            name: name.to_string(),
+        }));
     found
         .foreign
         .extend(ruleset.foreign.iter().map(|(family, name)| Foreign {

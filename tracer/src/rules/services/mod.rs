@@ -10,8 +10,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 
-use super::Mode;
 use super::dump::{self, Texts, Unreadable};
+use super::{Mode, nftables};
 use crate::cluster::{Family, Protocol, TrafficPolicy};
 
 mod from_iptables;
@@ -31,6 +31,10 @@ pub struct Found {
     pub health_check_node_ports: Vec<u16>,
     /// What is not kube-proxy's.
     pub foreign: Vec<Foreign>,
+    /// The tables of nftables that are not kube-proxy's and that packets pass, as far as the dumps
+    /// show them; those that are only known by name (see [`Texts::nft_tables`]) are taken for such.
+    #[serde(skip)]
+    pub nft_tables: Vec<NftTable>,
 }
 
 impl Found {
@@ -38,6 +42,73 @@ impl Found {
     pub fn virtual_ips(&self) -> impl Iterator<Item = IpAddr> {
         let frontends = self.services.iter().flat_map(|service| &service.frontends);
         frontends.filter_map(|frontend| frontend.address)
+    }
+
+    /// Every `NodePort` that the rules of a family name.
+    pub fn node_ports(&self, family: Family) -> impl Iterator<Item = (Protocol, u16)> {
+        let services = self.services.iter();
+        let services = services.filter(move |service| service.family == family);
+        services.flat_map(|service| {
+            let frontends = service.frontends.iter();
+            let frontends = frontends.filter(|frontend| frontend.kind == FrontendKind::NodePort);
+            frontends.map(|frontend| (service.protocol, frontend.port))
+        })
+    }
+
+    /// The tables of nftables that packets of a family pass and [`Rules`](super::oracle::Rules)
+    /// does not walk. Those of iptables-nft are walked if `iptables-save` was asked.
+    pub fn not_walked(&self, texts: &Texts, family: Family) -> impl Iterator<Item = &NftTable> {
+        let saved = !texts.of(family).iptables.is_empty();
+        self.nft_tables.iter().filter(move |table| {
+            table.is_passed_by(family) && !(saved && table.is_of_iptables(family))
+        })
+    }
+}
+
+/// A table of nftables.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NftTable {
+    /// `ip`, `inet`, `netdev`.
+    pub family: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl NftTable {
+    /// The tables that iptables-nft has in its families.
+    const IPTABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
+
+    fn is_passed_by(&self, family: Family) -> bool {
+        let own = Family::ALL.iter().any(|known| known.nft() == self.family);
+        if own {
+            self.family == family.nft()
+        } else {
+            // ARP is another protocol.
+            self.family != "arp"
+        }
+    }
+
+    fn is_of_iptables(&self, family: Family) -> bool {
+        self.family == family.nft() && Self::IPTABLES.contains(&self.name.as_str())
+    }
+
+    /// One line of `nft list tables`, if it is not about kube-proxy.
+    fn listed(line: &str) -> Option<Self> {
+        let mut words = line.split_ascii_whitespace();
+        let (Some("table"), Some(family), Some(name)) = (words.next(), words.next(), words.next())
+        else {
+            return None;
+        };
+        nftables::ours(family, name).is_none().then(|| Self {
+            family: family.to_owned(),
+            name: name.to_owned(),
+        })
+    }
+}
+
+impl fmt::Display for NftTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "table {} {}", self.family, self.name)
     }
 }
 
@@ -164,6 +235,10 @@ pub fn read(texts: &Texts) -> Result<Found, Unreadable> {
     found.modes.dedup();
     found.foreign.sort_unstable();
     found.foreign.dedup();
+    let listed = texts.nft_tables.iter().flat_map(|list| list.text.lines());
+    found.nft_tables.extend(listed.filter_map(NftTable::listed));
+    found.nft_tables.sort_unstable();
+    found.nft_tables.dedup();
     Ok(found)
 }
 

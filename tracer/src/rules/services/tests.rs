@@ -747,3 +747,31 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn tables_that_are_only_known_by_name_are_not_walked() {
+    let source = |origin: &str, text: &str| Source {
+        origin: origin.to_owned(),
+        text: text.to_owned(),
+    };
+    let list = "table ip kube-proxy\ntable ip nat\ntable ip mine\ntable ip6 six\n\
+                table inet firewalld\ntable inet kube-proxy\ntable arp a\ntable netdev n\n";
+    let mut texts = Texts {
+        nft_tables: Some(source("nft list tables", list)),
+        ..Texts::default()
+    };
+    let names = |texts: &Texts, family| -> Vec<String> {
+        let found = read(texts).expect("names");
+        let tables = found.not_walked(texts, family);
+        tables.map(ToString::to_string).collect()
+    };
+    let inet = ["table inet firewalld", "table inet kube-proxy"];
+    let netdev = "table netdev n";
+    let v4 = [inet[0], inet[1], "table ip mine", "table ip nat", netdev];
+    assert_eq!(names(&texts, Family::V4), v4);
+    texts.v4.iptables.push(source("iptables-nft-save", ""));
+    let v4 = [inet[0], inet[1], "table ip mine", netdev];
+    assert_eq!(names(&texts, Family::V4), v4);
+    let v6 = [inet[0], inet[1], "table ip6 six", netdev];
+    assert_eq!(names(&texts, Family::V6), v6);
+}
