@@ -3,6 +3,10 @@
 
 use tests::oracle::walk_agrees_with_the_kernel;
 use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
+use tests::trace::{
+    a_flush_is_heard_and_what_it_breaks_is_seen, every_flow_is_told_by_its_service,
+    only_what_is_chosen_is_traced,
+};
 use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
     drops_equal_the_kernels_own_counter, every_service_and_endpoint_answers,
@@ -96,4 +100,29 @@ fn iptables_nft_rules_are_kube_proxys() {
 fn nftables_rules_are_kube_proxys() {
     the_real_cluster_is_clean(Mode::Nftables);
     random_clusters_are_clean(Mode::Nftables, 0..3, 300);
+}
+
+#[test]
+fn iptables_legacy_trace() {
+    every_flow_is_told_by_its_service(Mode::IptablesLegacy);
+}
+
+#[test]
+fn iptables_nft_trace() {
+    every_flow_is_told_by_its_service(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_trace() {
+    every_flow_is_told_by_its_service(Mode::Nftables);
+}
+
+#[test]
+fn nftables_trace_of_a_flush() {
+    a_flush_is_heard_and_what_it_breaks_is_seen();
+}
+
+#[test]
+fn nftables_trace_of_one_service() {
+    only_what_is_chosen_is_traced();
 }

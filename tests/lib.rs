@@ -3,6 +3,7 @@
 
 pub mod oracle;
 pub mod rules;
+pub mod trace;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

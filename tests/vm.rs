@@ -85,3 +85,8 @@ fn ipvs_rules_are_kube_proxys() {
     tests::rules::the_real_cluster_is_clean(Mode::Ipvs);
     tests::rules::random_clusters_are_clean(Mode::Ipvs, 0..2, 100);
 }
+
+#[test]
+fn ipvs_trace() {
+    tests::trace::every_flow_is_told_by_its_service(Mode::Ipvs);
+}

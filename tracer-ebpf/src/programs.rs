@@ -270,13 +270,16 @@ unsafe fn step(table: *mut Table, slot: *mut Slot, skb: *const u8, now: u64) {
             settle(slot);
             count(slot, STAGE_NODE, (*slot).elapsed);
             (*table).stats.delivered += 1;
-            if (*slot).state == state::NEW {
+            if is_told(slot) {
                 read_header(skb, &mut (*slot).header);
                 send(table, slot, kind::FIRST, 0, 0, false);
             }
             (*slot).phase = phase::DELIVERED;
         }
-        if ROLE.load() & role::DEPART != 0 && (*slot).state == state::NEW {
+        // Unknown by now is untracked at the end.
+        if ROLE.load() & role::DEPART != 0
+            && ((*slot).state == state::NEW || (*slot).state == state::UNKNOWN)
+        {
             read_header(skb, &mut (*slot).header);
         }
     }
@@ -286,6 +289,17 @@ unsafe fn step(table: *mut Table, slot: *mut Slot, skb: *const u8, now: u64) {
 #[inline(always)]
 unsafe fn stage_of(slot: *const Slot) -> u8 {
     unsafe { (*slot).boundary + (*slot).resent }
+}
+
+/// Does the end of this packet's journey go through the ring buffer? First packets of flows do; and
+/// packets to a Service that conntrack does not track, which nobody translates.
+#[inline(always)]
+unsafe fn is_told(slot: *const Slot) -> bool {
+    unsafe {
+        let path = (*slot).path;
+        let to_service = path < Path::COUNT as u8 && path % 3 != Target::Pod as u8;
+        (*slot).state == state::NEW || ((*slot).state == state::UNTRACKED && to_service)
+    }
 }
 
 /// The journey is over: a packet that conntrack has not claimed by now is untracked, and what was
@@ -700,7 +714,7 @@ fn net_dev_xmit(ctx: BtfTracePointContext) -> i32 {
         count(slot, stage_of(slot), took);
         count(slot, STAGE_NODE, (*slot).elapsed);
         (*table).stats.transmitted += 1;
-        if (*slot).state == state::NEW {
+        if is_told(slot) {
             send(table, slot, kind::FIRST, 0, 0, true);
         }
         (*slot).skb = 0;

@@ -220,7 +220,7 @@ pub struct Table {
 
 /// Kinds of [`Record`].
 pub mod kind {
-    /// The first packet of a flow reached the end of its journey.
+    /// The first packet of a flow, or one to a Service that is not tracked, reached the end of its journey.
     pub const FIRST: u8 = 1;
     /// A packet was dropped.
     pub const DROP: u8 = 2;

@@ -26,7 +26,8 @@ const REMEMBERED: usize = 4096;
 pub struct Tally {
     /// New flows.
     pub flows: u64,
-    /// First packets that were sent once more: nobody had answered the one before.
+    /// First packets that were sent once more: nobody had answered the one before. While nothing tracks
+    /// connections, later packets as well.
     pub repeated: u64,
     /// New flows by how their first packet ended.
     pub ends: BTreeMap<End, u64>,
@@ -323,8 +324,8 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "\n{} Services with flows, {} without, in {} ({} tier; times are a packet's on this node, without the probes' own)",
-            self.services.len(),
+            "\n{} with flows, {} without, in {} ({} tier: answers are not seen; times are a packet's on this node, without the probes' own)",
+            units::plural(self.services.len() as u64, "Service", "Services"),
             self.silent,
             units::time_u64(self.duration_ns),
             self.tier,

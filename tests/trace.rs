@@ -1,5 +1,4 @@
-//! A node of the laboratory, traced as a live one would be. Needs root; changes nothing outside
-//! namespaces of its own.
+//! A node of the laboratory, traced as a live one would be.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -61,13 +60,17 @@ fn options(choices: Vec<Choice>) -> Options {
     }
 }
 
-/// Flows by the Service that they were sent to, and protocol.
-fn sent(node: &TestNode, result: &TrafficResult) -> BTreeMap<String, u64> {
+/// Flows by the Service that they were sent to: its name, or in IPVS mode, whose rules hold none, the
+/// address and port.
+fn sent(node: &TestNode, result: &TrafficResult, mode: Mode) -> BTreeMap<String, u64> {
     let mut sent = BTreeMap::new();
     for flow in &result.flows {
         let service = &node.cluster.services[flow.service];
         let port = &service.ports[0];
-        let name = format!("{}/{}:{}", service.namespace, service.name, port.name);
+        let name = match mode {
+            Mode::Ipvs => flow.destination.to_string(),
+            _ => format!("{}/{}:{}", service.namespace, service.name, port.name),
+        };
         *sent.entry(name).or_default() += 1;
     }
     sent
@@ -100,7 +103,9 @@ fn as_dumped(node: &TestNode) -> Vec<String> {
         .collect()
 }
 
-fn every_flow_is_told_by_its_service(mode: Mode) {
+/// Flows of three paths: each is told once, under its Service's name, with a good end; the node's rules
+/// are as before.
+pub fn every_flow_is_told_by_its_service(mode: Mode) {
     let node = node(mode);
     let before = as_dumped(&node);
     let mut session = Session::start(node.lab.node(), options(Vec::new())).expect("attaches");
@@ -122,7 +127,7 @@ fn every_flow_is_told_by_its_service(mode: Mode) {
         .iter()
         .map(|service| (service.name.clone(), service.flows))
         .collect();
-    assert_eq!(told, sent(&node, &result));
+    assert_eq!(told, sent(&node, &result, mode));
     for service in &summary.services {
         let good = service
             .ends
@@ -151,23 +156,8 @@ fn every_flow_is_told_by_its_service(mode: Mode) {
     assert!(as_dumped(&node) == before, "tracing only reads");
 }
 
-#[test]
-fn flows_through_nftables_are_told_by_service() {
-    every_flow_is_told_by_its_service(Mode::Nftables);
-}
-
-#[test]
-fn flows_through_iptables_nft_are_told_by_service() {
-    every_flow_is_told_by_its_service(Mode::IptablesNft);
-}
-
-#[test]
-fn flows_through_iptables_legacy_are_told_by_service() {
-    every_flow_is_told_by_its_service(Mode::IptablesLegacy);
-}
-
-#[test]
-fn a_flush_is_heard_and_what_it_breaks_is_seen() {
+/// Who flushes is named, and what it breaks is leaked.
+pub fn a_flush_is_heard_and_what_it_breaks_is_seen() {
     let node = node(Mode::Nftables);
     let mut session = Session::start(node.lab.node(), options(Vec::new())).expect("attaches");
     let flushed = node
@@ -219,9 +209,10 @@ fn a_flush_is_heard_and_what_it_breaks_is_seen() {
     );
 }
 
-#[test]
-fn only_what_is_chosen_is_traced() {
-    let node = node(Mode::Nftables);
+/// Services that were not asked for are not told of.
+pub fn only_what_is_chosen_is_traced() {
+    let mode = Mode::Nftables;
+    let node = node(mode);
     let first = &node.cluster.services[0];
     let name = format!("{}/{}", first.namespace, first.name);
     let session = Session::start(
@@ -231,7 +222,7 @@ fn only_what_is_chosen_is_traced() {
     .expect("attaches");
     let result = send(&node, 40, 3);
     let (_, summary) = session.finish().expect("ends");
-    let wanted: BTreeMap<String, u64> = sent(&node, &result)
+    let wanted: BTreeMap<String, u64> = sent(&node, &result, mode)
         .into_iter()
         .filter(|(service, _)| service.starts_with(&format!("{name}:")))
         .collect();
