@@ -13,7 +13,7 @@ use tracer::rules::dump::Texts;
 use tracer::scenario::node::TestNode;
 use tracer::trace::directory::Choice;
 use tracer::trace::session::{End, Event, Options, Session};
-use tracer_ebpf::path::Path;
+use tracer_ebpf::path::{Path, Target};
 
 /// Longer than anything here takes on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -68,7 +68,10 @@ fn sent(node: &TestNode, result: &TrafficResult, mode: Mode) -> BTreeMap<String,
         let service = &node.cluster.services[flow.service];
         let port = &service.ports[0];
         let name = match mode {
-            Mode::Ipvs => flow.destination.to_string(),
+            Mode::Ipvs if flow.path.target == Target::NodePort => {
+                format!("NodePort {}/{}", flow.destination.port(), flow.protocol)
+            }
+            Mode::Ipvs => format!("{}/{}", flow.destination, flow.protocol),
             _ => format!("{}/{}:{}", service.namespace, service.name, port.name),
         };
         *sent.entry(name).or_default() += 1;

@@ -10,7 +10,8 @@ use crate::rules::services::{Found, FoundService, FrontendKind};
 /// One `ServicePort`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Known {
-    /// `ns/name:port`, or in IPVS mode, whose rules hold no names, `address:port`.
+    /// `ns/name:port`, or in IPVS mode, whose rules hold no names, `10.96.0.10:53/udp` or
+    /// `NodePort 30080/tcp`.
     pub name: String,
     /// The mode whose rules serve it.
     pub mode: &'static str,
@@ -177,9 +178,10 @@ fn name_of(service: &FoundService) -> String {
         return name.clone();
     }
     let first = service.frontends.first();
+    let protocol = service.protocol;
     match first.map(|frontend| (frontend.address, frontend.port)) {
-        Some((Some(address), port)) => SocketAddr::new(address, port).to_string(),
-        Some((None, port)) => format!("NodePort {port}"),
+        Some((Some(address), port)) => format!("{}/{protocol}", SocketAddr::new(address, port)),
+        Some((None, port)) => format!("NodePort {port}/{protocol}"),
         None => "unknown".to_owned(),
     }
 }
