@@ -1115,7 +1115,7 @@ mod tests {
 case "$2" in
 plan) [ "$*" = "bench plan --quick --place host --output json" ] || exit 2
       echo '{"jobs":[{"id":"one","title":"One","weight":1,"boot":"b","arguments":["one","--seed","7"]},
-                    {"id":"two","title":"Two","weight":2,"arguments":["two","--seed","7"]}]}' ;;
+                    {"id":"two","title":"Two","weight":2,"boot":"b","arguments":["two","--seed","7"]}]}' ;;
 job)  [ "$4 $5 $6 $7 $8" = "--seed 7 --clock wall -o" ] || exit 2
       echo "progress 0.5 half" >&2; echo "part of $3" > "$9" ;;
 assemble) mkdir -p "$9" && cat "$4/one.json" "$4/two.json" "$7" > "$9/run.json" ;;

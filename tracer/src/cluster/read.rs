@@ -571,6 +571,7 @@ impl<'a> Reader<'a> {
             return Ok(());
         }
 
+        self.check_words(object, &spec)?;
         let cluster_ips = self.cluster_ips(object, &spec)?;
         let external_ips = self.addresses(object, "spec.externalIPs", spec.external_ips.as_deref());
         let is_accessible = matches!(kind, "LoadBalancer" | "NodePort")
@@ -614,6 +615,39 @@ impl<'a> Reader<'a> {
             };
         }
         self.result.cluster.services.push(service);
+        Ok(())
+    }
+
+    /// Are the words ones that the API server knows? Taken for defaults, others would go unnoticed.
+    fn check_words(&self, object: &Object<'_>, spec: &RawServiceSpec) -> Result<(), ReadError> {
+        let policies: &[&str] = &["", "Cluster", "Local"];
+        let types: &[&str] = &["ClusterIP", "NodePort", "LoadBalancer"];
+        for (field, word, known) in [
+            ("spec.type", &spec.r#type, types),
+            (
+                "spec.externalTrafficPolicy",
+                &spec.external_traffic_policy,
+                policies,
+            ),
+            (
+                "spec.internalTrafficPolicy",
+                &spec.internal_traffic_policy,
+                policies,
+            ),
+            (
+                "spec.sessionAffinity",
+                &spec.session_affinity,
+                &["", "None", "ClientIP"],
+            ),
+        ] {
+            if let Some(word) = word
+                && !known.contains(&word.as_str())
+            {
+                let known: Vec<&str> = known.iter().copied().filter(|w| !w.is_empty()).collect();
+                let reason = format!("{word:?} is none of {}", known.join(", "));
+                return Err(self.wrong(object, field, reason));
+            }
+        }
         Ok(())
     }
 

@@ -88,6 +88,8 @@ pub struct Report {
     /// In iptables modes, the back end whose rules these are; `None` if the dump does not tell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub back_end: Option<Mode>,
+    /// The IP families that were checked: not IPv6 if neither the cluster nor the node has any of it.
+    pub families: Vec<Family>,
     /// Every difference.
     pub differences: Vec<Finding>,
     /// What is on its way out: [`Kind::Draining`], which is no difference.
@@ -134,7 +136,11 @@ pub fn check(
     let (found, expected) = (found?, expected?);
     let mut differences = Vec::new();
     let mut back_end = None;
+    let families = families_in_use(cluster, texts);
     for (index, family) in Family::ALL.into_iter().enumerate() {
+        if !families.contains(&family) {
+            continue;
+        }
         let tables = expected.iptables[index].as_ref();
         let tables_there = &found.iptables[index];
         let chosen = check_iptables(mode, family, tables, tables_there, &mut differences)?;
@@ -151,6 +157,7 @@ pub fn check(
     }
     let wanted = expected.ipvs.as_ref();
     check_ipvs(cluster, &node, wanted, texts, &found.ipvs, &mut differences)?;
+    differences.retain(|finding| families.contains(&finding.family));
     let has_rules = |service: &&crate::cluster::Service| !service.cluster_ips.is_empty();
     let services = || cluster.services.iter().filter(has_rules);
     let endpoints = services().flat_map(|s| &s.ports).map(|p| p.endpoints.len());
@@ -162,11 +169,37 @@ pub fn check(
         node: node.name,
         mode,
         back_end: back_end.filter(|_| uses_iptables),
+        families,
         services: services().count(),
         endpoints: endpoints.sum(),
         differences,
         draining,
     })
+}
+
+/// The families that kube-proxy serves on the node. Where the machine has no IPv6 it serves IPv4 alone,
+/// which shows in rules without any trace of IPv6; a Service with an IPv6 address wants it all the same.
+fn families_in_use(cluster: &Cluster, texts: &Texts) -> Vec<Family> {
+    let wanted = cluster
+        .services
+        .iter()
+        .flat_map(|service| &service.cluster_ips)
+        .any(|ip| Family::of(*ip) == Family::V6);
+    let there = || {
+        let dumps = texts.of(Family::V6);
+        let nft = dumps.nft.iter().chain(&dumps.nft_json);
+        dumps
+            .iptables
+            .iter()
+            .any(|save| save.text.contains("KUBE-"))
+            || nft.into_iter().any(|list| list.text.contains("kube-proxy"))
+            || texts.sets.iter().any(|save| save.text.contains("KUBE-6-"))
+    };
+    if wanted || there() {
+        Family::ALL.to_vec()
+    } else {
+        vec![Family::V4]
+    }
 }
 
 /// Everything that the dumps hold, for each family of [`Family::ALL`].

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use tracer::cluster::Family;
 use tracer::kernel::netns::Netns;
 use tracer::rules::check::{Finding, Report, check};
 use tracer::rules::{Mode, NodeView};
@@ -98,9 +99,13 @@ fn show(report: &Report, seconds: f64, limit: usize) -> String {
     // Writing into a String cannot fail, here and below.
     let _ = writeln!(
         text,
-        "{differences} ({} Services, {} endpoints{} checked in {seconds:.1} s)",
+        "{differences} ({} Services, {} endpoints{}{} checked in {seconds:.1} s)",
         report.services,
         report.endpoints,
+        match report.families.as_slice() {
+            [Family::V4] => " of IPv4 alone",
+            _ => "",
+        },
         report
             .back_end
             .map_or_else(String::new, |mode| format!(" in {mode}")),

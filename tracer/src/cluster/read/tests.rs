@@ -587,3 +587,20 @@ fn a_conflict_of_many_services_is_one_warning() {
     let names = "ns/web:http, ns/web2:http, ns/web3:http, 3 others too";
     assert!(warning.message.contains(names), "{warning}");
 }
+
+#[test]
+fn words_that_the_api_server_does_not_know_are_refused() {
+    for (field, word) in [
+        ("type", "nodeport"),
+        ("externalTrafficPolicy", "Foo"),
+        ("internalTrafficPolicy", "local"),
+        ("sessionAffinity", "Cookie"),
+    ] {
+        let list = list_with(|service| service["spec"][field] = json!(word), unchanged);
+        let error = read_value(&list).expect_err(word).to_string();
+        assert!(
+            error.contains(&format!("spec.{field}: {word:?} is none of")),
+            "{error}"
+        );
+    }
+}

@@ -339,3 +339,51 @@ proptest! {
         prop_assert_eq!(found, []);
     }
 }
+
+fn one_service(ips: &[&str]) -> Cluster {
+    let port = ServicePort {
+        name: "http".to_owned(),
+        protocol: Protocol::Tcp,
+        port: 80,
+        node_port: None,
+        endpoints: Vec::new(),
+    };
+    Cluster {
+        services: vec![Service {
+            namespace: "shop".to_owned(),
+            name: "web".to_owned(),
+            cluster_ips: ips
+                .iter()
+                .map(|ip| ip.parse().expect("an address"))
+                .collect(),
+            ports: vec![port],
+            ..Service::default()
+        }],
+        ..Cluster::default()
+    }
+}
+
+#[test]
+fn a_machine_without_ipv6_is_checked_for_ipv4_alone() {
+    let node = NodeView {
+        service_cidrs: ["10.96.0.0/16", "fd00::/112"]
+            .map(|cidr| cidr.parse().expect("a network"))
+            .to_vec(),
+        ..NodeView::default()
+    };
+    let mode = Mode::Nftables;
+    let cluster4 = one_service(&["10.96.0.1"]);
+    let mut texts = Texts::rendered(&render(&cluster4, &node, mode));
+    let report = check(&cluster4, &node, mode, &texts).expect("a dump");
+    assert_eq!(report.families, Family::ALL);
+    texts.v6.nft = None;
+    let report = check(&cluster4, &node, mode, &texts).expect("a dump");
+    assert_eq!(
+        (report.families, report.differences),
+        (vec![Family::V4], vec![])
+    );
+    // Where a Service wants it, rules of IPv6 have to be there.
+    let both = one_service(&["10.96.0.1", "fd00::1"]);
+    let error = check(&both, &node, mode, &texts).expect_err("no dump");
+    assert!(error.to_string().contains("nft-ip6.txt"), "{error}");
+}
