@@ -15,6 +15,9 @@ pub struct Bound {
     pub prefix: u8,
     /// For how many seconds it will stay; `None`: for ever.
     pub lifetime: Option<u32>,
+    /// What `ip addr` says of it besides that kube-proxy's addresses do not have: another scope, flag,
+    /// label or preferred lifetime.
+    pub odd: Option<String>,
     /// The line it stands on, from 1; in JSON, its place in the list.
     pub line: u32,
 }
@@ -57,13 +60,16 @@ impl Addresses {
         for (line, text) in numbered_lines(text)? {
             let error = |problem| ParseError::new(line, problem, text);
             let lifetime = text
-                .trim_ascii_start()
+                .trim_ascii()
                 .strip_prefix("valid_lft ")
-                .map(|rest| rest.split(' ').next().unwrap_or_default());
+                .map(|rest| rest.split_once(' ').unwrap_or((rest, "")));
             match (open.take(), lifetime) {
-                (Some((_, _, bound)), Some(lifetime)) => {
-                    let lifetime = parse_lifetime(lifetime).map_err(error)?;
-                    addresses.add(link == Some(true), Bound { lifetime, ..bound });
+                (Some((_, _, mut bound)), Some((lifetime, preferred))) => {
+                    bound.lifetime = parse_lifetime(lifetime).map_err(error)?;
+                    if preferred != "preferred_lft forever" && bound.lifetime.is_none() {
+                        bound.odd.get_or_insert_with(|| preferred.to_owned());
+                    }
+                    addresses.add(link == Some(true), bound);
                     continue;
                 }
                 (None, Some(_)) => return Err(error("a lifetime of no address")),
@@ -112,6 +118,7 @@ impl Addresses {
                         address,
                         prefix: info.prefixlen,
                         lifetime,
+                        odd: None,
                         line,
                     },
                 );
@@ -162,18 +169,21 @@ fn parse_inet(text: &str, line: u32) -> Result<Option<Bound>, &'static str> {
     if !matches!(words.next(), Some("inet" | "inet6")) {
         return Ok(None);
     }
-    words
-        .next()
-        .and_then(parse_network)
-        .map(|(address, prefix)| {
-            Some(Bound {
-                address,
-                prefix,
-                lifetime: None,
-                line,
-            })
-        })
-        .ok_or("ADDRESS/PREFIX is missing or wrong")
+    let network = words.next().and_then(parse_network);
+    let (address, prefix) = network.ok_or("ADDRESS/PREFIX is missing or wrong")?;
+    let rest: Vec<&str> = words.collect();
+    // An IPv4 address has its link's name for a label.
+    let usual = matches!(
+        rest.as_slice(),
+        ["scope", "global"] | ["scope", "global", LINK]
+    );
+    Ok(Some(Bound {
+        address,
+        prefix,
+        lifetime: None,
+        odd: (!usual).then(|| rest.join(" ")),
+        line,
+    }))
 }
 
 /// `10.96.0.1/32`; a peer's address stands without a length.
@@ -221,6 +231,7 @@ mod tests {
                 address: "fd00:10:96::1001".parse().expect("an address"),
                 prefix: 128,
                 lifetime: None,
+                odd: None,
                 line: 37,
             })
         );

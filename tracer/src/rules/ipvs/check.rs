@@ -588,6 +588,10 @@ impl Checker<'_> {
                     "the node believes to have a link to the network {address}/{prefix}, and \
                      packets to the rest of it are lost"
                 ),
+                _ if bound.odd.is_some() => {
+                    "kube-proxy binds it otherwise: somebody else did, or changed it, and may take it away"
+                        .to_owned()
+                }
                 _ => continue,
             };
             self.address(Kind::Altered, *address, Some(bound), effect);
@@ -606,7 +610,10 @@ impl Checker<'_> {
             .filter(|_| kind == Kind::Altered)
             .map(|bound| match bound.lifetime {
                 Some(seconds) => format!("{address}/{} valid_lft {seconds}sec", bound.prefix),
-                None => format!("{address}/{}", bound.prefix),
+                None => {
+                    let odd = bound.odd.as_ref().map(|odd| format!(" {odd}"));
+                    format!("{address}/{}{}", bound.prefix, odd.unwrap_or_default())
+                }
             });
         self.findings.push(Finding {
             kind,
@@ -972,6 +979,7 @@ mod tests {
             address,
             prefix: whole(address),
             lifetime: None,
+            odd: None,
             line: 1,
         });
         let addresses = Addresses {
@@ -1093,6 +1101,24 @@ mod tests {
             kubernetes,
             "in 60 s",
         );
+        for (from, to) in [
+            ("10.96.0.1/32 scope global", "10.96.0.1/32 scope link"),
+            (
+                "10.96.0.1/32 scope global kube-ipvs0",
+                "10.96.0.1/32 scope global eth0",
+            ),
+            (
+                "10.96.0.1/32 scope global",
+                "10.96.0.1/32 scope global deprecated",
+            ),
+        ] {
+            one(
+                &addresses(from, to),
+                Kind::Altered,
+                kubernetes,
+                "binds it otherwise",
+            );
+        }
         one(
             &addresses(
                 line,
