@@ -606,15 +606,12 @@ impl Checker<'_> {
     }
 
     fn address(&mut self, kind: Kind, address: IpAddr, bound: Option<&Bound>, effect: String) {
-        let found = bound
-            .filter(|_| kind == Kind::Altered)
-            .map(|bound| match bound.lifetime {
-                Some(seconds) => format!("{address}/{} valid_lft {seconds}sec", bound.prefix),
-                None => {
-                    let odd = bound.odd.as_ref().map(|odd| format!(" {odd}"));
-                    format!("{address}/{}{}", bound.prefix, odd.unwrap_or_default())
-                }
-            });
+        let found = bound.filter(|_| kind == Kind::Altered).map(|bound| {
+            let lifetime = bound.lifetime.map(|s| format!(" valid_lft {s}sec"));
+            let odd = bound.odd.as_ref().map(|odd| format!(" {odd}"));
+            let details = lifetime.or(odd).unwrap_or_default();
+            format!("{address}/{}{details}", bound.prefix)
+        });
         self.findings.push(Finding {
             kind,
             family: Family::of(address),
