@@ -12,7 +12,8 @@ use tracer::rules::Mode;
 use tracer::rules::dump::Texts;
 use tracer::scenario::node::TestNode;
 use tracer::trace::directory::Choice;
-use tracer::trace::session::{End, Event, Options, Session};
+use tracer::trace::journey::End;
+use tracer::trace::session::{Event, Options, Session};
 use tracer_ebpf::path::{Path, Target};
 
 /// Longer than anything here takes on a machine under load.

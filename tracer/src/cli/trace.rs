@@ -17,7 +17,8 @@ use tracer::kernel::netns::Netns;
 use tracer::record::run::Clock;
 use tracer::report::units;
 use tracer::trace::directory::Choice;
-use tracer::trace::session::{Event, Journey, Options, Session};
+use tracer::trace::journey::Journey;
+use tracer::trace::session::{Event, Options, Session};
 use tracer::trace::summary::Tally;
 
 use super::exit;

@@ -2,9 +2,10 @@
 //! rules. Reads and attaches probes; changes nothing.
 //!
 //! [`directory`] knows Services by their addresses, [`changes`] hears of rule changes, [`session`]
-//! joins both with what the probes tell, and [`summary`] is what a session found.
+//! joins both with what the probes tell of each [`journey`], and [`summary`] is what a session found.
 
 pub mod changes;
 pub mod directory;
+pub mod journey;
 pub mod session;
 pub mod summary;

@@ -11,7 +11,7 @@ use tracer_ebpf::record::Stats;
 
 use super::changes::RuleChange;
 use super::directory::Directory;
-use super::session::{End, Journey};
+use super::journey::{End, Journey};
 use crate::probe::hooks::RunTime;
 use crate::record::run::{Clock, Histogram, PacketState};
 use crate::record::times::PathTimes;
