@@ -13,7 +13,6 @@ use indicatif::{ProgressBar, ProgressStyle};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
-use tracer::kernel::clock;
 use tracer::record::run::{Clock, Environment, FORMAT, Measurements, Place, Run};
 use tracer::report;
 use tracer::rules::Mode;
@@ -143,15 +142,6 @@ impl From<ClockArg> for Clock {
             ClockArg::Wall => Self::Wall,
             ClockArg::Virtual => Self::Virtual,
         }
-    }
-}
-
-/// The clock of this machine.
-fn own_clock() -> Clock {
-    if clock::is_virtual() {
-        Clock::Virtual
-    } else {
-        Clock::Wall
     }
 }
 
@@ -297,7 +287,7 @@ fn plan(matrix: &Matrix, output: &str) -> anyhow::Result<ExitCode> {
 
 fn one_job(job: Job, load: &Load, wanted: Option<Clock>, file: &Path) -> anyhow::Result<ExitCode> {
     exit::require_root("svcpath bench job")?;
-    let clock = own_clock();
+    let clock = Clock::of_this_machine();
     if let Some(wanted) = wanted.filter(|wanted| *wanted != clock) {
         return Err(exit::Usage(
             match wanted {
@@ -401,7 +391,7 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
             }
         };
         parts.push(PartFile {
-            clock: own_clock(),
+            clock: Clock::of_this_machine(),
             part,
         });
         done += weight;

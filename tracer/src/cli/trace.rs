@@ -258,11 +258,7 @@ impl Screen {
             journeys: args.journeys,
             table: args.output == Output::Text && !args.journeys && std::io::stdout().is_terminal(),
             started_ns: session.started_ns(),
-            clock: if tracer::kernel::clock::is_virtual() {
-                Clock::Virtual
-            } else {
-                Clock::Wall
-            },
+            clock: Clock::of_this_machine(),
             drawn: 0,
             last: Instant::now(),
             flows: Vec::new(),

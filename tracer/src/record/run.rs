@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::rules::{Mode, RuleCounts};
 
+use crate::kernel::clock;
+
 /// The on-disk format that this version reads and writes.
 pub const FORMAT: &str = "svcpath.run/1";
 
@@ -75,6 +77,17 @@ pub enum Clock {
     Wall,
     /// 1 ns = 1 guest instruction (QEMU `-icount shift=0`).
     Virtual,
+}
+
+impl Clock {
+    /// The clock of this machine.
+    pub fn of_this_machine() -> Self {
+        if clock::is_virtual() {
+            Self::Virtual
+        } else {
+            Self::Wall
+        }
+    }
 }
 
 /// Everything measured.

@@ -260,11 +260,7 @@ impl Summary {
             .collect();
         services.sort_by(|a, b| b.flows.cmp(&a.flows).then_with(|| a.name.cmp(&b.name)));
         Self {
-            clock: if crate::kernel::clock::is_virtual() {
-                Clock::Virtual
-            } else {
-                Clock::Wall
-            },
+            clock: Clock::of_this_machine(),
             duration_ns,
             tier: "hooks",
             silent: directory.services().len() - services.len(),
