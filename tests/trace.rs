@@ -58,6 +58,7 @@ fn options(choices: Vec<Choice>) -> Options {
         choices,
         pod_cidrs: vec![plan::NODE_POD_CIDR],
         cost: true,
+        ..Options::default()
     }
 }
 

@@ -119,6 +119,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         choices: choices.collect(),
         pod_cidrs: args.pod_cidr.clone(),
         cost: args.cost,
+        ..Options::default()
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -49,6 +49,7 @@ const KIND_TYPEDEF: u32 = 8;
 const KIND_VOLATILE: u32 = 9;
 const KIND_CONST: u32 = 10;
 const KIND_RESTRICT: u32 = 11;
+const KIND_FUNC: u32 = 12;
 const KIND_TYPE_TAG: u32 = 18;
 
 /// Parsed just far enough to find structures and enums by name: a kernel has some hundred thousand
@@ -148,6 +149,17 @@ impl Btf {
     pub fn typedef_id(&self, name: &str) -> Result<u32, BtfError> {
         self.find(name, &[KIND_TYPEDEF])?
             .ok_or_else(|| BtfError::NoType(format!("typedef {name}")))
+    }
+
+    /// The id of a structure.
+    pub fn structure_id(&self, name: &str) -> Result<u32, BtfError> {
+        self.find(name, &[KIND_STRUCT])?
+            .ok_or_else(|| BtfError::NoType(format!("struct {name}")))
+    }
+
+    /// The id of a function, if there is one of that name.
+    pub fn find_function(&self, name: &str) -> Result<Option<u32>, BtfError> {
+        self.find(name, &[KIND_FUNC])
     }
 
     /// The first type of one of these kinds with this name.

@@ -20,6 +20,7 @@ use crate::kernel::clock::monotonic_ns;
 use crate::kernel::dump;
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::tool::ToolError;
+use crate::probe::catalogue::Detail;
 use crate::probe::hooks::{HooksTier, ProbeError, Watch};
 use crate::record::evidence::{Reasons, destination_of, source_of};
 use crate::record::headers::dissect;
@@ -76,6 +77,10 @@ pub struct Options {
     pub pod_cidrs: Vec<Cidr>,
     /// Have the kernel count what the probes cost, which costs a little more.
     pub cost: bool,
+    /// How finely packets are followed.
+    pub detail: Detail,
+    /// One in how many packets is timed that are not the first of a flow; 0 and 1: all.
+    pub sample: u32,
 }
 
 /// What happened.
@@ -147,10 +152,10 @@ impl Session {
         }
         Ok(Self {
             ns: ns.clone(),
+            reasons: Reasons::of_this_kernel(options.detail)?,
             options,
             probes,
             watcher,
-            reasons: Reasons::of_this_kernel()?,
             tallies: vec![Tally::default(); directory.services().len()],
             directory,
             changes: Vec::new(),
@@ -298,7 +303,12 @@ impl Session {
         let stages: BTreeMap<_, _> = tracer_ebpf::path::Path::ALL
             .into_iter()
             .filter(|path| path.target != Target::Pod)
-            .map(|path| (path.title(), times::of_path(&found, path)))
+            .map(|path| {
+                (
+                    path.title(),
+                    times::of_path(&found, path, self.options.detail),
+                )
+            })
             .filter(|(_, times)| !times.node.is_empty())
             .collect();
         let summary = Summary::new(
@@ -327,5 +337,7 @@ fn watch(directory: &Directory, local: Vec<IpAddr>, options: &Options) -> Watch 
             .map(|cidr| (cidr.base, cidr.prefix))
             .collect(),
         spare: SPARE,
+        detail: options.detail,
+        sample: options.sample,
     }
 }
