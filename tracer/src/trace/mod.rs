@@ -9,3 +9,4 @@ pub mod directory;
 pub mod journey;
 pub mod session;
 pub mod summary;
+pub mod timeline;
