@@ -116,6 +116,21 @@ pub struct Journey {
     pub end: End,
 }
 
+impl std::fmt::Display for Journey {
+    /// Whose it is, by which path it came, and from where to where it went.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} {} {} → {}",
+            self.service, self.path, self.source, self.destination
+        )?;
+        match self.headed.filter(|headed| *headed != self.destination) {
+            Some(headed) => write!(f, " → {headed}"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// One stage of one journey.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct StageTime {
