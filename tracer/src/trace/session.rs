@@ -1,7 +1,7 @@
 //! A session: probes on a node, its Services by name, and what became of every new flow to them.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use super::changes::{ChangesError, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
 use super::journey::{End, Journey};
 use super::summary::{Health, Summary, Tally};
+use super::timeline::Timeline;
 use crate::cluster::Cidr;
 use crate::kernel::addresses::{self, AddressError};
 use crate::kernel::btf::BtfError;
@@ -123,6 +124,7 @@ pub struct Session {
     reasons: Reasons,
     directory: Directory,
     tallies: Vec<Tally>,
+    timeline: Timeline,
     changes: Vec<RuleChange>,
     changed: Option<Instant>,
     reading: Option<Receiver<Result<Found, TraceError>>>,
@@ -150,6 +152,7 @@ impl Session {
         if options.cost {
             probes.count_run_time()?;
         }
+        let started_ns = monotonic_ns();
         Ok(Self {
             ns: ns.clone(),
             reasons: Reasons::of_this_kernel(options.detail)?,
@@ -162,7 +165,8 @@ impl Session {
             changed: None,
             reading: None,
             others: 0,
-            started_ns: monotonic_ns(),
+            timeline: Timeline::new(started_ns),
+            started_ns,
         })
     }
 
@@ -186,6 +190,11 @@ impl Session {
         &self.tallies
     }
 
+    /// Records that the ring buffer could not take so far: flows that are missing.
+    pub fn lost(&self) -> Result<u64, TraceError> {
+        Ok(self.probes.stats()?.ring_lost)
+    }
+
     /// Takes in what happened since the last call, in the order of time.
     pub fn poll(&mut self) -> Result<Vec<Event>, TraceError> {
         let mut events = Vec::new();
@@ -197,7 +206,9 @@ impl Session {
         for record in self.probes.drain()? {
             match self.judge(&record) {
                 Some((index, journey)) => {
-                    self.tallies[index].add(&journey);
+                    if self.tallies[index].add(&journey) {
+                        self.timeline.add(&journey);
+                    }
                     events.push(Event::Journey(journey));
                 }
                 None => self.others += 1,
@@ -254,7 +265,7 @@ impl Session {
         let index = self.directory.asked(destination, record.protocol)?;
         let service = self.directory.get(index)?;
         let headers = dissect(&record.header);
-        let headed = headers.and_then(|h| Some(SocketAddr::new(h.dst, h.dport?)));
+        let (source_after, headed) = headers.and_then(|h| h.addresses()).unzip();
         let path = tracer_ebpf::path::Path::ALL.get(usize::from(record.path));
         let virtual_address = path.is_some_and(|path| path.target == Target::ClusterIp);
         let end = match (record.kind, headed) {
@@ -289,6 +300,9 @@ impl Session {
             path: path.map_or("unknown", |path| path.title()),
             first: record.kind == kind::FIRST || record.state == tracer_ebpf::record::state::NEW,
             elapsed_ns: record.elapsed,
+            source_after,
+            stages: Vec::new(),
+            header: record.header,
             end,
         };
         Some((index, journey))
@@ -312,9 +326,10 @@ impl Session {
             .filter(|(_, times)| !times.node.is_empty())
             .collect();
         let summary = Summary::new(
-            monotonic_ns().saturating_sub(self.started_ns),
+            (self.started_ns, monotonic_ns()),
             &self.directory,
             &self.tallies,
+            self.timeline,
             stages,
             self.changes,
             Health::new(stats, self.others, cost),

@@ -12,6 +12,7 @@ use tracer_ebpf::record::Stats;
 use super::changes::RuleChange;
 use super::directory::Directory;
 use super::journey::{End, Journey};
+use super::timeline::Timeline;
 use crate::probe::hooks::RunTime;
 use crate::record::run::{Clock, Histogram, PacketState};
 use crate::record::times::PathTimes;
@@ -41,16 +42,16 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Counts a journey.
-    pub fn add(&mut self, journey: &Journey) {
+    /// Counts a journey. Is it a new flow's?
+    pub fn add(&mut self, journey: &Journey) -> bool {
         if !journey.first {
             *self.later_drops.entry(journey.end.clone()).or_default() += 1;
-            return;
+            return false;
         }
         let flow = (journey.source, journey.destination);
         if !self.recent.insert(flow) {
             self.repeated += 1;
-            return;
+            return false;
         }
         self.order.push_back(flow);
         if self.order.len() > REMEMBERED
@@ -63,6 +64,7 @@ impl Tally {
         let cell = cell_of(journey.elapsed_ns).min(CELLS - 1);
         *self.cells.entry(cell).or_default() += 1;
         self.sum_ns += journey.elapsed_ns;
+        true
     }
 
     /// First packets' time on the node.
@@ -217,6 +219,8 @@ pub struct Summary {
     pub clock: Clock,
     /// How long the probes were attached, ns.
     pub duration_ns: u64,
+    /// When they were (`CLOCK_MONOTONIC`, ns): the zero of all times that are told since the begin.
+    pub started_ns: u64,
     /// The probe tier.
     pub tier: &'static str,
     /// Services to which there were flows, most flows first.
@@ -225,6 +229,8 @@ pub struct Summary {
     pub silent: usize,
     /// What was timed.
     pub paths: Vec<PathSummary>,
+    /// New flows over time.
+    pub timeline: Timeline,
     /// Who changed rules.
     pub rule_changes: Vec<RuleChange>,
     /// How the probes did.
@@ -233,9 +239,10 @@ pub struct Summary {
 
 impl Summary {
     pub(super) fn new(
-        duration_ns: u64,
+        (started_ns, ended_ns): (u64, u64),
         directory: &Directory,
         tallies: &[Tally],
+        timeline: Timeline,
         paths: BTreeMap<&'static str, PathTimes>,
         rule_changes: Vec<RuleChange>,
         probes: Health,
@@ -261,7 +268,8 @@ impl Summary {
         services.sort_by(|a, b| b.flows.cmp(&a.flows).then_with(|| a.name.cmp(&b.name)));
         Self {
             clock: Clock::of_this_machine(),
-            duration_ns,
+            duration_ns: ended_ns.saturating_sub(started_ns),
+            started_ns,
             tier: "hooks",
             silent: directory.services().len() - services.len(),
             services,
@@ -273,6 +281,7 @@ impl Summary {
                     node: times.node,
                 })
                 .collect(),
+            timeline,
             rule_changes,
             probes,
         }
