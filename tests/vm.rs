@@ -2,8 +2,11 @@
 
 mod ipvs;
 
+use std::net::UdpSocket;
 use std::process::Command;
 
+use tracer::kernel::netns::Netns;
+use tracer::probe::trial;
 use tracer::rules::Mode;
 
 /// Runs a shell command that must succeed; what it prints.
@@ -45,6 +48,49 @@ fn the_kernel_loads_what_each_mode_needs_on_demand() {
         "nft 'add table ip kube-proxy; add map ip kube-proxy services { type ipv4_addr . inet_proto . inet_service : verdict; }'",
     );
     assert!(sh("nft list ruleset").contains("map services"));
+}
+
+/// Programs at functions of vmlinux and of modules, global and static ones, run once a call.
+#[test]
+fn functions_of_vmlinux_and_modules_can_be_probed() {
+    let node = Netns::create("functions").expect("root");
+    let inside = |command: &str| {
+        let status = node
+            .command("sh")
+            .args(["-ec", command])
+            .status()
+            .expect("there is a shell");
+        assert!(status.success(), "`{command}` failed");
+    };
+    inside(
+        "ip link set lo up
+        iptables-legacy -t nat -A OUTPUT -d 127.0.0.3 -j DNAT --to 127.0.0.2
+        iptables-legacy -A OUTPUT -d 127.0.0.3 -j ACCEPT
+        nft 'add table ip t; add chain ip t c { type filter hook output priority 7; }'
+        ipvsadm -A -u 127.0.0.9:9 -s rr",
+    );
+    let socket = node
+        .run(|| UdpSocket::bind("127.0.0.1:0").expect("binds"))
+        .expect("enters");
+    let functions = [
+        (None, "nf_hook_slow"),
+        (Some("nf_nat"), "nf_nat_inet_fn"),
+        (Some("nf_tables"), "nft_do_chain"),
+        (Some("ip_tables"), "ipt_do_table"),
+        (Some("ip_vs"), "ip_vs_in_hook"),
+    ];
+    for (module, function) in functions {
+        let runs = trial::function(module, function, || {
+            for _ in 0..10 {
+                socket.send_to(b"x", "127.0.0.2:9").expect("sends");
+            }
+        })
+        .unwrap_or_else(|error| panic!("{function}: {error}"));
+        assert!(runs.entries >= 10, "{function}: {runs:?}");
+        assert_eq!(runs.entries, runs.exits, "{function}");
+    }
+    let missing = trial::function(Some("no_module"), "nothing", || {});
+    assert!(missing.is_err());
 }
 
 #[test]

@@ -1,8 +1,11 @@
-//! Field offsets and enum names from the running kernel's BTF.
+//! Field offsets, enum names and functions from the BTF of the running kernel and its modules.
 //!
 //! Rust has no CO-RE relocations, so the probes get the offsets of the fields they read as
 //! constants at load time; the same object then runs on any kernel that has BTF.
 //! Format: Documentation/bpf/btf.rst; kinds: include/uapi/linux/btf.h.
+//!
+//! A module's BTF is *split*: its type ids and string offsets go on where vmlinux's end, and what
+//! it shares with vmlinux stands only there.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,6 +13,8 @@ use std::sync::OnceLock;
 
 /// Where the kernel shows its own BTF.
 pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+/// Where the kernel shows its own BTF and that of each loaded module, by name.
+const DIRECTORY: &str = "/sys/kernel/btf";
 
 /// Why a BTF question has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +43,25 @@ pub enum BtfError {
         /// The field's path, dots between nested structures.
         field: String,
     },
+    /// There is no such function, or it is inlined wherever it is called.
+    #[error("this kernel's BTF has no function '{0}'")]
+    NoFunction(String),
+}
+
+/// A function, global or static, as its BTF describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// The id of its type, with which a program is attached to it (`attach_btf_id`).
+    pub id: u32,
+    /// Its parameters' names, in order: a function's parameters differ between kernels.
+    pub parameters: Vec<String>,
+}
+
+impl Function {
+    /// The position of a parameter, from 0.
+    pub fn position(&self, parameter: &str) -> Option<usize> {
+        self.parameters.iter().position(|name| name == parameter)
+    }
 }
 
 const MAGIC: u16 = 0xeb9f;
@@ -50,6 +74,7 @@ const KIND_VOLATILE: u32 = 9;
 const KIND_CONST: u32 = 10;
 const KIND_RESTRICT: u32 = 11;
 const KIND_FUNC: u32 = 12;
+const KIND_FUNC_PROTO: u32 = 13;
 const KIND_TYPE_TAG: u32 = 18;
 
 /// Parsed just far enough to find structures and enums by name: a kernel has some hundred thousand
@@ -57,12 +82,19 @@ const KIND_TYPE_TAG: u32 = 18;
 #[derive(Debug)]
 pub struct Btf {
     data: Vec<u8>,
+    /// Where its strings begin, and how long they are.
     strings: usize,
-    /// Byte offset of each type, by type id; entry 0 is `void`.
+    string_length: usize,
+    /// Byte offset of each type, by type id counted from [`Btf::first_type`]; without a base, entry
+    /// 0 is `void`.
     types: Vec<usize>,
+    /// What it goes on from: vmlinux for a module.
+    base: Option<&'static Btf>,
 }
 
-struct Type {
+struct Type<'a> {
+    /// Where it stands.
+    btf: &'a Btf,
     kind: u32,
     vlen: usize,
     kind_flag: bool,
@@ -91,12 +123,25 @@ impl Btf {
         Self::parse(data)
     }
 
+    /// A loaded module's BTF (`nf_tables`).
+    pub fn module(name: &str) -> Result<Self, BtfError> {
+        let path = Path::new(DIRECTORY).join(name);
+        let data = std::fs::read(&path).map_err(|source| BtfError::Missing { path, source })?;
+        Self::parse_over(data, Some(Self::vmlinux()?))
+    }
+
     /// Parses raw little-endian BTF.
     pub fn parse(data: Vec<u8>) -> Result<Self, BtfError> {
+        Self::parse_over(data, None)
+    }
+
+    fn parse_over(data: Vec<u8>, base: Option<&'static Self>) -> Result<Self, BtfError> {
         let mut btf = Self {
             data,
             strings: 0,
-            types: vec![0],
+            string_length: 0,
+            types: if base.is_some() { vec![] } else { vec![0] },
+            base,
         };
         if btf.u16(0)? != MAGIC {
             return Err(BtfError::Damaged("wrong magic number"));
@@ -105,10 +150,12 @@ impl Btf {
         let mut at = header + btf.u32(8)? as usize;
         let end = at + btf.u32(12)? as usize;
         btf.strings = header + btf.u32(16)? as usize;
+        btf.string_length = btf.u32(20)? as usize;
         while at < end {
             let ty = btf.type_at(at)?;
+            let next = ty.body + body_len(ty.kind, ty.vlen)?;
             btf.types.push(at);
-            at = ty.body + body_len(ty.kind, ty.vlen)?;
+            at = next;
         }
         Ok(btf)
     }
@@ -140,9 +187,30 @@ impl Btf {
         (0..ty.vlen)
             .map(|i| {
                 let at = ty.body + i * 8;
-                Ok((self.u32(at + 4)?, self.string(self.u32(at)?)?.to_owned()))
+                let name = self.string(ty.btf.u32(at)?)?;
+                Ok((ty.btf.u32(at + 4)?, name.to_owned()))
             })
             .collect()
+    }
+
+    /// A function of this object itself: a module's is not looked for in vmlinux, nor the other
+    /// way round.
+    pub fn function(&self, name: &str) -> Result<Function, BtfError> {
+        let id = self
+            .find_own(name, &[KIND_FUNC])?
+            .ok_or_else(|| BtfError::NoFunction(name.to_owned()))?;
+        let prototype = self.type_of(self.type_of(id)?.size_or_id)?;
+        if prototype.kind != KIND_FUNC_PROTO {
+            return Err(BtfError::Damaged("a function without a prototype"));
+        }
+        let parameters = (0..prototype.vlen).map(|i| {
+            let name = prototype.btf.u32(prototype.body + i * 8)?;
+            Ok(self.string(name)?.to_owned())
+        });
+        Ok(Function {
+            id,
+            parameters: parameters.collect::<Result<_, BtfError>>()?,
+        })
     }
 
     /// The id of a typedef.
@@ -157,28 +225,39 @@ impl Btf {
             .ok_or_else(|| BtfError::NoType(format!("struct {name}")))
     }
 
-    /// The id of a function, if there is one of that name.
-    pub fn find_function(&self, name: &str) -> Result<Option<u32>, BtfError> {
-        self.find(name, &[KIND_FUNC])
+    /// The first type of one of these kinds with this name, here or in the base.
+    fn find(&self, name: &str, kinds: &[u32]) -> Result<Option<u32>, BtfError> {
+        match (self.find_own(name, kinds)?, self.base) {
+            (None, Some(base)) => base.find(name, kinds),
+            (found, _) => Ok(found),
+        }
     }
 
-    /// The first type of one of these kinds with this name.
-    fn find(&self, name: &str, kinds: &[u32]) -> Result<Option<u32>, BtfError> {
-        let name = name.as_bytes();
-        for (id, at) in self.types.iter().enumerate().skip(1) {
+    fn find_own(&self, name: &str, kinds: &[u32]) -> Result<Option<u32>, BtfError> {
+        for (id, at) in (self.first_type()..).zip(&self.types) {
             let kind = (self.u32(at + 4)? >> 24) & 0x1f;
-            if !kinds.contains(&kind) {
+            if id == 0 || !kinds.contains(&kind) {
                 continue;
             }
-            let begin = self.strings + self.u32(*at)? as usize;
-            let found = self.data.get(begin..begin + name.len() + 1);
-            if found.is_some_and(|found| found[..name.len()] == *name && found[name.len()] == 0) {
+            if self.bytes_of_string(self.u32(*at)?) == Some(name.as_bytes()) {
                 return u32::try_from(id)
                     .map(Some)
                     .map_err(|_| BtfError::Damaged("too many types"));
             }
         }
         Ok(None)
+    }
+
+    /// The id of the first type that stands here.
+    fn first_type(&self) -> usize {
+        self.base
+            .map_or(0, |base| base.first_type() + base.types.len())
+    }
+
+    /// The offset of the first string that stands here.
+    fn first_string(&self) -> usize {
+        self.base
+            .map_or(0, |base| base.first_string() + base.string_length)
     }
 
     /// Bit offset and type of a member, searched through anonymous members too.
@@ -189,9 +268,9 @@ impl Btf {
         }
         for i in 0..ty.vlen {
             let at = ty.body + i * 12;
-            let member_name = self.u32(at)?;
-            let member_type = self.u32(at + 4)?;
-            let mut offset = self.u32(at + 8)?;
+            let member_name = ty.btf.u32(at)?;
+            let member_type = ty.btf.u32(at + 4)?;
+            let mut offset = ty.btf.u32(at + 8)?;
             if ty.kind_flag {
                 offset &= 0x00ff_ffff;
             }
@@ -207,7 +286,7 @@ impl Btf {
     }
 
     /// Follows typedefs, qualifiers and arrays to the type behind them.
-    fn resolved(&self, mut id: u32) -> Result<Type, BtfError> {
+    fn resolved(&self, mut id: u32) -> Result<Type<'_>, BtfError> {
         // A chain longer than this is a loop.
         for _ in 0..64 {
             let ty = self.type_of(id)?;
@@ -215,20 +294,26 @@ impl Btf {
                 KIND_TYPEDEF | KIND_VOLATILE | KIND_CONST | KIND_RESTRICT | KIND_TYPE_TAG => {
                     ty.size_or_id
                 }
-                KIND_ARRAY => self.u32(ty.body)?,
+                KIND_ARRAY => ty.btf.u32(ty.body)?,
                 _ => return Ok(ty),
             };
         }
         Err(BtfError::Damaged("a type refers to itself"))
     }
 
-    fn type_of(&self, id: u32) -> Result<Type, BtfError> {
+    fn type_of(&self, id: u32) -> Result<Type<'_>, BtfError> {
+        let index = match ((id as usize).checked_sub(self.first_type()), self.base) {
+            (Some(index), _) => index,
+            (None, Some(base)) => return base.type_of(id),
+            (None, None) => return Err(BtfError::Damaged("type id out of range")),
+        };
         let at = *self
             .types
-            .get(id as usize)
+            .get(index)
             .ok_or(BtfError::Damaged("type id out of range"))?;
         if id == 0 {
             return Ok(Type {
+                btf: self,
                 kind: 0,
                 vlen: 0,
                 kind_flag: false,
@@ -239,9 +324,10 @@ impl Btf {
         self.type_at(at)
     }
 
-    fn type_at(&self, at: usize) -> Result<Type, BtfError> {
+    fn type_at(&self, at: usize) -> Result<Type<'_>, BtfError> {
         let info = self.u32(at + 4)?;
         Ok(Type {
+            btf: self,
             kind: (info >> 24) & 0x1f,
             vlen: (info & 0xffff) as usize,
             kind_flag: info >> 31 != 0,
@@ -252,14 +338,18 @@ impl Btf {
 
     fn string(&self, offset: u32) -> Result<&str, BtfError> {
         let bytes = self
-            .data
-            .get(self.strings + offset as usize..)
-            .ok_or(BtfError::Damaged("string offset out of range"))?;
-        let end = bytes
-            .iter()
-            .position(|b| *b == 0)
-            .ok_or(BtfError::Damaged("unterminated string"))?;
-        std::str::from_utf8(&bytes[..end]).map_err(|_| BtfError::Damaged("a name is not UTF-8"))
+            .bytes_of_string(offset)
+            .ok_or(BtfError::Damaged("no string where one should be"))?;
+        std::str::from_utf8(bytes).map_err(|_| BtfError::Damaged("a name is not UTF-8"))
+    }
+
+    /// A string without its terminating zero.
+    fn bytes_of_string(&self, offset: u32) -> Option<&[u8]> {
+        let Some(own) = (offset as usize).checked_sub(self.first_string()) else {
+            return self.base?.bytes_of_string(offset);
+        };
+        let bytes = self.data.get(self.strings + own..)?;
+        bytes.split(|byte| *byte == 0).next()
     }
 
     fn u32(&self, at: usize) -> Result<u32, BtfError> {
@@ -325,8 +415,12 @@ mod tests {
         types.extend([outer, 4 << 24 | 3, 16, first, 1, 0, 0, 3, 32, n, 5, 64]);
         // 5: a const qualifier between
         types.splice(types.len() - 12..types.len() - 12, [0, 10 << 24, 4]);
-        types.extend([reason, 6 << 24 | 1, 4, drop, 7]);
-        let types: Vec<u8> = types.into_iter().flat_map(u32::to_le_bytes).collect();
+        types.extend([reason, 6 << 24 | 1, 4, drop, 7]); // 7
+        file(&types, &strings)
+    }
+
+    fn file(types: &[u32], strings: &[u8]) -> Vec<u8> {
+        let types: Vec<u8> = types.iter().copied().flat_map(u32::to_le_bytes).collect();
         let mut data = Vec::new();
         data.extend(MAGIC.to_le_bytes());
         data.extend([1, 0]);
@@ -338,6 +432,56 @@ mod tests {
         data.extend(types);
         data.extend(strings);
         data
+    }
+
+    /// What a module adds to [`small`]: `int hook(struct outer *n, u32 verdict)` and `struct own { u32
+    /// only; struct outer outer; }`, with the names `n` and `outer` from the base.
+    fn module() -> Vec<u8> {
+        let base = small();
+        let length = u32::from_le_bytes(base[20..24].try_into().expect("4 bytes"));
+        let strings = &base[base.len() - length as usize..];
+        let shared = |name: &str| {
+            let name = [b"\0", name.as_bytes(), b"\0"].concat();
+            let at = strings
+                .windows(name.len())
+                .position(|window| window == name);
+            u32::try_from(at.expect("there") + 1).expect("small")
+        };
+        // hook 1, verdict 6, own 14, only 18
+        let own = length + 1;
+        let mut types = vec![0, 13 << 24 | 2, 1, shared("n"), 6, own + 5, 1]; // 8
+        types.extend([own, 12 << 24, 8]); // 9
+        types.extend([
+            own + 13,
+            4 << 24 | 2,
+            20,
+            own + 17,
+            1,
+            0,
+            shared("outer"),
+            6,
+            32,
+        ]); // 10
+        file(&types, b"\0hook\0verdict\0own\0only\0")
+    }
+
+    fn split() -> Btf {
+        let base = Box::leak(Box::new(Btf::parse(small()).expect("parses")));
+        Btf::parse_over(module(), Some(base)).expect("parses")
+    }
+
+    #[test]
+    fn a_module_goes_on_where_vmlinux_ends() {
+        let btf = split();
+        let hook = btf.function("hook").expect("there");
+        assert_eq!((hook.id, hook.position("verdict")), (9, Some(1)));
+        assert_eq!(hook.parameters, ["n", "verdict"]);
+        assert_eq!(btf.offset_of("own", "only").expect("there"), 0);
+        assert_eq!(btf.offset_of("own", "outer.n.field").expect("there"), 16);
+        assert_eq!(btf.offset_of("outer", "inner").expect("there"), 4);
+        assert_eq!(btf.enum_names("reason").expect("there")[&7], "DROP");
+        let none = btf.function("other").expect_err("not there");
+        assert!(none.to_string().contains("no function 'other'"), "{none}");
     }
 
     #[test]
@@ -371,6 +515,16 @@ mod tests {
                 let _ = btf.enum_names("reason");
             }
         }
+        let base: &Btf = Box::leak(Box::new(Btf::parse(good).expect("parses")));
+        let good = module();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 0xff;
+            if let Ok(btf) = Btf::parse_over(bad, Some(base)) {
+                let _ = btf.offset_of("own", "outer.n.field");
+                let _ = btf.function("hook");
+            }
+        }
     }
 
     #[test]
@@ -379,6 +533,8 @@ mod tests {
         // The first member of struct sk_buff is next, at 0, on every kernel.
         assert_eq!(btf.offset_of("sk_buff", "next").expect("there"), 0);
         assert!(btf.offset_of("sk_buff", "network_header").expect("there") > 0);
+        let unicast = btf.function("netlink_unicast").expect("there");
+        assert_eq!(unicast.parameters, ["ssk", "skb", "portid", "nonblock"]);
         let reasons = btf.enum_names("skb_drop_reason").expect("there");
         assert!(
             reasons

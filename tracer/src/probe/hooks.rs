@@ -173,7 +173,7 @@ impl HooksTier {
         for name in tracepoints(watch.detail).iter().copied() {
             let id = btf.typedef_id(&format!("btf_trace_{name}"))?;
             let program = programs.load(name, Kind::Tracepoint(id), &constants)?;
-            let fd = program::attach_tracepoint(&program)?;
+            let fd = program::attach_tracing(&program)?;
             links.push(Link::new(program, fd));
         }
         let mut placed = Vec::with_capacity(2 * ALL.len());

@@ -8,6 +8,7 @@ pub mod hooks;
 pub mod log;
 mod offsets;
 pub mod program;
+pub mod trial;
 
 /// The compiled programs, as committed beside their manifest.
 pub const OBJECT: &[u8] = aya::include_bytes_aligned!("../../../tracer-ebpf/prebuilt/probes.bpf.o");

@@ -30,7 +30,11 @@ pub(super) fn offsets(btf: &Btf) -> Result<Vec<(&'static str, u32)>, BtfError> {
 
 /// The kernel's number of the function that casts an address to a type; `None` before 6.2.
 pub(super) fn rdonly_cast(btf: &Btf) -> Result<Option<u32>, BtfError> {
-    btf.find_function("bpf_rdonly_cast")
+    match btf.function("bpf_rdonly_cast") {
+        Ok(function) => Ok(Some(function.id)),
+        Err(BtfError::NoFunction(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The type that an address can be cast to; 0 where it cannot.

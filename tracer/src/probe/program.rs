@@ -15,14 +15,14 @@
 //! log, key, value) is to memory that lives until the call returns.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::CString;
+use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use aya::maps::{Map, MapData};
 use aya_obj::generated::{
-    BPF_PSEUDO_MAP_VALUE, bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_prog_info,
-    bpf_prog_type, bpf_stats_type,
+    BPF_PSEUDO_MAP_VALUE, bpf_attach_type, bpf_attr, bpf_btf_info, bpf_cmd, bpf_insn,
+    bpf_prog_info, bpf_prog_type, bpf_stats_type,
 };
 use aya_obj::{EbpfSectionKind, Object};
 
@@ -35,7 +35,7 @@ pub enum ProgramError {
     /// The kernel refused the program.
     #[error("the kernel refused the {kind} program {name}: {source}{}", verifier_note(.log))]
     Load {
-        /// `netfilter` or `tracepoint`.
+        /// `netfilter`, `tracepoint`, `entry` or `exit`.
         kind: &'static str,
         /// Its function.
         name: String,
@@ -55,10 +55,10 @@ pub enum ProgramError {
         /// What aya says.
         source: aya::maps::MapError,
     },
-    /// The kernel refused the tracepoint.
-    #[error("cannot attach to tracepoint {name}: {source}")]
-    Tracepoint {
-        /// The tracepoint's name.
+    /// The kernel refused the tracepoint or function.
+    #[error("cannot attach the program {name}: {source}")]
+    Tracing {
+        /// The program's function.
         name: String,
         /// What `BPF_RAW_TRACEPOINT_OPEN` answered.
         source: io::Error,
@@ -71,6 +71,14 @@ pub enum ProgramError {
         /// The priority asked for.
         priority: i32,
         /// What `BPF_LINK_CREATE` answered.
+        source: io::Error,
+    },
+    /// The type information of the kernel's own objects cannot be had.
+    #[error("the kernel gives no type information of {name} to attach with: {source}")]
+    Module {
+        /// The module.
+        name: String,
+        /// What `bpf(2)` answered.
         source: io::Error,
     },
     /// The kernel does not tell what programs cost.
@@ -89,11 +97,24 @@ fn verifier_note(log: &str) -> String {
 
 /// What a program is.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Kind {
+pub(super) enum Kind<'a> {
     /// `BPF_PROG_TYPE_NETFILTER`.
     Netfilter,
     /// `tp_btf`: the id of the tracepoint's `btf_trace_` type in vmlinux.
     Tracepoint(u32),
+    /// `fentry`: runs before a function.
+    Entry(Callee<'a>),
+    /// `fexit`: runs after a function, with its arguments and its result.
+    Exit(Callee<'a>),
+}
+
+/// A function to attach to: see [`crate::kernel::btf::Btf::function`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Callee<'a> {
+    /// The id of its type.
+    pub(super) id: u32,
+    /// Its module's BTF ([`module_btf`]); `None`: it is vmlinux's.
+    pub(super) module: Option<BorrowedFd<'a>>,
 }
 
 /// A loaded program.
@@ -264,7 +285,7 @@ impl Programs {
     pub(super) fn load(
         &mut self,
         function: &'static str,
-        kind: Kind,
+        kind: Kind<'_>,
         constants: &Constants,
     ) -> Result<Program, ProgramError> {
         self.object
@@ -321,6 +342,20 @@ fn replace_fd(code: &mut [bpf_insn], from: RawFd, to: RawFd) {
     }
 }
 
+/// A program that does nothing, to see whether its kind can be loaded here and when it runs.
+pub(super) fn nothing(name: &'static str, kind: Kind<'_>) -> Result<Program, ProgramError> {
+    const MOVE_64: u8 = 0xb7; // BPF_ALU64 | BPF_MOV | BPF_K: register 0 becomes imm, 0
+    const EXIT: u8 = 0x95; // BPF_JMP | BPF_EXIT
+    let code = [MOVE_64, EXIT].map(|code| bpf_insn {
+        code,
+        _bitfield_align_1: [],
+        _bitfield_1: bpf_insn::new_bitfield_1(0, 0),
+        off: 0,
+        imm: 0,
+    });
+    program_load(name, kind, &code, c"GPL")
+}
+
 fn damaged(error: &dyn std::fmt::Display) -> ProgramError {
     ProgramError::Object(error.to_string())
 }
@@ -345,30 +380,30 @@ fn frozen(name: &str, map: &aya_obj::Map) -> Result<MapData, ProgramError> {
 
 fn program_load(
     name: &'static str,
-    kind: Kind,
+    kind: Kind<'_>,
     code: &[bpf_insn],
-    license: &CString,
+    license: &CStr,
 ) -> Result<Program, ProgramError> {
-    let (program_type, attach_type, attach_btf_id, word) = match kind {
-        Kind::Netfilter => (
-            bpf_prog_type::BPF_PROG_TYPE_NETFILTER,
-            bpf_attach_type::BPF_NETFILTER,
-            0,
-            "netfilter",
-        ),
-        Kind::Tracepoint(id) => (
-            bpf_prog_type::BPF_PROG_TYPE_TRACING,
-            bpf_attach_type::BPF_TRACE_RAW_TP,
-            id,
-            "tracepoint",
-        ),
+    let vmlinux = |id| Callee { id, module: None };
+    let (attach_type, callee, word) = match kind {
+        Kind::Netfilter => (bpf_attach_type::BPF_NETFILTER, vmlinux(0), "netfilter"),
+        Kind::Tracepoint(id) => (bpf_attach_type::BPF_TRACE_RAW_TP, vmlinux(id), "tracepoint"),
+        Kind::Entry(callee) => (bpf_attach_type::BPF_TRACE_FENTRY, callee, "entry"),
+        Kind::Exit(callee) => (bpf_attach_type::BPF_TRACE_FEXIT, callee, "exit"),
+    };
+    let program_type = match kind {
+        Kind::Netfilter => bpf_prog_type::BPF_PROG_TYPE_NETFILTER,
+        _ => bpf_prog_type::BPF_PROG_TYPE_TRACING,
     };
     let mut attr = zeroed();
     // SAFETY: writing to a union's field; all fields are plain integers and arrays.
     let load = unsafe { &mut attr.__bindgen_anon_3 };
     load.prog_type = program_type as u32;
     load.expected_attach_type = attach_type as u32;
-    load.attach_btf_id = attach_btf_id;
+    load.attach_btf_id = callee.id;
+    if let Some(module) = callee.module {
+        load.__bindgen_anon_1.attach_btf_obj_fd = module.as_raw_fd().unsigned_abs();
+    }
     load.insns = code.as_ptr() as u64;
     load.insn_cnt = u32::try_from(code.len())
         .map_err(|_| ProgramError::Object("program too long".to_owned()))?;
@@ -407,14 +442,14 @@ fn program_load(
     }
 }
 
-/// Attaches a tracepoint program to the tracepoint it was loaded for.
-pub(super) fn attach_tracepoint(program: &Program) -> Result<OwnedFd, ProgramError> {
+/// Attaches a program to the tracepoint or function it was loaded for.
+pub(super) fn attach_tracing(program: &Program) -> Result<OwnedFd, ProgramError> {
     let mut attr = zeroed();
-    // A null name means the tracepoint that the program was loaded for.
+    // A null name means what the program was loaded for.
     attr.raw_tracepoint.prog_fd = program.fd.as_raw_fd().unsigned_abs();
     match bpf(bpf_cmd::BPF_RAW_TRACEPOINT_OPEN, &mut attr) {
         Ok(fd) => Ok(fd_of(fd)),
-        Err(source) => Err(ProgramError::Tracepoint {
+        Err(source) => Err(ProgramError::Tracing {
             name: program.name.to_owned(),
             source,
         }),
@@ -441,6 +476,62 @@ pub(super) fn attach_netfilter(program: &Program, place: Place) -> Result<OwnedF
             source,
         }),
     }
+}
+
+/// The type information of a loaded module, as the kernel keeps it: programs for the module's
+/// functions are loaded with it.
+pub(super) fn module_btf(name: &str) -> Result<OwnedFd, ProgramError> {
+    let fail = |source| ProgramError::Module {
+        name: name.to_owned(),
+        source,
+    };
+    let mut id = 0;
+    loop {
+        // Beyond the last id: ENOENT.
+        id = next_btf(id).map_err(fail)?;
+        match open_btf(id) {
+            Ok(fd) if is_named(&fd, name).map_err(fail)? => return Ok(fd),
+            Ok(_) => {}
+            // It went since it was listed.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) => return Err(fail(error)),
+        }
+    }
+}
+
+fn next_btf(id: u32) -> io::Result<u32> {
+    let mut attr = zeroed();
+    attr.__bindgen_anon_6.__bindgen_anon_1.start_id = id;
+    bpf(bpf_cmd::BPF_BTF_GET_NEXT_ID, &mut attr)?;
+    // SAFETY: the kernel has filled in this field, a plain integer.
+    Ok(unsafe { attr.__bindgen_anon_6.next_id })
+}
+
+fn open_btf(id: u32) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    attr.__bindgen_anon_6.__bindgen_anon_1.btf_id = id;
+    bpf(bpf_cmd::BPF_BTF_GET_FD_BY_ID, &mut attr).map(fd_of)
+}
+
+/// Is it the kernel's, and of this name?
+fn is_named(btf: &OwnedFd, name: &str) -> io::Result<bool> {
+    // MODULE_NAME_LEN of include/linux/module.h is 56.
+    let mut found = [0_u8; 64];
+    let mut info = bpf_btf_info {
+        btf: 0,
+        btf_size: 0,
+        id: 0,
+        name: found.as_mut_ptr() as u64,
+        name_len: 64,
+        kernel_btf: 0,
+    };
+    let mut attr = zeroed();
+    attr.info.bpf_fd = btf.as_raw_fd().unsigned_abs();
+    attr.info.info_len = u32::try_from(size_of::<bpf_btf_info>()).unwrap_or(0);
+    attr.info.info = std::ptr::from_mut(&mut info) as u64;
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    let found = CStr::from_bytes_until_nul(&found).unwrap_or_default();
+    Ok(info.kernel_btf != 0 && found.to_bytes() == name.as_bytes())
 }
 
 impl ProgramError {
