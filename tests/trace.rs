@@ -14,6 +14,7 @@ use tracer::scenario::node::TestNode;
 use tracer::trace::directory::Choice;
 use tracer::trace::journey::End;
 use tracer::trace::session::{Event, Options, Session};
+use tracer::trace::verdict::Verdict;
 use tracer_ebpf::path::{Path, Target};
 
 /// Longer than anything here takes on a machine under load.
@@ -139,6 +140,11 @@ pub fn every_flow_is_told_by_its_service(mode: Mode) {
             .iter()
             .all(|count| matches!(count.end, End::Sent | End::Delivered));
         assert!(good && service.repeated == 0, "{service:#?}");
+        let [only] = service.verdicts.as_slice() else {
+            panic!("{service:#?}");
+        };
+        assert_eq!((&only.verdict, only.count), (&Verdict::Delivered, service.flows));
+        assert_eq!(service.answered.count, service.flows);
         assert_eq!(service.mode, mode.name());
     }
     let paths: Vec<&str> = summary.paths.iter().map(|path| path.path).collect();
@@ -200,8 +206,8 @@ pub fn a_flush_is_heard_and_what_it_breaks_is_seen() {
     let leaked: u64 = summary
         .services
         .iter()
-        .flat_map(|service| &service.ends)
-        .filter(|count| count.end == End::Leaked)
+        .flat_map(|service| &service.verdicts)
+        .filter(|count| count.verdict == Verdict::Leaked)
         .map(|count| count.count)
         .sum();
     // What goes to a NodePort finds no socket, and what the host and pods send leaves as it is.

@@ -149,6 +149,7 @@ unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool, 
         (*slot).confirmed = 0;
         (*slot).phase = phase::UNDERWAY;
         (*slot).boundary = here.stage;
+        (*slot).began = here.stage;
         (*slot).resent = 0;
         (*slot).state = state::UNKNOWN;
         (*slot).path = path as u8;
@@ -540,7 +541,8 @@ unsafe fn send(
         (*record).steps = (*slot).steps;
         (*record).tracked = u8::from((*slot).ct != 0);
         (*record).confirmed = (*slot).confirmed;
-        (*record).pad = [0; 4];
+        (*record).began = (*slot).began;
+        (*record).pad = [0; 3];
         (*record).took = (*slot).took;
         (*record).stages = (*slot).stages;
         (*record).tuples = (*slot).tuples;

@@ -194,8 +194,10 @@ pub struct Slot {
     pub kind: u8,
     /// See [`Record::confirmed`].
     pub confirmed: u8,
+    /// See [`Record::began`].
+    pub began: u8,
     /// Zero.
-    pub pad: [u8; 7],
+    pub pad: [u8; 6],
     /// Source address at the first boundary; IPv4 in the first four bytes.
     pub source: [u8; 16],
     /// Destination address at the first boundary.
@@ -355,8 +357,11 @@ pub struct Record {
     /// 1 if the connection's entry was there before the packet: it is not the first of its flow, and goes
     /// where the first one went.
     pub confirmed: u8,
+    /// The stage in which the journey began: the first of PREROUTING, or of OUTPUT for what the node itself
+    /// sent.
+    pub began: u8,
     /// Zero.
-    pub pad: [u8; 4],
+    pub pad: [u8; 3],
     /// Time in each stage passed, ns (at most 4.3 s).
     pub took: [u32; STEPS],
     /// The stages passed, in order.
@@ -391,7 +396,8 @@ impl Record {
         steps: 0,
         tracked: 0,
         confirmed: 0,
-        pad: [0; 4],
+        began: 0,
+        pad: [0; 3],
         took: [0; STEPS],
         stages: [0; STEPS],
         tuples: [0; TUPLES],

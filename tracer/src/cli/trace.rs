@@ -17,9 +17,10 @@ use tracer::kernel::netns::Netns;
 use tracer::record::run::Clock;
 use tracer::report::units;
 use tracer::trace::directory::Choice;
+use tracer::trace::flows::Decided;
 use tracer::trace::journey::Journey;
 use tracer::trace::session::{Event, Options, Session};
-use tracer::trace::summary::Tally;
+use tracer::trace::tally::Tally;
 
 use super::exit;
 
@@ -269,7 +270,7 @@ impl Screen {
     fn show(&mut self, events: &[Event]) -> anyhow::Result<()> {
         let mut text = String::new();
         for event in events {
-            if matches!(event, Event::Journey(_)) && !self.journeys {
+            if matches!(event, Event::Journey(_) | Event::Verdict(_)) && !self.journeys {
                 continue;
             }
             match self.output {
@@ -289,6 +290,7 @@ impl Screen {
         // Writing into a String cannot fail, here and below.
         let _ = match event {
             Event::Journey(journey) => self.journey(text, journey),
+            Event::Verdict(decided) => self.verdict(text, decided),
             Event::RuleChange(change) => write!(text, "{}  {change}", self.since(change.time_ns)),
             Event::Services {
                 time_ns,
@@ -323,6 +325,26 @@ impl Screen {
         write!(text, "  {cost}  {}{later}", journey.end)
     }
 
+    /// What became of a flow: `shop/web:http 10.244.0.7:51544 → 10.96.0.1:80  delivered after 412 us`.
+    fn verdict(&self, text: &mut String, decided: &Decided) -> std::fmt::Result {
+        write!(
+            text,
+            "{}  {} {} → {}  {}",
+            self.since(decided.time_ns),
+            decided.service,
+            decided.source,
+            decided.destination,
+            decided.verdict
+        )?;
+        if let Some(after_ns) = decided.after_ns {
+            write!(text, " after {}", units::cost_u64(self.clock, after_ns))?;
+        }
+        match &decided.corrects {
+            Some(before) => write!(text, " (was: {before})"),
+            None => Ok(()),
+        }
+    }
+
     /// Seconds since the session began.
     fn since(&self, time_ns: u64) -> String {
         let ns = time_ns.saturating_sub(self.started_ns);
@@ -351,7 +373,7 @@ impl Screen {
                 .map_or("", |known| &known.name);
             let before = self.flows.get(*index).copied().unwrap_or(0);
             let rate = (tally.flows - before) as f64 / elapsed.as_secs_f64();
-            let wrong = tally.flows - tally.good();
+            let wrong = tally.bad();
             let _ = writeln!(
                 rows,
                 "{name:<44} {rate:>12.1} {:>12} {wrong:>12} {:>12}",

@@ -101,6 +101,8 @@ pub struct Journey {
     pub path: &'static str,
     /// Is it a flow's first packet?
     pub first: bool,
+    /// Is it an answer, on its way back?
+    pub answer: bool,
     /// The sum of its stages, ns: its time on this node without the probes' own.
     pub elapsed_ns: u64,
     /// Who it came from at the end: another source if it was masqueraded; `None` if unknown.
@@ -158,6 +160,7 @@ impl Journey {
             headed: Some(socket("10.244.0.12:8080")),
             path: "pod→ClusterIP",
             first: true,
+            answer: false,
             elapsed_ns: 32_000,
             source_after: Some(socket("10.244.0.7:51544")),
             stages: Vec::new(),
