@@ -20,7 +20,7 @@ use tracer_ebpf::path::{Path, Target};
 /// Longer than anything here takes on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
+pub(crate) fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -143,7 +143,10 @@ pub fn every_flow_is_told_by_its_service(mode: Mode) {
         let [only] = service.verdicts.as_slice() else {
             panic!("{service:#?}");
         };
-        assert_eq!((&only.verdict, only.count), (&Verdict::Delivered, service.flows));
+        assert_eq!(
+            (&only.verdict, only.count),
+            (&Verdict::Delivered, service.flows)
+        );
         assert_eq!(service.answered.count, service.flows);
         assert_eq!(service.mode, mode.name());
     }

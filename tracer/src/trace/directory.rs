@@ -122,7 +122,9 @@ impl Directory {
             .chain(&service.local_endpoints)
             .copied()
             .collect();
-        known.former.retain(|endpoint, _| !known.endpoints.contains(endpoint));
+        known
+            .former
+            .retain(|endpoint, _| !known.endpoints.contains(endpoint));
         known.there = true;
         for frontend in &service.frontends {
             let (addresses, target) = match frontend.address {

@@ -81,6 +81,8 @@ pub struct Decided {
 struct Flow {
     index: usize,
     first_ns: u64,
+    /// When its first packet came last.
+    last_ns: u64,
     end: End,
     headed: Option<SocketAddr>,
     /// Did conntrack know it before its first packet here?
@@ -133,6 +135,7 @@ impl Flows {
     pub fn first(&mut self, key: Key, index: usize, journey: &Journey, known: bool) -> bool {
         if let Some(flow) = self.flows.get_mut(&key) {
             // The last packet tells best where the flow stands.
+            flow.last_ns = journey.time_ns;
             flow.end = journey.end.clone();
             flow.headed = journey.headed.or(flow.headed);
             flow.known |= known;
@@ -150,6 +153,7 @@ impl Flows {
             Flow {
                 index,
                 first_ns: journey.time_ns,
+                last_ns: journey.time_ns,
                 end: journey.end.clone(),
                 headed: journey.headed,
                 known,
@@ -164,7 +168,11 @@ impl Flows {
     /// Something came back; is it the first that did, of a flow that is open?
     pub fn came_back(&mut self, key: Key, back: Back, time_ns: u64) -> bool {
         let Some(flow) = self.flows.get_mut(&key) else {
-            self.early.insert(key, (back, time_ns));
+            // The first tells most, unless it is an earlier flow's.
+            let early = self.early.entry(key).or_insert((back, time_ns));
+            if time_ns.saturating_sub(early.1) > GRACE_NS {
+                *early = (back, time_ns);
+            }
             self.early_order.push_back(key);
             if self.early_order.len() > EARLY
                 && let Some(oldest) = self.early_order.pop_front()
@@ -302,19 +310,15 @@ fn take_older(queue: &mut Waiting, now_ns: u64, age_ns: u64, into: &mut Waiting)
 }
 
 impl Flow {
-    fn judge(
-        &self,
-        directory: &Directory,
-        reading: bool,
-        now_ns: u64,
-        patience_ns: u64,
-    ) -> Judged {
+    fn judge(&self, directory: &Directory, reading: bool, now_ns: u64, patience_ns: u64) -> Judged {
         let age_ns = now_ns.saturating_sub(self.first_ns);
-        let serves = |address| directory.serves(self.index, address, self.first_ns);
+        let serves = |address, at_ns| directory.serves(self.index, address, at_ns);
         match self.back {
             Some((Back::Reset(by), _)) => return Judged::Is(Verdict::Reset { by }),
             Some((Back::Error(by, how), _)) => return Judged::Is(Verdict::Rejected { by, how }),
-            Some((Back::Answer(by), _)) if serves(by) => return Judged::Is(Verdict::Delivered),
+            Some((Back::Answer(by), _)) if serves(by, self.first_ns) => {
+                return Judged::Is(Verdict::Delivered);
+            }
             Some((Back::Answer(_), _)) if reading => return Judged::Unread,
             Some((Back::Answer(by), _)) => return Judged::Is(Verdict::Misdelivered { by }),
             None => {}
@@ -326,7 +330,7 @@ impl Flow {
                 Judged::InGrace
             };
         }
-        let stray = self.headed.filter(|headed| !serves(*headed));
+        let stray = self.headed.filter(|headed| !serves(*headed, self.last_ns));
         match (&self.end, stray) {
             (End::Unknown, _) => Judged::Is(Verdict::Unknown),
             (End::Leaked, _) => Judged::Is(Verdict::Leaked),
@@ -444,11 +448,7 @@ mod tests {
     fn silence_is_unanswered_once_patience_ends_and_corrected_by_a_late_answer() {
         let (mut flows, directory) = (Flows::default(), directory());
         flows.first(key(1), 0, &journey(0, ENDPOINT, End::Sent), false);
-        assert!(
-            flows
-                .decide(&directory, false, PATIENCE_NS - 1)
-                .is_empty()
-        );
+        assert!(flows.decide(&directory, false, PATIENCE_NS - 1).is_empty());
         let silent = Verdict::Unanswered { stray: None };
         let decided = flows.decide(&directory, false, PATIENCE_NS);
         assert_eq!(verdicts(&decided), [&silent]);
@@ -458,7 +458,12 @@ mod tests {
         assert_eq!(decided[0].corrects.as_deref(), Some(&silent));
         // At the end, what is too young stays undecided.
         flows.first(key(2), 0, &journey(0, ENDPOINT, End::Sent), false);
-        flows.first(key(3), 0, &journey(PATIENCE_AT_END_NS, ENDPOINT, End::Sent), false);
+        flows.first(
+            key(3),
+            0,
+            &journey(PATIENCE_AT_END_NS, ENDPOINT, End::Sent),
+            false,
+        );
         let decided = flows.finish(&directory, PATIENCE_AT_END_NS);
         assert_eq!(verdicts(&decided), [&silent, &Verdict::Undecided]);
     }
@@ -477,9 +482,20 @@ mod tests {
         directory.learn(&Found::default(), &[], 100);
         for (port, time_ns, wanted) in [
             (2, 99, Verdict::Delivered),
-            (3, 101, Verdict::Misdelivered { by: socket(ENDPOINT) }),
+            (
+                3,
+                101,
+                Verdict::Misdelivered {
+                    by: socket(ENDPOINT),
+                },
+            ),
         ] {
-            flows.first(key(port), 0, &journey(time_ns, ENDPOINT, End::Elsewhere), false);
+            flows.first(
+                key(port),
+                0,
+                &journey(time_ns, ENDPOINT, End::Elsewhere),
+                false,
+            );
             flows.came_back(key(port), Back::Answer(socket(ENDPOINT)), 200);
             assert_eq!(verdicts(&flows.decide(&directory, false, 210)), [&wanted]);
         }

@@ -70,7 +70,9 @@ fn tuples_of(record: &Record) -> Option<Tuples> {
         let port = u16::from_be_bytes([bytes[16], bytes[17]]);
         let address: [u8; 16] = bytes[..16].try_into().ok()?;
         let address = if record.family == IPV4 {
-            IpAddr::V4(Ipv4Addr::new(address[0], address[1], address[2], address[3]))
+            IpAddr::V4(Ipv4Addr::new(
+                address[0], address[1], address[2], address[3],
+            ))
         } else {
             IpAddr::V6(Ipv6Addr::from(address))
         };
@@ -116,20 +118,13 @@ impl Reader {
         }
     }
 
-    fn journey(
-        &self,
-        record: &Record,
-        key: Key,
-        index: usize,
-        directory: &Directory,
-    ) -> Journey {
+    fn journey(&self, record: &Record, key: Key, index: usize, directory: &Directory) -> Journey {
         let headers = dissect(&record.header);
         let (source_after, headed) = headers.and_then(|h| h.addresses()).unzip();
         let path = Path::ALL.get(usize::from(record.path));
         let service = directory.get(index);
-        let is_endpoint = |headed: &SocketAddr| {
-            service.is_some_and(|service| service.endpoints.contains(headed))
-        };
+        let is_endpoint =
+            |headed: &SocketAddr| service.is_some_and(|service| service.endpoints.contains(headed));
         let asked = key.destination;
         let virtual_address = path.is_some_and(|path| path.target == Target::ClusterIp);
         let transmitted = record.transmitted != 0;
@@ -193,14 +188,23 @@ impl Reader {
         if !verdict::ends_flow(ipv4, record.flags, record.code) {
             return None;
         }
-        let from = dissect(&record.header).map(|headers| headers.src);
-        let endpoint = tuples.map(|tuples| tuples.answers);
-        let who = match (from, endpoint) {
-            (Some(from), Some(endpoint)) if from == endpoint.ip() => Who::Endpoint(endpoint),
-            // An answer's translation reaches the error's own source too.
-            (_, Some(endpoint)) if !is_ours(record) => Who::Endpoint(endpoint),
-            (Some(from), _) if !is_ours(record) => Who::Router(from),
-            _ => Who::Node,
+        let who = match tuples {
+            // Untranslated, it was for nobody but the node.
+            Some(tuples) if is_ours(record) => {
+                let translated = tuples.answers != tuples.destination;
+                if translated && self.local.contains(&tuples.answers.ip()) {
+                    Who::Endpoint(tuples.answers)
+                } else {
+                    Who::Node
+                }
+            }
+            None if is_ours(record) => Who::Node,
+            // Translation leaves nothing of the error's own source; but only its destination can say that
+            // nobody listens there.
+            Some(tuples) if verdict::is_of_destination(ipv4, record.flags, record.code) => {
+                Who::Endpoint(tuples.answers)
+            }
+            _ => Who::Beyond,
         };
         Some(Back::Error(
             who,

@@ -68,7 +68,11 @@ impl Tally {
     /// New flows that went wrong, as far as is known.
     pub fn bad(&self) -> u64 {
         let bad = |(verdict, _): &(&Verdict, &u64)| !verdict.is_good() && verdict.is_known();
-        self.verdicts.iter().filter(bad).map(|(_, count)| count).sum()
+        self.verdicts
+            .iter()
+            .filter(bad)
+            .map(|(_, count)| count)
+            .sum()
     }
 }
 

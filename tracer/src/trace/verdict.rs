@@ -1,6 +1,6 @@
 //! What became of a flow to a Service.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use serde::Serialize;
 
@@ -62,8 +62,8 @@ pub enum Who {
     Endpoint(SocketAddr),
     /// The node itself: a rule, or its own stack.
     Node,
-    /// Somebody on the way.
-    Router(IpAddr),
+    /// Somebody beyond the node: a router, or the endpoint's own node.
+    Beyond,
 }
 
 impl std::fmt::Display for Who {
@@ -72,7 +72,7 @@ impl std::fmt::Display for Who {
             Self::Client => f.write_str("its client"),
             Self::Endpoint(address) => write!(f, "{address}"),
             Self::Node => f.write_str("this node"),
-            Self::Router(address) => write!(f, "{address} on the way"),
+            Self::Beyond => f.write_str("somebody beyond this node"),
         }
     }
 }
@@ -96,7 +96,12 @@ impl Verdict {
                 "the node's own rules refuse it: the Service has no endpoints that may serve this path, or a \
                  policy rejects (svcpath rules walk shows the rule)"
             }
-            Self::Rejected { .. } => "the packet arrived, but nobody listens on that port of the endpoint",
+            Self::Rejected {
+                by: Who::Beyond, ..
+            } => "a router, a firewall or the endpoint's node refuses it: look there",
+            Self::Rejected { .. } => {
+                "the packet arrived, but nobody listens on that port of the endpoint"
+            }
             Self::Dropped { stage, .. } if stage.starts_with("INPUT deliver") => {
                 "it reached a socket of the node that did not take it: no listener, or a full queue"
             }
@@ -117,8 +122,12 @@ impl Verdict {
                  every packet of this flow keeps it alive"
             }
             Self::Reset { by: Who::Client } => "the client gave up before it was answered",
-            Self::Reset { by: Who::Endpoint(_) } => "the endpoint runs, and nobody listens on that port",
-            Self::Reset { .. } => "the node's own stack answered: the packet was not translated, or a rule rejects",
+            Self::Reset {
+                by: Who::Endpoint(_),
+            } => "the endpoint runs, and nobody listens on that port",
+            Self::Reset { .. } => {
+                "the node's own stack answered: the packet was not translated, or a rule rejects"
+            }
             Self::Unanswered { stray: None } => {
                 "the endpoint is dead, unreachable, filtered on its side, or answers by another way; UDP may \
                  need no answer"
@@ -164,6 +173,11 @@ pub fn icmp_error(ipv4: bool, kind: u8, code: u8) -> &'static str {
         (true, 12, _) | (false, 4, _) => "parameter problem",
         _ => "unreachable",
     }
+}
+
+/// Can only the destination of the quoted packet have sent this ICMP error (RFC 1122, section 3.2.2.1)?
+pub const fn is_of_destination(ipv4: bool, kind: u8, code: u8) -> bool {
+    matches!((ipv4, kind, code), (true, 3, 2 | 3) | (false, 1, 4))
 }
 
 /// Does an ICMP error end its flow? One that asks for smaller packets does not.
