@@ -5,6 +5,8 @@
 pub const MESSAGE: usize = 1 << 14;
 /// `TASK_COMM_LEN` (`include/linux/sched.h`).
 pub const NAME: usize = 16;
+/// Bytes of a process' first argument that are copied at most.
+pub const ARGUMENT: usize = 64;
 /// The IPVS family's number while it is not known: generic families have other ones.
 pub const NO_FAMILY: u32 = 0;
 
@@ -62,6 +64,8 @@ pub struct Begin {
     pub name: [u8; NAME],
     /// The parent's name.
     pub parent_name: [u8; NAME],
+    /// The process' first argument, which is how it was called: of a name of 15 bytes it has the rest.
+    pub argument: [u8; ARGUMENT],
 }
 
 /// The end of the thread's request.
@@ -125,9 +129,11 @@ const SUBSYS_IPSET: u16 = 6;
 const SUBSYS_NFTABLES: u8 = 10;
 /// `GENL_ID_CTRL`: the family that tells of the others.
 const GENL_CONTROL: u16 = 0x10;
-/// `RTM_NEWADDR`, `RTM_DELADDR` (`include/uapi/linux/rtnetlink.h`).
+/// `RTM_NEWADDR`, `RTM_DELADDR`, and `RTM_DELLINK`, with which a link's addresses go
+/// (`include/uapi/linux/rtnetlink.h`).
 const NEW_ADDRESS: u16 = 20;
 const DELETE_ADDRESS: u16 = 21;
+const DELETE_LINK: u16 = 17;
 
 /// Which rules does a netlink request change that begins like this? `ipvs` is IPVS' family or
 /// [`NO_FAMILY`].
@@ -158,7 +164,7 @@ pub const fn subsystem_of(protocol: u16, head: &Head, ipvs: u32) -> u32 {
                 return subsystem::IPVS;
             }
         }
-        ROUTE if head.kind == NEW_ADDRESS || head.kind == DELETE_ADDRESS => {
+        ROUTE if matches!(head.kind, NEW_ADDRESS | DELETE_ADDRESS | DELETE_LINK) => {
             return subsystem::ADDRESSES;
         }
         _ => {}
@@ -215,8 +221,9 @@ mod tests {
         assert_eq!(of(GENERIC, GENL_CONTROL, [3, 2, 0, 0]), subsystem::NONE);
         let unknown = subsystem_of(GENERIC, &head(31, [1, 1, 0, 0]), NO_FAMILY);
         assert_eq!(unknown, subsystem::IPVS);
-        // An address; a list of addresses; the same number elsewhere.
+        // An address; a link's end; a list of addresses; the same number elsewhere.
         assert_eq!(of(ROUTE, 20, [2, 32, 0, 0]), subsystem::ADDRESSES);
+        assert_eq!(of(ROUTE, 17, [0, 0, 0, 0]), subsystem::ADDRESSES);
         assert_eq!(of(ROUTE, 22, [2, 32, 0, 0]), subsystem::NONE);
         assert_eq!(of(NETFILTER, 20, [2, 32, 0, 0]), subsystem::NONE);
     }

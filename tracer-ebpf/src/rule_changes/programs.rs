@@ -15,7 +15,10 @@ use core::mem::{offset_of, size_of};
 use core::panic::PanicInfo;
 
 use aya_ebpf::Global;
-use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_probe_read_user};
+use aya_ebpf::bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
+use aya_ebpf::helpers::generated::{
+    bpf_probe_read_kernel, bpf_probe_read_user, bpf_probe_read_user_str,
+};
 use aya_ebpf::helpers::{
     self, bpf_get_current_pid_tgid, bpf_ktime_get_ns,
     generated::{bpf_get_current_cgroup_id, bpf_get_current_task},
@@ -24,7 +27,7 @@ use aya_ebpf::macros::{btf_tracepoint, fentry, fexit, map};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::programs::{BtfTracePointContext, FEntryContext, FExitContext};
 use tracer_ebpf::change::{
-    Begin, End, Head, MESSAGE, NAME, NLMSG_ERROR, Refusal, kind, subsystem, subsystem_of,
+    ARGUMENT, Begin, End, Head, MESSAGE, NAME, NLMSG_ERROR, Refusal, kind, subsystem, subsystem_of,
     subsystem_of_option,
 };
 
@@ -39,6 +42,10 @@ static TASK_TGID: Global<u32> = Global::new(0);
 static TASK_COMM: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static TASK_FILES: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static TASK_MEMORY: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static MEMORY_ARGUMENTS: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static FILES_TABLE: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
@@ -251,6 +258,15 @@ unsafe fn begin(sock: u64, subsystem: u32, detail: u32, source: Source) {
         (*begin).length = source.length;
         (*begin).name = field::<[u8; NAME]>(leader, TASK_COMM.load());
         (*begin).parent_name = field::<[u8; NAME]>(parent_leader, TASK_COMM.load());
+        let memory: u64 = field(task, TASK_MEMORY.load());
+        let arguments: u64 = field(memory, MEMORY_ARGUMENTS.load());
+        (*begin).argument[0] = 0;
+        // It may be swapped out: then there is none.
+        let _ = bpf_probe_read_user_str(
+            (&raw mut (*begin).argument).cast(),
+            ARGUMENT as u32,
+            arguments as *const c_void,
+        );
         let mut stored = source.length;
         // Of a legacy table and of nf_tables' batches only the beginning counts.
         if stored > 128 && (subsystem == subsystem::LEGACY || subsystem == subsystem::NFTABLES) {
@@ -267,7 +283,11 @@ unsafe fn begin(sock: u64, subsystem: u32, detail: u32, source: Source) {
         let record = request.cast::<u8>();
         let length = offset_of!(Request, bytes) + stored as usize;
         let record = core::slice::from_raw_parts(record, length);
-        if RECORDS.output::<[u8]>(record, 0).is_err() {
+        // Who reads must not be woken yet: that would be part of what the request takes.
+        if RECORDS
+            .output::<[u8]>(record, u64::from(BPF_RB_NO_WAKEUP))
+            .is_err()
+        {
             let _ = PENDING.remove(&thread);
             lose();
         }
@@ -304,7 +324,7 @@ unsafe fn end(result: i64) {
             thread,
             result,
         });
-        entry.submit(0);
+        entry.submit(u64::from(BPF_RB_FORCE_WAKEUP));
     }
 }
 
@@ -328,7 +348,7 @@ unsafe fn answers(port: u32, source: Source) {
             sequence: head.sequence,
             error,
         });
-        entry.submit(0);
+        entry.submit(u64::from(BPF_RB_NO_WAKEUP));
     }
 }
 

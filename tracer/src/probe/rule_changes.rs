@@ -12,7 +12,7 @@
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 
-use aya::maps::{Array, Map, PerCpuArray, RingBuf};
+use aya::maps::{Array, MapData, PerCpuArray, RingBuf};
 use tracer_ebpf::change::{Begin, End, Refusal, kind};
 
 use super::hooks::{ProbeError, map_error, missing};
@@ -88,12 +88,20 @@ fn plain<T: Plain>(bytes: &[u8]) -> Option<T> {
 }
 
 /// The attached probes; dropping them detaches everything.
-#[derive(Debug)]
 pub struct RuleChangeProbes {
     programs: Programs,
+    records: RingBuf<MapData>,
     _links: Vec<Link>,
     way: Way,
 }
+
+impl std::fmt::Debug for RuleChangeProbes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("RuleChangeProbes").field(&self.way).finish()
+    }
+}
+
+const RECORDS: &str = "RECORDS";
 
 impl RuleChangeProbes {
     /// Attaches to what changes a node's namespace, by the best way that this kernel allows.
@@ -131,8 +139,11 @@ impl RuleChangeProbes {
             let fd = program::attach_tracing(&program)?;
             Ok(Link::new(program, fd))
         });
+        let links = links.collect::<Result<_, ProgramError>>()?;
+        let records = programs.take_map(RECORDS).ok_or_else(|| missing(RECORDS))?;
         Ok(Self {
-            _links: links.collect::<Result<_, ProgramError>>()?,
+            _links: links,
+            records: RingBuf::try_from(records).map_err(map_error(RECORDS))?,
             programs,
             way,
         })
@@ -161,30 +172,20 @@ impl RuleChangeProbes {
         Ok(cpus.iter().sum())
     }
 
-    /// Becomes readable when there are records; `None` never.
-    pub fn readable(&self) -> Option<BorrowedFd<'_>> {
-        match self.programs.map(RECORDS) {
-            Some(Map::RingBuf(data)) => Some(data.fd().as_fd()),
-            _ => None,
-        }
+    /// Becomes readable when a request is done.
+    pub fn readable(&self) -> BorrowedFd<'_> {
+        self.records.as_fd()
     }
 
     /// Takes every record that has come, in order.
-    pub fn drain(&mut self) -> Result<Vec<Record>, ProbeError> {
-        let map = self
-            .programs
-            .map_mut(RECORDS)
-            .ok_or_else(|| missing(RECORDS))?;
-        let mut ring = RingBuf::try_from(map).map_err(map_error(RECORDS))?;
+    pub fn drain(&mut self) -> Vec<Record> {
         let mut records = Vec::new();
-        while let Some(bytes) = ring.next() {
+        while let Some(bytes) = self.records.next() {
             records.extend(Record::read(&bytes));
         }
-        Ok(records)
+        records
     }
 }
-
-const RECORDS: &str = "RECORDS";
 
 type Attached = Vec<(&'static str, Kind<'static>)>;
 
@@ -229,6 +230,8 @@ fn offsets(btf: &Btf) -> Result<Vec<(&'static str, u32)>, BtfError> {
         ("TASK_TGID", "task_struct", "tgid"),
         ("TASK_COMM", "task_struct", "comm"),
         ("TASK_FILES", "task_struct", "files"),
+        ("TASK_MEMORY", "task_struct", "mm"),
+        ("MEMORY_ARGUMENTS", "mm_struct", "arg_start"),
         ("FILES_TABLE", "files_struct", "fdt"),
         ("TABLE_SIZE", "fdtable", "max_fds"),
         ("TABLE_FILES", "fdtable", "fd"),
@@ -271,7 +274,7 @@ mod tests {
             begin.extend(number.to_ne_bytes());
         }
         begin.extend(words(&[1, 0, 5, 3]));
-        begin.extend([b'a'; 32]);
+        begin.extend([b'a'; 96]);
         assert_eq!(begin.len(), size_of::<Begin>());
         begin.extend(b"abc.");
         let Some(Record::Begin(head, request)) = Record::read(&begin) else {

@@ -291,6 +291,7 @@ impl Session {
 
     /// Ends the session: what is left in the ring is counted, the probes are detached.
     pub fn finish(mut self) -> Result<(Vec<Event>, Summary), TraceError> {
+        self.watcher.stop();
         let events = self.poll()?;
         let stats = self.probes.stats()?;
         let cost = self.probes.run_time()?;
