@@ -155,21 +155,18 @@ pub fn records(kind: u8, ports: impl Iterator<Item = u16>) -> Vec<Record> {
             time: u64::from(port) * 1000,
             started: u64::from(port) * 1000 - 900,
             elapsed: 700,
-            location: 0,
             kind,
             family: IPV4,
             protocol: TCP,
-            path: 0,
-            state: 0,
             stage: 12,
             transmitted: 1,
-            pad: 0,
             reason: 2,
             sport: port.to_be_bytes(),
             dport: 80_u16.to_be_bytes(),
             source,
             destination,
             header: packet(port),
+            ..Record::ZERO
         })
         .collect()
 }

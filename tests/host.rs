@@ -7,6 +7,7 @@ use tests::trace::{
     a_flush_is_heard_and_what_it_breaks_is_seen, every_flow_is_told_by_its_service,
     only_what_is_chosen_is_traced,
 };
+use tests::verdicts::{a_flow_to_a_dead_endpoint_is_stuck, prepared_faults_are_told};
 use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
     drops_equal_the_kernels_own_counter, every_service_and_endpoint_answers,
@@ -120,6 +121,31 @@ fn nftables_trace() {
 #[test]
 fn nftables_trace_of_a_flush() {
     a_flush_is_heard_and_what_it_breaks_is_seen();
+}
+
+#[test]
+fn iptables_legacy_verdicts() {
+    prepared_faults_are_told(Mode::IptablesLegacy);
+}
+
+#[test]
+fn iptables_nft_verdicts() {
+    prepared_faults_are_told(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_verdicts() {
+    prepared_faults_are_told(Mode::Nftables);
+}
+
+#[test]
+fn iptables_nft_stuck_flow() {
+    a_flow_to_a_dead_endpoint_is_stuck(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_stuck_flow() {
+    a_flow_to_a_dead_endpoint_is_stuck(Mode::Nftables);
 }
 
 #[test]

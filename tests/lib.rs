@@ -4,6 +4,7 @@
 pub mod oracle;
 pub mod rules;
 pub mod trace;
+pub mod verdicts;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -11,15 +11,17 @@ use tracer::lab::{Outcome, plan};
 use tracer::rules::Mode;
 use tracer::rules::dump::Texts;
 use tracer::scenario::node::TestNode;
+use tracer::trace::changes::What;
 use tracer::trace::directory::Choice;
 use tracer::trace::journey::End;
 use tracer::trace::session::{Event, Options, Session};
+use tracer::trace::verdict::Verdict;
 use tracer_ebpf::path::{Path, Target};
 
 /// Longer than anything here takes on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
+pub(crate) fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -58,6 +60,7 @@ fn options(choices: Vec<Choice>) -> Options {
         choices,
         pod_cidrs: vec![plan::NODE_POD_CIDR],
         cost: true,
+        ..Options::default()
     }
 }
 
@@ -138,6 +141,14 @@ pub fn every_flow_is_told_by_its_service(mode: Mode) {
             .iter()
             .all(|count| matches!(count.end, End::Sent | End::Delivered));
         assert!(good && service.repeated == 0, "{service:#?}");
+        let [only] = service.verdicts.as_slice() else {
+            panic!("{service:#?}");
+        };
+        assert_eq!(
+            (&only.verdict, only.count),
+            (&Verdict::Delivered, service.flows)
+        );
+        assert_eq!(service.answered.count, service.flows);
         assert_eq!(service.mode, mode.name());
     }
     let paths: Vec<&str> = summary.paths.iter().map(|path| path.path).collect();
@@ -187,10 +198,13 @@ pub fn a_flush_is_heard_and_what_it_breaks_is_seen() {
     };
     assert_eq!(change.by.name.as_deref(), Some("nft"));
     assert!(change.by.pid.is_some());
-    assert!(
-        change.tables["ip kube-proxy"].rules_deleted > 10,
-        "{change}"
-    );
+    let What::Nftables { tables, .. } = &change.what else {
+        panic!("{change}");
+    };
+    let delta = tables["ip kube-proxy"];
+    assert!(delta.rules_deleted > 10, "{change}");
+    assert_eq!(delta.rules, Some((delta.rules_deleted, 0)), "{change}");
+    assert!(change.took_ns().is_some_and(|ns| ns > 0), "{change}");
     assert!(!change.incomplete);
 
     let result = send(&node, 10, 2);
@@ -199,8 +213,8 @@ pub fn a_flush_is_heard_and_what_it_breaks_is_seen() {
     let leaked: u64 = summary
         .services
         .iter()
-        .flat_map(|service| &service.ends)
-        .filter(|count| count.end == End::Leaked)
+        .flat_map(|service| &service.verdicts)
+        .filter(|count| count.verdict == Verdict::Leaked)
         .map(|count| count.count)
         .sum();
     // What goes to a NodePort finds no socket, and what the host and pods send leaves as it is.

@@ -133,6 +133,11 @@ fn ipvs_rules_are_kube_proxys() {
 }
 
 #[test]
+fn ipvs_verdicts() {
+    tests::verdicts::prepared_faults_are_told(Mode::Ipvs);
+}
+
+#[test]
 fn ipvs_trace() {
     tests::trace::every_flow_is_told_by_its_service(Mode::Ipvs);
 }

@@ -120,6 +120,23 @@ pub const PORT_IS_SOURCE: u8 = 2;
 
 /// Journeys under way on one CPU; a packet's slot follows from the skb's address.
 pub const SLOTS: usize = 64;
+/// Steps of one journey that are remembered: more than the longest path has boundaries (IPVS sends on
+/// from INPUT: 1 + 6 + 4 + 6 + 4).
+pub const STEPS: usize = 24;
+/// Bytes of a packet that a record carries: what an ICMPv6 error quotes, up to the ports.
+pub const HEADER: usize = 96;
+/// `struct nf_conntrack_tuple` (`include/net/netfilter/nf_conntrack_tuple.h`): source address (16 bytes),
+/// port (2), l3num (2), destination address (16), port (2), protocol (1), direction (1).
+pub const TUPLE: usize = 40;
+/// `struct nf_conntrack_tuple_hash`: what lies between two tuples of a connection is a list's node.
+pub const TUPLE_HASH: usize = TUPLE + 16;
+/// Both tuples of a connection as they lie in `struct nf_conn`: the original's, a list's node, the reply's.
+pub const TUPLES: usize = TUPLE_HASH + TUPLE;
+
+/// Answered UDP flows that are remembered: what is forgotten is told again.
+pub const ANSWERED: u32 = 1 << 15;
+/// Stands in the programs for the number of the kernel function `bpf_rdonly_cast`, until they are loaded.
+pub const RDONLY_CAST: u32 = 0x7fff_0001;
 
 /// Where a slot's journey is.
 pub mod phase {
@@ -139,50 +156,71 @@ pub mod phase {
 pub struct Slot {
     /// Address of the skb: the slot's owner.
     pub skb: u64,
-    /// When the journey began (`CLOCK_MONOTONIC`, ns).
+    /// When the journey began (`CLOCK_MONOTONIC`, ns); 0 if it is not timed.
     pub started: u64,
     /// When the last probe let the packet go on.
     pub last: u64,
     /// Sum of the stages so far, ns.
     pub elapsed: u64,
-    /// Time in the receive stage, until conntrack tells the state.
-    pub receive: u32,
-    /// Time in the stage before conntrack, until conntrack tells the state.
-    pub raw: u32,
+    /// Address of the packet's conntrack entry; 0 before conntrack has seen it.
+    pub ct: u64,
     /// See [`phase`].
     pub phase: u8,
     /// The last boundary passed: the stage the packet is in.
     pub boundary: u8,
-    /// The stage whose time is in `raw`; `STAGES` if there is none.
-    pub raw_stage: u8,
     /// See [`state`].
     pub state: u8,
     /// Index of the path; `Path::COUNT` for a reply whose flow is not known yet.
     pub path: u8,
     /// [`IPV4`] or [`IPV6`].
     pub family: u8,
-    /// IP protocol number.
+    /// IP protocol number; of an ICMP error, that of the packet which it is about.
     pub protocol: u8,
-    /// 1 if `receive` holds a time.
-    pub received: u8,
+    /// See [`Record::flags`].
+    pub flags: u8,
+    /// See [`Record::code`].
+    pub code: u8,
     /// Source port at the first boundary, network order.
     pub sport: [u8; 2],
     /// Destination port at the first boundary, network order.
     pub dport: [u8; 2],
     /// [`RESENT`] while the packet passes OUTPUT because IPVS sends it on, otherwise 0.
     pub resent: u8,
+    /// See [`timed`].
+    pub timed: u8,
+    /// How many of `took` and `stages` are set.
+    pub steps: u8,
+    /// See [`kind`]; set when the packet has passed its last boundary, 0 if it is not told.
+    pub kind: u8,
+    /// See [`Record::confirmed`].
+    pub confirmed: u8,
+    /// See [`Record::began`].
+    pub began: u8,
     /// Zero.
-    pub pad: [u8; 3],
+    pub pad: [u8; 6],
     /// Source address at the first boundary; IPv4 in the first four bytes.
     pub source: [u8; 16],
     /// Destination address at the first boundary.
     pub destination: [u8; 16],
-    /// The packet's first bytes when it left the last hook (first packets only).
+    /// Time in each stage passed, ns.
+    pub took: [u32; STEPS],
+    /// The stages passed, in order.
+    pub stages: [u8; STEPS],
+    /// The connection's tuples when the packet left the last hook (told packets only).
+    pub tuples: [u8; TUPLES],
+    /// The packet's first bytes when it left the last hook (told packets only).
     pub header: [u8; HEADER],
 }
 
-/// Bytes of a packet that a record carries: an IPv6 header and the ports, with room to spare.
-pub const HEADER: usize = 64;
+/// Whether a journey's times are taken.
+pub mod timed {
+    /// Only where the packet is gets remembered.
+    pub const NO: u8 = 0;
+    /// If it turns out to be the first packet of a flow.
+    pub const IF_NEW: u8 = 1;
+    /// Yes.
+    pub const YES: u8 = 2;
+}
 
 /// What the probes counted, on one CPU.
 #[repr(C)]
@@ -206,6 +244,8 @@ pub struct Stats {
     pub unpaired: u64,
     /// Packets at an entry boundary that are of no interest.
     pub other: u64,
+    /// Journeys whose times were taken.
+    pub timed: u64,
 }
 
 /// One CPU's journeys and counters: a single map value, so a probe needs a single look-up.
@@ -216,6 +256,8 @@ pub struct Table {
     pub slots: [Slot; SLOTS],
     /// Counters.
     pub stats: Stats,
+    /// Packets to pass until the next one is sampled.
+    pub skip: u64,
 }
 
 /// Kinds of [`Record`].
@@ -224,15 +266,57 @@ pub mod kind {
     pub const FIRST: u8 = 1;
     /// A packet was dropped.
     pub const DROP: u8 = 2;
+    /// An answer to a first packet reached the end of its journey: SYN-ACK, INIT-ACK, the first packets back
+    /// of a UDP flow.
+    pub const ANSWER: u8 = 3;
+    /// A TCP RST or an SCTP ABORT reached the end of its journey, in either direction.
+    pub const RESET: u8 = 4;
+    /// An ICMP error about a packet of a flow reached the end of its journey. `source`, `destination` and
+    /// the ports are those of the packet that it quotes, turned round.
+    pub const ERROR: u8 = 5;
+}
+
+/// TCP's flags byte (RFC 9293, section 3.1).
+pub mod tcp {
+    /// Synchronise sequence numbers.
+    pub const SYN: u8 = 0x02;
+    /// Reset the connection.
+    pub const RST: u8 = 0x04;
+    /// The acknowledgement number counts.
+    pub const ACK: u8 = 0x10;
+}
+
+/// SCTP's chunk types (RFC 9260, section 3.2).
+pub mod sctp {
+    /// Initiation.
+    pub const INIT: u8 = 1;
+    /// Its acknowledgement.
+    pub const INIT_ACK: u8 = 2;
+    /// Abort.
+    pub const ABORT: u8 = 6;
+}
+
+/// Numbers of protocols (IANA).
+pub mod protocol {
+    /// ICMP.
+    pub const ICMP: u8 = 1;
+    /// TCP.
+    pub const TCP: u8 = 6;
+    /// UDP.
+    pub const UDP: u8 = 17;
+    /// ICMP for IPv6.
+    pub const ICMP6: u8 = 58;
+    /// SCTP.
+    pub const SCTP: u8 = 132;
 }
 
 /// What goes through the ring buffer.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
     /// When it was written (`CLOCK_MONOTONIC`, ns).
     pub time: u64,
-    /// When the journey began.
+    /// When the journey began; 0 if it was not timed.
     pub started: u64,
     /// Sum of the journey's stages, ns.
     pub elapsed: u64,
@@ -242,7 +326,7 @@ pub struct Record {
     pub kind: u8,
     /// [`IPV4`] or [`IPV6`].
     pub family: u8,
-    /// IP protocol number.
+    /// IP protocol number; of an ICMP error, that of the packet which it is about.
     pub protocol: u8,
     /// Index of the path.
     pub path: u8,
@@ -252,8 +336,8 @@ pub struct Record {
     pub stage: u8,
     /// 1 if the packet left by a device, 0 if it reached a socket or was dropped.
     pub transmitted: u8,
-    /// Zero.
-    pub pad: u8,
+    /// TCP's flags byte, SCTP's first chunk type, or for an ICMP error its type.
+    pub flags: u8,
     /// `enum skb_drop_reason`, for a drop.
     pub reason: u32,
     /// Source port at the first boundary, network order.
@@ -264,8 +348,61 @@ pub struct Record {
     pub source: [u8; 16],
     /// Destination address at the first boundary.
     pub destination: [u8; 16],
+    /// An ICMP error's code.
+    pub code: u8,
+    /// How many of `took` and `stages` are set.
+    pub steps: u8,
+    /// 1 if `tuples` is set.
+    pub tracked: u8,
+    /// 1 if the connection's entry was there before the packet: it is not the first of its flow, and goes
+    /// where the first one went.
+    pub confirmed: u8,
+    /// The stage in which the journey began: the first of PREROUTING, or of OUTPUT for what the node itself
+    /// sent.
+    pub began: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+    /// Time in each stage passed, ns (at most 4.3 s).
+    pub took: [u32; STEPS],
+    /// The stages passed, in order.
+    pub stages: [u8; STEPS],
+    /// The connection's tuples at the journey's end: see [`TUPLES`].
+    pub tuples: [u8; TUPLES],
     /// The packet's first bytes at the journey's end.
     pub header: [u8; HEADER],
+}
+
+impl Record {
+    /// All zero.
+    pub const ZERO: Self = Self {
+        time: 0,
+        started: 0,
+        elapsed: 0,
+        location: 0,
+        kind: 0,
+        family: 0,
+        protocol: 0,
+        path: 0,
+        state: 0,
+        stage: 0,
+        transmitted: 0,
+        flags: 0,
+        reason: 0,
+        sport: [0; 2],
+        dport: [0; 2],
+        source: [0; 16],
+        destination: [0; 16],
+        code: 0,
+        steps: 0,
+        tracked: 0,
+        confirmed: 0,
+        began: 0,
+        pad: [0; 3],
+        took: [0; STEPS],
+        stages: [0; STEPS],
+        tuples: [0; TUPLES],
+        header: [0; HEADER],
+    };
 }
 
 /// The per-CPU histogram map's value.
@@ -275,3 +412,4 @@ pub type Cells = Histogram;
 const _: () = assert!(core::mem::size_of::<Table>() <= 32 << 10);
 const _: () = assert!(core::mem::size_of::<Cells>() <= 32 << 10);
 const _: () = assert!(Path::COUNT < 0xff && STAGES < 0xff);
+const _: () = assert!(core::mem::size_of::<Key4>() == 8 && core::mem::size_of::<Key6>() == 20);

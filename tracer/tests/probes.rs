@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use tracer::kernel::netns::Netns;
 use tracer::probe::hooks::{HooksTier, Watch};
 use tracer_ebpf::path::{Origin, Path, Target};
-use tracer_ebpf::record::{STAGE_NODE, state};
+use tracer_ebpf::record::{Record, STAGE_NODE, kind, protocol, state};
 
 fn node_with_loopback() -> Netns {
     let node = Netns::create("node").expect("root");
@@ -50,8 +50,7 @@ fn every_flow_to_a_watched_port_is_counted_once_at_every_stage() {
             (udp_address, 17, Target::Pod),
         ],
         node_addresses: vec!["127.0.0.1".parse().expect("address")],
-        pod_cidrs: vec![],
-        spare: 0,
+        ..Watch::default()
     };
     let mut probes = HooksTier::attach(&node, &watch).expect("attaches");
     for _ in 0..FLOWS {
@@ -95,11 +94,24 @@ fn every_flow_to_a_watched_port_is_counted_once_at_every_stage() {
             .sum()
     };
     assert_eq!(count(STAGE_NODE, state::NEW), 2 * FLOWS, "{times:#?}");
-    let first: Vec<_> = probes
-        .drain()
-        .expect("drains")
-        .into_iter()
-        .filter(|r| r.transmitted == 1)
-        .collect();
-    assert_eq!(first.len() as u64, 2 * FLOWS);
+    let records = probes.drain().expect("drains");
+    let told = |kind, protocol| {
+        let of_kind = |r: &&Record| (r.kind, r.protocol) == (kind, protocol);
+        records.iter().filter(of_kind).count() as u64
+    };
+    for protocol in [protocol::TCP, protocol::UDP] {
+        assert_eq!(told(kind::FIRST, protocol), 2 * FLOWS);
+    }
+    // Every SYN was answered, and the answer made two journeys as well; nobody answered a datagram.
+    assert_eq!(told(kind::ANSWER, protocol::TCP), 2 * FLOWS);
+    assert_eq!(told(kind::ANSWER, protocol::UDP), 0);
+    for record in &records {
+        // A packet that a socket dropped has let go of its connection.
+        assert_eq!(record.tracked == 1, record.kind != kind::DROP, "{record:?}");
+        let steps: u64 = record.took[..usize::from(record.steps)]
+            .iter()
+            .map(|took| u64::from(*took))
+            .sum();
+        assert_eq!(steps, record.elapsed, "stages sum to the whole");
+    }
 }

@@ -3,21 +3,37 @@
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
+use tracer::record::run::Clock;
+use tracer::scenario::cost;
+
 use super::exit;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     sudo svcpath doctor\n  \
-    sudo svcpath doctor --output json | jq '.[] | select(.available | not)'\n\n\
+    sudo svcpath doctor --output json | jq '.[] | select(.available | not)'\n  \
+    sudo svcpath doctor --cost\n\n\
     Exit code 4 if something is missing without which nothing can be measured.")]
 pub(crate) struct Args {
     /// Text or JSON.
     #[arg(long, value_parser = ["text", "json"], default_value = "text")]
     output: String,
+    /// Measure what the probes cost here, on a node of our own in namespaces: some ten seconds.
+    #[arg(long)]
+    cost: bool,
 }
+
+/// Rounds of each set of probes, and packets of each kind in a round.
+const ROUNDS: u32 = 15;
+const PACKETS: u32 = 2000;
+/// On the virtual clock every round is the same.
+const ROUNDS_VIRTUAL: u32 = 1;
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     exit::require_root("svcpath doctor")?;
+    if args.cost {
+        return cost(args);
+    }
     let checks = tracer::scenario::node::examine();
     let mut text = String::new();
     if args.output == "json" {
@@ -37,4 +53,23 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             ExitCode::SUCCESS
         },
     )
+}
+
+/// What the probes cost here.
+fn cost(args: &Args) -> anyhow::Result<ExitCode> {
+    let rounds = match Clock::of_this_machine() {
+        Clock::Wall => ROUNDS,
+        Clock::Virtual => ROUNDS_VIRTUAL,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let report = runtime.block_on(cost::measure(rounds, PACKETS))?;
+    let text = if args.output == "json" {
+        serde_json::to_string_pretty(&report)? + "\n"
+    } else {
+        report.to_string()
+    };
+    exit::print(&text)?;
+    Ok(ExitCode::SUCCESS)
 }

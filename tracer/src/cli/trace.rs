@@ -17,9 +17,10 @@ use tracer::kernel::netns::Netns;
 use tracer::record::run::Clock;
 use tracer::report::units;
 use tracer::trace::directory::Choice;
+use tracer::trace::flows::Decided;
 use tracer::trace::journey::Journey;
 use tracer::trace::session::{Event, Options, Session};
-use tracer::trace::summary::Tally;
+use tracer::trace::tally::Tally;
 
 use super::exit;
 
@@ -31,7 +32,7 @@ use super::exit;
     sudo svcpath trace --netns /run/netns/node1 --node-port 30080\n\n\
     Services have the names that the node's own rules give them; the rules are read again after every\n\
     change. In IPVS mode rules hold no names: a Service is then its address and port. This tier (hooks)\n\
-    does not see changes of iptables-legacy, ipset and IPVS, nor which rule a packet met.\n\n\
+    does not see which rule a packet met.\n\n\
     Reads only. The exit code is that of the command after `--`, if there is one.")]
 pub(crate) struct Args {
     /// Only this Service; can be repeated, as --vip and --node-port can.
@@ -119,6 +120,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         choices: choices.collect(),
         pod_cidrs: args.pod_cidr.clone(),
         cost: args.cost,
+        ..Options::default()
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -252,6 +254,7 @@ impl Screen {
                     "Ctrl-C ends it early"
                 }
             ));
+            exit::say(&format!("rule changes are heard {}", session.listening()));
         }
         Self {
             output: args.output,
@@ -268,7 +271,7 @@ impl Screen {
     fn show(&mut self, events: &[Event]) -> anyhow::Result<()> {
         let mut text = String::new();
         for event in events {
-            if matches!(event, Event::Journey(_)) && !self.journeys {
+            if matches!(event, Event::Journey(_) | Event::Verdict(_)) && !self.journeys {
                 continue;
             }
             match self.output {
@@ -288,6 +291,7 @@ impl Screen {
         // Writing into a String cannot fail, here and below.
         let _ = match event {
             Event::Journey(journey) => self.journey(text, journey),
+            Event::Verdict(decided) => self.verdict(text, decided),
             Event::RuleChange(change) => write!(text, "{}  {change}", self.since(change.time_ns)),
             Event::Services {
                 time_ns,
@@ -322,6 +326,26 @@ impl Screen {
         write!(text, "  {cost}  {}{later}", journey.end)
     }
 
+    /// What became of a flow: `shop/web:http 10.244.0.7:51544 → 10.96.0.1:80  delivered after 412 us`.
+    fn verdict(&self, text: &mut String, decided: &Decided) -> std::fmt::Result {
+        write!(
+            text,
+            "{}  {} {} → {}  {}",
+            self.since(decided.time_ns),
+            decided.service,
+            decided.source,
+            decided.destination,
+            decided.verdict
+        )?;
+        if let Some(after_ns) = decided.after_ns {
+            write!(text, " after {}", units::cost_u64(self.clock, after_ns))?;
+        }
+        match &decided.corrects {
+            Some(before) => write!(text, " (was: {before})"),
+            None => Ok(()),
+        }
+    }
+
     /// Seconds since the session began.
     fn since(&self, time_ns: u64) -> String {
         let ns = time_ns.saturating_sub(self.started_ns);
@@ -350,7 +374,7 @@ impl Screen {
                 .map_or("", |known| &known.name);
             let before = self.flows.get(*index).copied().unwrap_or(0);
             let rate = (tally.flows - before) as f64 / elapsed.as_secs_f64();
-            let wrong = tally.flows - tally.good();
+            let wrong = tally.bad();
             let _ = writeln!(
                 rows,
                 "{name:<44} {rate:>12.1} {:>12} {wrong:>12} {:>12}",

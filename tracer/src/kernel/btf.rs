@@ -219,6 +219,12 @@ impl Btf {
             .ok_or_else(|| BtfError::NoType(format!("typedef {name}")))
     }
 
+    /// The id of a structure.
+    pub fn structure_id(&self, name: &str) -> Result<u32, BtfError> {
+        self.find(name, &[KIND_STRUCT])?
+            .ok_or_else(|| BtfError::NoType(format!("struct {name}")))
+    }
+
     /// The first type of one of these kinds with this name, here or in the base.
     fn find(&self, name: &str, kinds: &[u32]) -> Result<Option<u32>, BtfError> {
         match (self.find_own(name, kinds)?, self.base) {

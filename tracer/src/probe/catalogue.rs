@@ -47,17 +47,13 @@ const fn b(
 // something at INT_MAX - 1 too, so the last boundary keeps a little distance: nothing but the
 // confirmation of conntrack entries runs that late.
 const FIRST: i32 = i32::MIN + 1;
+// Directly behind defragmentation (-400): a packet that comes in parts is whole from here on.
+const WHOLE: i32 = -399;
 const LAST: i32 = i32::MAX - 20;
 
 /// Every boundary, in the order of a packet through each hook; the position is its id.
 pub const ALL: [Boundary; BOUNDARIES] = [
-    b(
-        hook::PREROUTING,
-        FIRST,
-        -400,
-        "raw",
-        "defragmentation and the raw table",
-    ),
+    b(hook::PREROUTING, WHOLE, -300, "raw", "the raw table"),
     b(
         hook::PREROUTING,
         -201,
@@ -132,13 +128,7 @@ pub const ALL: [Boundary; BOUNDARIES] = [
         "output",
         "the way from FORWARD to POSTROUTING",
     ),
-    b(
-        hook::OUTPUT,
-        FIRST,
-        -400,
-        "raw",
-        "defragmentation and the raw table",
-    ),
+    b(hook::OUTPUT, WHOLE, -300, "raw", "the raw table"),
     b(
         hook::OUTPUT,
         -201,
@@ -191,8 +181,56 @@ pub const ALL: [Boundary; BOUNDARIES] = [
 /// `net/netfilter/ipvs/ip_vs_xmit.c`).
 const OUTPUT_BY_IPVS: &str = "OUTPUT-ipvs";
 
+/// How finely a packet's way over the node is divided.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Detail {
+    /// Entry and exit of each hook: what a live node carries all day.
+    Hooks,
+    /// Every component.
+    #[default]
+    Stages,
+}
+
+/// The ids of the boundaries of a hook, or of its first and last, in a packet's order. OUTPUT has no exit:
+/// POSTROUTING follows.
+pub fn boundaries(detail: Detail) -> impl Iterator<Item = usize> {
+    let wanted = move |id: &usize| {
+        detail == Detail::Stages || is_first(*id) || (is_last(*id) && ALL[*id].hook != hook::OUTPUT)
+    };
+    (0..ALL.len()).filter(wanted)
+}
+
+fn is_first(id: usize) -> bool {
+    id == 0 || ALL[id - 1].hook != ALL[id].hook
+}
+
+fn is_last(id: usize) -> bool {
+    id + 1 == ALL.len() || ALL[id + 1].hook != ALL[id].hook
+}
+
 /// A stage as reports name it: hook and component.
-pub fn stage_name(stage: u8) -> (&'static str, &'static str) {
+pub fn stage_name(stage: u8, detail: Detail) -> (&'static str, &'static str) {
+    let (hook, name) = fine_name(stage);
+    let first = stage == STAGE_RESENT || (usize::from(stage) < ALL.len() && is_first(stage.into()));
+    if detail == Detail::Hooks && first {
+        return (
+            hook,
+            if hook.starts_with("OUTPUT") {
+                WHOLE_OUTPUT
+            } else {
+                WHOLE_HOOK
+            },
+        );
+    }
+    (hook, name)
+}
+
+/// What one stage is called that holds all components of a hook.
+const WHOLE_HOOK: &str = "hook";
+/// The same for OUTPUT, where the way to POSTROUTING is part of it.
+const WHOLE_OUTPUT: &str = "hook+routing";
+
+fn fine_name(stage: u8) -> (&'static str, &'static str) {
     match stage {
         STAGE_RECEIVE => ("-", "receive"),
         STAGE_NODE => ("-", "node"),
@@ -233,17 +271,14 @@ pub fn hook_name(number: u32) -> &'static str {
 
 /// What the boundary with this id does besides ending and beginning stages.
 pub fn role_of(id: usize) -> u32 {
-    let here = &ALL[id];
-    let first = id == 0 || ALL[id - 1].hook != here.hook;
-    let last = id + 1 == ALL.len() || ALL[id + 1].hook != here.hook;
     let mut role = 0;
-    if first {
+    if is_first(id) {
         role |= role::ENTRY;
     }
-    if last && here.hook == hook::INPUT {
+    if is_last(id) && ALL[id].hook == hook::INPUT {
         role |= role::DELIVER;
     }
-    if last && here.hook == hook::POSTROUTING {
+    if is_last(id) && ALL[id].hook == hook::POSTROUTING {
         role |= role::DEPART;
     }
     role
@@ -269,7 +304,9 @@ mod tests {
 
     #[test]
     fn stages_come_in_a_packets_order_once_each() {
-        let names: Vec<_> = stages().map(stage_name).collect();
+        let names: Vec<_> = stages()
+            .map(|stage| stage_name(stage, Detail::Stages))
+            .collect();
         assert_eq!(names.len(), STAGES);
         assert_eq!(names[0], ("-", "receive"));
         assert_eq!(names[names.len() - 1], ("-", "node"));
@@ -280,6 +317,18 @@ mod tests {
         assert_eq!(output.len(), usize::from(OUTPUT_COUNT));
         let unique: std::collections::HashSet<_> = names.iter().collect();
         assert_eq!(unique.len(), STAGES);
+    }
+
+    #[test]
+    fn hooks_have_entries_and_exits() {
+        let ids: Vec<_> = boundaries(Detail::Hooks).collect();
+        assert_eq!(ids, [0, 5, 6, 10, 11, 14, 15, 21, 24]);
+        assert_eq!(boundaries(Detail::Stages).count(), BOUNDARIES);
+        let name = |stage| stage_name(stage, Detail::Hooks);
+        assert_eq!(name(0), ("PREROUTING", "hook"));
+        assert_eq!(name(5), ("PREROUTING", "routing"));
+        assert_eq!(name(15), ("OUTPUT", "hook+routing"));
+        assert_eq!(name(STAGE_RESENT), (OUTPUT_BY_IPVS, "hook+routing"));
     }
 
     #[test]

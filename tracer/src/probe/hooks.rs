@@ -11,11 +11,11 @@ use aya::maps::{Array, HashMap as BpfHashMap, Map, PerCpuArray, RingBuf};
 use tracer_ebpf::histogram::{CELLS, bounds_of};
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{
-    Cells, IPV4, IPV6, Key4, Key6, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE, Record, Stats,
-    Table, histogram_index, state,
+    Cells, IPV4, IPV6, Key4, Key6, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE, RDONLY_CAST,
+    Record, Stats, Table, histogram_index, state,
 };
 
-use super::catalogue::{self, ALL};
+use super::catalogue::{self, ALL, Detail};
 pub use super::program::RunTime;
 use super::program::{self, Constants, Counting, Kind, Link, Place, ProgramError, Programs};
 use super::{OBJECT, log, offsets};
@@ -66,6 +66,10 @@ pub struct Watch {
     pub pod_cidrs: Vec<(IpAddr, u8)>,
     /// For how many more targets of each family there has to be room: see [`HooksTier::watch_also`].
     pub spare: u32,
+    /// How finely packets are followed.
+    pub detail: Detail,
+    /// One in how many packets is timed that are not the first of a flow; 0 and 1: all.
+    pub sample: u32,
 }
 
 impl Watch {
@@ -117,10 +121,19 @@ pub struct HooksTier {
     links: Vec<Link>,
     counting: Option<Counting>,
     placed: Vec<Placed>,
+    detail: Detail,
 }
 
-/// Tracepoints attached beside the boundaries.
-pub const TRACEPOINTS: [&str; 3] = ["netif_receive_skb", "net_dev_xmit", "kfree_skb"];
+/// Tracepoints attached beside the boundaries of every stage.
+pub const TRACEPOINTS: [&str; 3] = ["net_dev_xmit", "kfree_skb", "netif_receive_skb"];
+
+/// The tracepoints that go with a detail: when a packet was received is not asked between hooks only.
+fn tracepoints(detail: Detail) -> &'static [&'static str] {
+    match detail {
+        Detail::Hooks => &TRACEPOINTS[..2],
+        Detail::Stages => &TRACEPOINTS,
+    }
+}
 
 /// A plain value of one of the probes' maps.
 #[repr(transparent)]
@@ -144,6 +157,7 @@ impl HooksTier {
             .into_iter()
             .map(|(name, value)| (name, value.to_ne_bytes().to_vec()))
             .collect();
+        constants.insert("SAMPLE", watch.sample.max(1).to_ne_bytes().to_vec());
         let netns = node.number().map_err(ProbeError::Inode)?;
         constants.insert("NETNS", netns.to_ne_bytes().to_vec());
         constants.extend(pod_constants(&watch.pod_cidrs));
@@ -152,10 +166,11 @@ impl HooksTier {
             .unwrap_or(u32::MAX)
             .saturating_add(watch.spare);
         let mut programs = Programs::new(OBJECT, &[("TARGETS4", room), ("TARGETS6", room)])?;
+        programs.resolve(RDONLY_CAST, offsets::rdonly_cast(btf)?);
         fill(&mut programs, watch)?;
 
         let mut links = Vec::with_capacity(TRACEPOINTS.len() + 2 * ALL.len());
-        for name in TRACEPOINTS {
+        for name in tracepoints(watch.detail).iter().copied() {
             let id = btf.typedef_id(&format!("btf_trace_{name}"))?;
             let program = programs.load(name, Kind::Tracepoint(id), &constants)?;
             let fd = program::attach_tracing(&program)?;
@@ -164,14 +179,18 @@ impl HooksTier {
         let mut placed = Vec::with_capacity(2 * ALL.len());
         let _inside = node.enter()?;
         for family in watch.families() {
-            for (id, _) in (0..).zip(ALL) {
-                let (link, priority) = attach_boundary(&mut programs, id, family, &constants)?;
+            let mut previous = u8::MAX;
+            for boundary in catalogue::boundaries(watch.detail) {
+                let boundary = u8::try_from(boundary).unwrap_or(u8::MAX);
+                let chain = (previous, boundary);
+                let (link, priority) = attach_boundary(&mut programs, chain, family, &constants)?;
                 links.push(link);
                 placed.push(Placed {
-                    boundary: id,
+                    boundary,
                     family,
                     priority,
                 });
+                previous = boundary;
             }
         }
         Ok(Self {
@@ -180,7 +199,18 @@ impl HooksTier {
             links,
             counting: None,
             placed,
+            detail: watch.detail,
         })
+    }
+
+    /// How finely packets are followed.
+    pub const fn detail(&self) -> Detail {
+        self.detail
+    }
+
+    /// Number of tracepoints.
+    pub fn tracepoints(&self) -> usize {
+        tracepoints(self.detail).len()
     }
 
     /// Watches these targets, which include those that are watched already.
@@ -237,6 +267,7 @@ impl HooksTier {
                 collisions,
                 unpaired,
                 other,
+                timed,
             } = cpu.0.stats;
             Stats {
                 journeys: sum.journeys + journeys,
@@ -248,6 +279,7 @@ impl HooksTier {
                 collisions: sum.collisions + collisions,
                 unpaired: sum.unpaired + unpaired,
                 other: sum.other + other,
+                timed: sum.timed + timed,
             }
         }))
     }
@@ -455,9 +487,11 @@ where
 const TRIES: i32 = 8;
 
 /// Loads and attaches one boundary, moving up from its wish while the place is taken.
+///
+/// `previous` is the boundary that a packet passes before this one.
 fn attach_boundary(
     programs: &mut Programs,
-    id: u8,
+    (previous, id): (u8, u8),
     family: u8,
     constants: &Constants,
 ) -> Result<(Link, i32), ProbeError> {
@@ -465,7 +499,7 @@ fn attach_boundary(
     let mut constants = constants.clone();
     let mut set = |name, value: u32| constants.insert(name, value.to_ne_bytes().to_vec());
     set("BOUNDARY", id.into());
-    set("PREVIOUS", id.wrapping_sub(1).into());
+    set("PREVIOUS", previous.into());
     set("ROLE", catalogue::role_of(id.into()));
     set("HOOK", boundary.hook);
     set("FAMILY", family.into());

@@ -20,5 +20,27 @@ pub(super) fn offsets(btf: &Btf) -> Result<Vec<(&'static str, u32)>, BtfError> {
             btf.offset_of("nf_conn", "tuplehash")?
                 + btf.offset_of("nf_conntrack_tuple_hash", "tuple")?,
         ),
+        ("CT_STATUS", btf.offset_of("nf_conn", "status")?),
+        ("TYPE_IPHDR", header(btf, "iphdr")?),
+        ("TYPE_IPV6HDR", header(btf, "ipv6hdr")?),
+        ("TYPE_TCPHDR", header(btf, "tcphdr")?),
+        ("TYPE_ICMPHDR", header(btf, "icmphdr")?),
     ])
+}
+
+/// The kernel's number of the function that casts an address to a type; `None` before 6.2.
+pub(super) fn rdonly_cast(btf: &Btf) -> Result<Option<u32>, BtfError> {
+    match btf.function("bpf_rdonly_cast") {
+        Ok(function) => Ok(Some(function.id)),
+        Err(BtfError::NoFunction(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The type that an address can be cast to; 0 where it cannot.
+fn header(btf: &Btf, name: &str) -> Result<u32, BtfError> {
+    match rdonly_cast(btf)? {
+        Some(_) => btf.structure_id(name),
+        None => Ok(0),
+    }
 }

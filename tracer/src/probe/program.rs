@@ -255,6 +255,22 @@ impl Programs {
         })
     }
 
+    /// Puts a function of the kernel where programs call `stand_in`; without one they must not get there.
+    pub(super) fn resolve(&mut self, stand_in: u32, function: Option<u32>) {
+        let Some(id) = function else { return };
+        for function in self.object.functions.values_mut() {
+            for instruction in &mut function.instructions {
+                if instruction.code == CALL
+                    && instruction.src_reg() == 0
+                    && instruction.imm.cast_unsigned() == stand_in
+                {
+                    instruction.set_src_reg(BPF_PSEUDO_KFUNC_CALL);
+                    instruction.imm = id.cast_signed();
+                }
+            }
+        }
+    }
+
     /// One of the object's maps.
     pub(super) fn map(&self, name: &str) -> Option<&Map> {
         self.maps.get(name)
@@ -312,6 +328,11 @@ impl Programs {
         program_load(function, kind, &code, &self.object.license)
     }
 }
+
+/// `BPF_JMP | BPF_CALL` (include/uapi/linux/bpf.h).
+const CALL: u8 = 0x85;
+/// `BPF_PSEUDO_KFUNC_CALL`: the number is that of a kernel function in its BTF.
+const BPF_PSEUDO_KFUNC_CALL: u8 = 2;
 
 /// Exchanges the map behind every address of a map's value.
 fn replace_fd(code: &mut [bpf_insn], from: RawFd, to: RawFd) {

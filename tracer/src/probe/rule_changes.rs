@@ -35,15 +35,15 @@ pub enum Way {
     SystemCalls,
 }
 
-impl std::fmt::Display for Way {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
+impl Way {
+    /// Where that is, for people.
+    pub const fn title(self) -> &'static str {
+        match self {
             Self::Functions => "functions (nf_setsockopt, netlink_unicast)",
             Self::SystemCalls => {
-                "system calls (this kernel allows no probes at functions: every system call costs a \
-                 little more)"
+                "system calls (no probes at functions here: every system call costs a little more)"
             }
-        })
+        }
     }
 }
 

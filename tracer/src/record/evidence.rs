@@ -7,7 +7,7 @@ use tracer_ebpf::record::{IPV4, Record, kind};
 
 use super::headers::dissect;
 use crate::kernel::btf::{Btf, BtfError};
-use crate::probe::catalogue;
+use crate::probe::catalogue::{self, Detail};
 
 /// A flow as its sender knows it: protocol number and source.
 pub type FlowKey = (u8, SocketAddr);
@@ -23,17 +23,23 @@ pub struct Drop {
 
 /// The running kernel's names of drop reasons.
 #[derive(Clone, Debug)]
-pub struct Reasons(BTreeMap<u32, String>);
+pub struct Reasons {
+    names: BTreeMap<u32, String>,
+    detail: Detail,
+}
 
 impl Reasons {
-    /// From the running kernel's BTF.
-    pub fn of_this_kernel() -> Result<Self, BtfError> {
-        Ok(Self(Btf::vmlinux()?.enum_names("skb_drop_reason")?))
+    /// From the running kernel's BTF; `detail` is how finely packets are followed.
+    pub fn of_this_kernel(detail: Detail) -> Result<Self, BtfError> {
+        Ok(Self {
+            names: Btf::vmlinux()?.enum_names("skb_drop_reason")?,
+            detail,
+        })
     }
 
     /// How and where the packet of a [`kind::DROP`] record was dropped.
     pub fn drop_of(&self, record: &Record) -> Drop {
-        let reason = self.0.get(&record.reason).map_or_else(
+        let reason = self.names.get(&record.reason).map_or_else(
             || format!("reason {:#x}", record.reason),
             |name| {
                 name.trim_start_matches("SKB_DROP_REASON_")
@@ -41,7 +47,7 @@ impl Reasons {
                     .to_owned()
             },
         );
-        let (hook, stage) = catalogue::stage_name(record.stage);
+        let (hook, stage) = catalogue::stage_name(record.stage, self.detail);
         Drop {
             reason,
             stage: format!("{hook} {stage}"),
@@ -67,7 +73,7 @@ impl Evidence {
     /// Nothing yet; drop reasons get their names from the running kernel's BTF.
     pub fn new() -> Result<Self, BtfError> {
         Ok(Self {
-            reasons: Reasons::of_this_kernel()?,
+            reasons: Reasons::of_this_kernel(Detail::Stages)?,
             left: HashMap::new(),
             drops: HashMap::new(),
             first_packets: 0,
@@ -98,6 +104,8 @@ impl Evidence {
                     self.dropped_packets += 1;
                     self.drops.insert(key, self.reasons.drop_of(record));
                 }
+                // Clients tell what was answered.
+                kind::ANSWER | kind::RESET | kind::ERROR => {}
                 _ => self.unreadable += 1,
             }
         }

@@ -155,7 +155,7 @@ pub fn series(flows: &[Sent], duration_ns: u64, bin_ns: u64) -> Vec<Bin> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tracer_ebpf::record::{IPV4, Record, kind};
+    use tracer_ebpf::record::{HEADER, IPV4, Record, kind};
 
     fn flow(intended_ns: u64, seen: Seen) -> Sent {
         Sent {
@@ -169,7 +169,7 @@ mod tests {
     }
 
     fn record(kind: u8, destination: [u8; 4], transmitted: u8) -> Record {
-        let mut header = [0_u8; 64];
+        let mut header = [0_u8; HEADER];
         header[0] = 0x45;
         header[9] = TCP;
         header[12..16].copy_from_slice(&[10, 244, 64, 1]);
@@ -180,24 +180,17 @@ mod tests {
         let mut source = [0; 16];
         source[..4].copy_from_slice(&[10, 244, 64, 1]);
         Record {
-            time: 0,
-            started: 0,
-            elapsed: 0,
-            location: 0,
             kind,
             family: IPV4,
             protocol: TCP,
-            path: 0,
-            state: 0,
             stage: 7,
             transmitted,
-            pad: 0,
             reason: u32::MAX,
             sport: 33000_u16.to_be_bytes(),
             dport: 80_u16.to_be_bytes(),
             source,
-            destination: [0; 16],
             header,
+            ..Record::ZERO
         }
     }
 
@@ -230,8 +223,10 @@ mod tests {
         assert_eq!(stage, Some(format!("{name} {component}")));
     }
 
+    use crate::probe::catalogue::Detail;
+
     fn catalogue_name(stage: u8) -> (&'static str, &'static str) {
-        crate::probe::catalogue::stage_name(stage)
+        crate::probe::catalogue::stage_name(stage, Detail::Stages)
     }
 
     #[test]

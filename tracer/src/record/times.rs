@@ -6,7 +6,7 @@ use tracer_ebpf::path::Path;
 use tracer_ebpf::record::{STAGE_NODE, state};
 
 use super::run::{Histogram, PacketState, StageHistogram};
-use crate::probe::catalogue;
+use crate::probe::catalogue::{self, Detail};
 use crate::probe::hooks::Times;
 
 /// What the probes timed on one path.
@@ -18,8 +18,8 @@ pub struct PathTimes {
     pub node: BTreeMap<PacketState, Histogram>,
 }
 
-/// Picks one path's histograms.
-pub fn of_path(times: &[Times], path: Path) -> PathTimes {
+/// Picks one path's histograms; `detail` is how finely they were taken.
+pub fn of_path(times: &[Times], path: Path, detail: Detail) -> PathTimes {
     let mut found = PathTimes::default();
     for times in times.iter().filter(|times| times.path == path) {
         let state = packet_state(times.state);
@@ -31,7 +31,7 @@ pub fn of_path(times: &[Times], path: Path) -> PathTimes {
         if times.stage == STAGE_NODE {
             found.node.insert(state, histogram);
         } else {
-            let (hook, stage) = catalogue::stage_name(times.stage);
+            let (hook, stage) = catalogue::stage_name(times.stage, detail);
             found.stages.push(StageHistogram {
                 hook: hook.to_owned(),
                 stage: stage.to_owned(),

@@ -1185,7 +1185,7 @@ const STAGES: [(&str, &str); 17] = [
         "receive",
         "from the device’s receive path to the first hook",
     ),
-    ("raw", "defragmentation and the raw table"),
+    ("raw", "the raw table"),
     ("conntrack", "connection tracking: look-up, or a new entry"),
     ("mangle", "the mangle table"),
     (

@@ -10,6 +10,7 @@ use super::node::{DRAIN_EVERY, LEAD_NS, NodeError, TestNode, sent};
 use crate::kernel::clock::monotonic_ns;
 use crate::lab::latency::{Answer, Latency};
 use crate::lab::traffic::{self, Stream, TrafficPlan, TrafficResult};
+use crate::probe::catalogue::Detail;
 use crate::record::flows::{self, Sent};
 use crate::record::run::{Cell, Histogram, PathResult};
 use crate::record::times;
@@ -57,7 +58,7 @@ pub(super) async fn run(job: Job, load: &Load, progress: &Progress<'_>) -> Resul
         .into_iter()
         .chain(Path::FLOOR)
         .map(|path| {
-            let found = times::of_path(&times, path);
+            let found = times::of_path(&times, path, Detail::Stages);
             PathResult {
                 path: path.id().to_owned(),
                 flows: flows::ledger(

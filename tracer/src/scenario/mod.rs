@@ -2,6 +2,7 @@
 
 pub mod assemble;
 pub mod cell;
+pub mod cost;
 pub mod fault;
 pub mod job;
 pub mod matrix;

@@ -235,7 +235,7 @@ impl TestNode {
             targets,
             node_addresses: self.view.addresses.clone(),
             pod_cidrs: vec![(plan::NODE_POD_CIDR.base, plan::NODE_POD_CIDR.prefix)],
-            spare: 0,
+            ..Watch::default()
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Services by the addresses under which packets ask for them, as the node's own rules name them.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
 use tracer_ebpf::path::Target;
@@ -19,6 +19,8 @@ pub struct Known {
     pub protocol: u8,
     /// Where its packets may go, by any policy.
     pub endpoints: BTreeSet<SocketAddr>,
+    /// Where its packets went before, and when the rules no longer said so (`CLOCK_MONOTONIC`, ns).
+    pub former: BTreeMap<SocketAddr, u64>,
     /// Do the rules still name it?
     pub there: bool,
 }
@@ -76,10 +78,14 @@ impl Directory {
 
     /// Takes in what the rules say now; `local` are the node's addresses, which serve NodePorts.
     ///
-    /// What is no longer named stays known: packets to it go on, and now they go wrong.
-    pub fn learn(&mut self, found: &Found, local: &[IpAddr]) {
+    /// What is no longer named stays known: packets to it go on, and now they go wrong. The rules have said
+    /// so since `changed_ns` (`CLOCK_MONOTONIC`).
+    pub fn learn(&mut self, found: &Found, local: &[IpAddr], changed_ns: u64) {
         for service in &mut self.services {
             service.there = false;
+            for endpoint in std::mem::take(&mut service.endpoints) {
+                service.former.insert(endpoint, changed_ns);
+            }
         }
         let chosen = |service: &&FoundService| {
             self.choices.is_empty() || self.choices.iter().any(|choice| choice.takes(service))
@@ -103,6 +109,7 @@ impl Directory {
                     mode: service.mode,
                     protocol,
                     endpoints: BTreeSet::new(),
+                    former: BTreeMap::new(),
                     there: true,
                 });
                 self.services.len() - 1
@@ -115,6 +122,9 @@ impl Directory {
             .chain(&service.local_endpoints)
             .copied()
             .collect();
+        known
+            .former
+            .retain(|endpoint, _| !known.endpoints.contains(endpoint));
         known.there = true;
         for frontend in &service.frontends {
             let (addresses, target) = match frontend.address {
@@ -142,6 +152,20 @@ impl Directory {
     pub fn asked(&self, destination: SocketAddr, protocol: u8) -> Option<usize> {
         let (index, _) = self.frontends.get(&(destination, protocol))?;
         Some(*index)
+    }
+
+    /// Is this an endpoint of the Service, or was it one at that time?
+    pub fn serves(&self, index: usize, address: SocketAddr, at_ns: u64) -> bool {
+        self.get(index).is_some_and(|known| {
+            let until = known.former.get(&address);
+            known.endpoints.contains(&address) || until.is_some_and(|until| at_ns < *until)
+        })
+    }
+
+    /// Was this an endpoint of the Service, and is it none any more?
+    pub fn served(&self, index: usize, address: SocketAddr) -> bool {
+        self.get(index)
+            .is_some_and(|known| known.former.contains_key(&address))
     }
 
     /// What is known under an index.
@@ -187,7 +211,7 @@ fn name_of(service: &FoundService) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::cluster::{Family, Protocol};
     use crate::rules::services::Frontend;
@@ -226,7 +250,8 @@ mod tests {
         text.parse().expect("an address")
     }
 
-    fn found() -> Found {
+    /// A few Services.
+    pub(in super::super) fn found() -> Found {
         Found {
             services: vec![
                 service(
@@ -245,7 +270,7 @@ mod tests {
     #[test]
     fn services_are_known_by_their_addresses() {
         let mut directory = Directory::new(Vec::new());
-        directory.learn(&found(), &["192.0.2.1".parse().expect("an address")]);
+        directory.learn(&found(), &["192.0.2.1".parse().expect("an address")], 0);
         let name = |to: &str| {
             let index = directory.asked(socket(to), 6)?;
             Some(directory.get(index)?.name.as_str())
@@ -260,11 +285,11 @@ mod tests {
     #[test]
     fn what_is_gone_stays_known() {
         let mut directory = Directory::new(Vec::new());
-        directory.learn(&found(), &[]);
-        directory.learn(&Found::default(), &[]);
+        directory.learn(&found(), &[], 0);
+        directory.learn(&Found::default(), &[], 0);
         let index = directory.asked(socket("10.96.0.2:80"), 6).expect("known");
         assert!(!directory.get(index).expect("known").there);
-        directory.learn(&found(), &[]);
+        directory.learn(&found(), &[], 0);
         assert!(directory.get(index).expect("known").there);
         assert_eq!(directory.services().len(), 3);
     }
@@ -273,7 +298,7 @@ mod tests {
     fn what_is_chosen_is_watched() {
         let count = |choice| {
             let mut directory = Directory::new(vec![choice]);
-            directory.learn(&found(), &[]);
+            directory.learn(&found(), &[], 0);
             directory.services().len()
         };
         assert_eq!(count(Choice::Service("shop/web".to_owned())), 2);

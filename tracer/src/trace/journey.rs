@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use serde::Serialize;
+use tracer_ebpf::record::HEADER;
 
 /// How a new flow's first packet left the node's netfilter hooks.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -30,6 +31,19 @@ pub enum End {
 }
 
 impl End {
+    /// One word for it, as [`Serialize`] writes it too.
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::Sent => "sent",
+            Self::Delivered => "delivered",
+            Self::Leaked => "leaked",
+            Self::Untranslated => "untranslated",
+            Self::Elsewhere => "elsewhere",
+            Self::Dropped { .. } => "dropped",
+            Self::Unknown => "unknown",
+        }
+    }
+
     /// What to look at, for an end that is none of a healthy Service.
     pub const fn advice(&self) -> Option<&'static str> {
         Some(match self {
@@ -87,9 +101,71 @@ pub struct Journey {
     pub path: &'static str,
     /// Is it a flow's first packet?
     pub first: bool,
+    /// Is it an answer, on its way back?
+    pub answer: bool,
     /// The sum of its stages, ns: its time on this node without the probes' own.
     pub elapsed_ns: u64,
+    /// Who it came from at the end: another source if it was masqueraded; `None` if unknown.
+    pub source_after: Option<SocketAddr>,
+    /// The stages that it passed, in order; empty if they were not recorded one by one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<StageTime>,
+    /// The packet's first bytes at the end of its journey, from the IP header on; zeros behind its end.
+    #[serde(skip)]
+    pub header: [u8; HEADER],
     /// How it ended.
     #[serde(flatten)]
     pub end: End,
+}
+
+impl std::fmt::Display for Journey {
+    /// Whose it is, by which path it came, and from where to where it went.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} {} {} → {}",
+            self.service, self.path, self.source, self.destination
+        )?;
+        match self.headed.filter(|headed| *headed != self.destination) {
+            Some(headed) => write!(f, " → {headed}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// One stage of one journey.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct StageTime {
+    /// `PREROUTING`, ...; `-` before the first hook.
+    pub hook: &'static str,
+    /// `raw`, `conntrack`, `dnat`, ...
+    pub stage: &'static str,
+    /// When it began, ns since the journey's begin.
+    pub begin_ns: u64,
+    /// How long it took, ns, without the probes' own time.
+    pub took_ns: u64,
+}
+
+#[cfg(test)]
+impl Journey {
+    /// A pod's flow to a Service, for tests to change.
+    pub(crate) fn sample() -> Self {
+        let socket = |text: &str| text.parse().expect("an address");
+        Self {
+            time_ns: 0,
+            service: "shop/web:http".to_owned(),
+            protocol: 6,
+            source: socket("10.244.0.7:51544"),
+            destination: socket("10.96.10.1:80"),
+            headed: Some(socket("10.244.0.12:8080")),
+            path: "pod→ClusterIP",
+            first: true,
+            answer: false,
+            elapsed_ns: 32_000,
+            source_after: Some(socket("10.244.0.7:51544")),
+            stages: Vec::new(),
+            header: [0; HEADER],
+            end: End::Sent,
+        }
+    }
 }

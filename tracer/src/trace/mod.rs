@@ -2,10 +2,17 @@
 //! rules. Reads and attaches probes; changes nothing.
 //!
 //! [`directory`] knows Services by their addresses, [`changes`] hears of rule changes, [`session`]
-//! joins both with what the probes tell of each [`journey`], and [`summary`] is what a session found.
+//! joins both with what the probes tell of each [`journey`], [`flows`] finds out what became of each
+//! ([`verdict`]), and [`summary`] is what a session found.
 
 pub mod changes;
 pub mod directory;
+pub mod flows;
 pub mod journey;
+pub mod packets;
+pub mod pcapng;
 pub mod session;
 pub mod summary;
+pub mod tally;
+pub mod timeline;
+pub mod verdict;

@@ -1,18 +1,22 @@
 //! A session: probes on a node, its Services by name, and what became of every new flow to them.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use tracer_ebpf::path::Target;
-use tracer_ebpf::record::{Record, kind};
+use tracer_ebpf::record::Record;
 
-use super::changes::{ChangesError, RuleChange, Watcher};
+use super::changes::{ChangesError, Listening, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
-use super::journey::{End, Journey};
-use super::summary::{Health, Summary, Tally};
+use super::flows::{Back, Decided, Flows};
+use super::journey::Journey;
+use super::packets::{Reader, Told};
+use super::summary::{Health, Summary};
+use super::tally::Tally;
+use super::timeline::Timeline;
 use crate::cluster::Cidr;
 use crate::kernel::addresses::{self, AddressError};
 use crate::kernel::btf::BtfError;
@@ -20,9 +24,9 @@ use crate::kernel::clock::monotonic_ns;
 use crate::kernel::dump;
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::tool::ToolError;
+use crate::probe::catalogue::Detail;
 use crate::probe::hooks::{HooksTier, ProbeError, Watch};
-use crate::record::evidence::{Reasons, destination_of, source_of};
-use crate::record::headers::dissect;
+use crate::record::evidence::Reasons;
 use crate::record::times;
 use crate::rules::dump::Unreadable;
 use crate::rules::services::{self, Found};
@@ -76,6 +80,10 @@ pub struct Options {
     pub pod_cidrs: Vec<Cidr>,
     /// Have the kernel count what the probes cost, which costs a little more.
     pub cost: bool,
+    /// How finely packets are followed.
+    pub detail: Detail,
+    /// One in how many packets is timed that are not the first of a flow; 0 and 1: all.
+    pub sample: u32,
 }
 
 /// What happened.
@@ -84,6 +92,8 @@ pub struct Options {
 pub enum Event {
     /// A packet went by.
     Journey(Journey),
+    /// It is known what became of a flow.
+    Verdict(Decided),
     /// Somebody changed rules.
     RuleChange(RuleChange),
     /// The rules were read again.
@@ -102,6 +112,7 @@ impl Event {
     pub const fn time_ns(&self) -> u64 {
         match self {
             Self::Journey(journey) => journey.time_ns,
+            Self::Verdict(decided) => decided.time_ns,
             Self::RuleChange(change) => change.time_ns,
             Self::Services { time_ns, .. } => *time_ns,
         }
@@ -115,11 +126,15 @@ pub struct Session {
     options: Options,
     probes: HooksTier,
     watcher: Watcher,
-    reasons: Reasons,
+    reader: Reader,
+    flows: Flows,
     directory: Directory,
     tallies: Vec<Tally>,
+    timeline: Timeline,
     changes: Vec<RuleChange>,
     changed: Option<Instant>,
+    /// When rules were changed last (`CLOCK_MONOTONIC`, ns).
+    changed_ns: u64,
     reading: Option<Receiver<Result<Found, TraceError>>>,
     /// Records about packets to no Service: to an endpoint itself, or answers.
     others: u64,
@@ -137,27 +152,35 @@ impl Session {
         }
         let mut directory = Directory::new(options.choices.clone());
         let local = addresses::of_node(ns)?;
-        directory.learn(&found, &local);
+        directory.learn(&found, &local, 0);
         if directory.services().is_empty() {
             return Err(TraceError::NoSuchService(found.services.len()));
         }
-        let mut probes = HooksTier::attach(ns, &watch(&directory, local, &options))?;
+        let mut probes = HooksTier::attach(ns, &watch(&directory, local.clone(), &options))?;
         if options.cost {
             probes.count_run_time()?;
         }
+        let started_ns = monotonic_ns();
         Ok(Self {
             ns: ns.clone(),
+            reader: Reader {
+                reasons: Reasons::of_this_kernel(options.detail)?,
+                detail: options.detail,
+                local: local.iter().copied().collect(),
+            },
+            flows: Flows::default(),
             options,
             probes,
             watcher,
-            reasons: Reasons::of_this_kernel()?,
             tallies: vec![Tally::default(); directory.services().len()],
             directory,
             changes: Vec::new(),
             changed: None,
+            changed_ns: started_ns,
             reading: None,
             others: 0,
-            started_ns: monotonic_ns(),
+            timeline: Timeline::new(started_ns),
+            started_ns,
         })
     }
 
@@ -171,6 +194,11 @@ impl Session {
         self.probes.links()
     }
 
+    /// How rule changes are heard of.
+    pub fn listening(&self) -> Listening {
+        self.watcher.listening()
+    }
+
     /// The Services.
     pub const fn directory(&self) -> &Directory {
         &self.directory
@@ -181,24 +209,29 @@ impl Session {
         &self.tallies
     }
 
+    /// Records that the ring buffer could not take so far: flows that are missing.
+    pub fn lost(&self) -> Result<u64, TraceError> {
+        Ok(self.probes.stats()?.ring_lost)
+    }
+
     /// Takes in what happened since the last call, in the order of time.
     pub fn poll(&mut self) -> Result<Vec<Event>, TraceError> {
         let mut events = Vec::new();
         for change in self.watcher.drain()? {
-            self.changed = Some(Instant::now());
+            if !change.is_refused() {
+                self.changed = Some(Instant::now());
+                self.changed_ns = self.changed_ns.max(change.time_ns);
+            }
             self.changes.push(change.clone());
             events.push(Event::RuleChange(change));
         }
         for record in self.probes.drain()? {
-            match self.judge(&record) {
-                Some((index, journey)) => {
-                    self.tallies[index].add(&journey);
-                    events.push(Event::Journey(journey));
-                }
-                None => self.others += 1,
-            }
+            self.hear(&record, &mut events);
         }
         events.extend(self.learn()?);
+        let reading = self.changed.is_some() || self.reading.is_some();
+        let decided = self.flows.decide(&self.directory, reading, monotonic_ns());
+        self.count(decided, &mut events);
         events.sort_by_key(Event::time_ns);
         Ok(events)
     }
@@ -215,7 +248,8 @@ impl Session {
             self.reading = None;
             let Some(found) = found else { return Ok(None) };
             let local = addresses::of_node(&self.ns)?;
-            self.directory.learn(&found, &local);
+            self.directory.learn(&found, &local, self.changed_ns);
+            self.reader.local = local.iter().copied().collect();
             self.tallies
                 .resize(self.directory.services().len(), Tally::default());
             let watch = watch(&self.directory, local, &self.options);
@@ -232,86 +266,105 @@ impl Session {
         }
         if self.changed.is_some_and(|at| at.elapsed() >= SETTLED) {
             self.changed = None;
-            let (tell, reading) = channel();
-            let ns = self.ns.clone();
-            std::thread::spawn(move || {
-                // A session that has ended does not want to know.
-                let _ = tell.send(read(&ns));
-            });
-            self.reading = Some(reading);
+            self.reading = Some(begin_to_read(&self.ns));
         }
         Ok(None)
     }
 
-    /// What a record says of a packet to a Service.
-    fn judge(&self, record: &Record) -> Option<(usize, Journey)> {
-        let destination = destination_of(record);
-        let index = self.directory.asked(destination, record.protocol)?;
-        let service = self.directory.get(index)?;
-        let headers = dissect(&record.header);
-        let headed = headers.and_then(|h| Some(SocketAddr::new(h.dst, h.dport?)));
-        let path = tracer_ebpf::path::Path::ALL.get(usize::from(record.path));
-        let virtual_address = path.is_some_and(|path| path.target == Target::ClusterIp);
-        let end = match (record.kind, headed) {
-            (kind::DROP, _) => {
-                let drop = self.reasons.drop_of(record);
-                End::Dropped {
-                    reason: drop.reason,
-                    stage: drop.stage,
-                }
-            }
-            (_, None) => End::Unknown,
-            (_, Some(headed)) if service.endpoints.contains(&headed) => {
-                if record.transmitted == 0 {
-                    End::Delivered
+    /// Takes in what the probes told.
+    fn hear(&mut self, record: &Record, events: &mut Vec<Event>) {
+        match self.reader.read(record, &self.directory) {
+            Told::Journey {
+                key,
+                index,
+                known,
+                journey,
+            } => {
+                if !journey.first {
+                    self.tallies[index].add_later(&journey);
+                } else if self.flows.first(key, index, &journey, known) {
+                    self.tallies[index].add(&journey);
+                    self.timeline.add(&journey);
                 } else {
-                    End::Sent
+                    self.tallies[index].repeated += 1;
+                }
+                events.push(Event::Journey(*journey));
+            }
+            Told::Back {
+                key,
+                index,
+                back,
+                time_ns,
+            } => {
+                let first = self.flows.came_back(key, back, time_ns);
+                if let Back::Reset(by) = back
+                    && !first
+                {
+                    *self.tallies[index].later_resets.entry(by).or_default() += 1;
                 }
             }
-            (_, Some(headed)) if headed == destination && record.transmitted == 0 => {
-                End::Untranslated
-            }
-            (_, Some(headed)) if headed == destination && virtual_address => End::Leaked,
-            (_, Some(_)) => End::Elsewhere,
-        };
-        let journey = Journey {
-            time_ns: record.started,
-            service: service.name.clone(),
-            protocol: record.protocol,
-            source: source_of(record),
-            destination,
-            headed,
-            path: path.map_or("unknown", |path| path.title()),
-            first: record.kind == kind::FIRST || record.state == tracer_ebpf::record::state::NEW,
-            elapsed_ns: record.elapsed,
-            end,
-        };
-        Some((index, journey))
+            Told::Other => self.others += 1,
+        }
+    }
+
+    /// Counts what became of flows.
+    fn count(&mut self, decided: Vec<Decided>, events: &mut Vec<Event>) {
+        for decided in decided {
+            self.tallies[decided.index].decide(&decided);
+            events.push(Event::Verdict(decided));
+        }
     }
 
     /// Ends the session: what is left in the ring is counted, the probes are detached.
     pub fn finish(mut self) -> Result<(Vec<Event>, Summary), TraceError> {
         self.watcher.stop();
-        let events = self.poll()?;
+        let mut events = self.poll()?;
+        // Rules that changed a moment ago are read before the last flows are judged by them.
+        if self.changed.take().is_some() && self.reading.is_none() {
+            self.reading = Some(begin_to_read(&self.ns));
+        }
+        while self.reading.is_some() {
+            events.extend(self.learn()?);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let decided = self.flows.finish(&self.directory, monotonic_ns());
+        self.count(decided, &mut events);
         let stats = self.probes.stats()?;
         let cost = self.probes.run_time()?;
         let found = self.probes.times()?;
         let stages: BTreeMap<_, _> = tracer_ebpf::path::Path::ALL
             .into_iter()
             .filter(|path| path.target != Target::Pod)
-            .map(|path| (path.title(), times::of_path(&found, path)))
+            .map(|path| {
+                (
+                    path.title(),
+                    times::of_path(&found, path, self.options.detail),
+                )
+            })
             .filter(|(_, times)| !times.node.is_empty())
             .collect();
         let summary = Summary::new(
-            monotonic_ns().saturating_sub(self.started_ns),
+            (self.started_ns, monotonic_ns()),
             &self.directory,
             &self.tallies,
+            self.timeline,
             stages,
-            self.changes,
+            (self.changes, self.watcher.listening()),
             Health::new(stats, self.others, cost),
         );
         Ok((events, summary))
     }
+}
+
+/// Reads the rules in the background.
+fn begin_to_read(ns: &Netns) -> Receiver<Result<Found, TraceError>> {
+    let (tell, reading) = channel();
+    let ns = ns.clone();
+    std::thread::spawn(move || {
+        // A session that has ended does not want to know.
+        let _ = tell.send(read(&ns));
+    });
+    reading
 }
 
 fn read(ns: &Netns) -> Result<Found, TraceError> {
@@ -328,5 +381,7 @@ fn watch(directory: &Directory, local: Vec<IpAddr>, options: &Options) -> Watch 
             .map(|cidr| (cidr.base, cidr.prefix))
             .collect(),
         spare: SPARE,
+        detail: options.detail,
+        sample: options.sample,
     }
 }

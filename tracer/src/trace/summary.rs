@@ -1,93 +1,23 @@
 //! What a session found.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
-use tracer_ebpf::histogram::{CELLS, bounds_of, cell_of};
 use tracer_ebpf::record::Stats;
 
-use super::changes::RuleChange;
+use super::changes::{Listening, RuleChange};
 use super::directory::Directory;
-use super::journey::{End, Journey};
+use super::journey::End;
+use super::tally::Tally;
+use super::timeline::Timeline;
+use super::verdict::{Verdict, Who};
 use crate::probe::hooks::RunTime;
 use crate::record::run::{Clock, Histogram, PacketState};
 use crate::record::times::PathTimes;
 use crate::report::quantile::quantile;
 use crate::report::units;
-
-/// New flows that a Service's tally remembers, to know a repeated first packet when it comes.
-const REMEMBERED: usize = 4096;
-
-/// What became of one Service's packets.
-#[derive(Clone, Debug, Default)]
-pub struct Tally {
-    /// New flows.
-    pub flows: u64,
-    /// First packets that were sent once more: nobody had answered the one before. While nothing tracks
-    /// connections, later packets as well.
-    pub repeated: u64,
-    /// New flows by how their first packet ended.
-    pub ends: BTreeMap<End, u64>,
-    /// Packets of established flows that were dropped, by reason and stage.
-    pub later_drops: BTreeMap<End, u64>,
-    /// First packets' time on the node, by cell of the probes' histograms.
-    cells: BTreeMap<usize, u64>,
-    sum_ns: u64,
-    recent: HashSet<(SocketAddr, SocketAddr)>,
-    order: VecDeque<(SocketAddr, SocketAddr)>,
-}
-
-impl Tally {
-    /// Counts a journey.
-    pub fn add(&mut self, journey: &Journey) {
-        if !journey.first {
-            *self.later_drops.entry(journey.end.clone()).or_default() += 1;
-            return;
-        }
-        let flow = (journey.source, journey.destination);
-        if !self.recent.insert(flow) {
-            self.repeated += 1;
-            return;
-        }
-        self.order.push_back(flow);
-        if self.order.len() > REMEMBERED
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.recent.remove(&oldest);
-        }
-        self.flows += 1;
-        *self.ends.entry(journey.end.clone()).or_default() += 1;
-        let cell = cell_of(journey.elapsed_ns).min(CELLS - 1);
-        *self.cells.entry(cell).or_default() += 1;
-        self.sum_ns += journey.elapsed_ns;
-    }
-
-    /// First packets' time on the node.
-    pub fn histogram(&self) -> Histogram {
-        Histogram {
-            count: self.cells.values().sum(),
-            sum_ns: self.sum_ns,
-            buckets: self
-                .cells
-                .iter()
-                .map(|(cell, count)| {
-                    let (low, high) = bounds_of(*cell);
-                    [low, high, *count]
-                })
-                .collect(),
-        }
-    }
-
-    /// New flows whose first packet went where it should.
-    pub fn good(&self) -> u64 {
-        let healthy = |end: &&End| matches!(end, End::Sent | End::Delivered);
-        let ends = self.ends.iter().filter(|(end, _)| healthy(end));
-        ends.map(|(_, count)| count).sum()
-    }
-}
 
 /// One `ServicePort` in a summary.
 #[derive(Clone, Debug, Serialize)]
@@ -108,8 +38,14 @@ pub struct ServiceSummary {
     pub repeated: u64,
     /// New flows by how their first packet ended.
     pub ends: Vec<Count>,
+    /// New flows by what became of them; together as many as `flows`.
+    pub verdicts: Vec<VerdictCount>,
     /// Packets of established flows that were dropped.
     pub later_drops: Vec<Count>,
+    /// Resets of flows that had been answered, or answered otherwise.
+    pub later_resets: Vec<ResetCount>,
+    /// From a flow's first packet to its first answer, both on this node, ns.
+    pub answered: Histogram,
     /// First packets' time on the node, ns.
     pub node: Histogram,
 }
@@ -121,6 +57,25 @@ pub struct Count {
     #[serde(flatten)]
     pub end: End,
     /// How often.
+    pub count: u64,
+}
+
+/// How many flows ended so.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct VerdictCount {
+    /// How.
+    #[serde(flatten)]
+    pub verdict: Verdict,
+    /// How many.
+    pub count: u64,
+}
+
+/// How many resets came from somebody.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ResetCount {
+    /// Who.
+    pub by: Who,
+    /// How many.
     pub count: u64,
 }
 
@@ -217,6 +172,8 @@ pub struct Summary {
     pub clock: Clock,
     /// How long the probes were attached, ns.
     pub duration_ns: u64,
+    /// When they were (`CLOCK_MONOTONIC`, ns): the zero of all times that are told since the begin.
+    pub started_ns: u64,
     /// The probe tier.
     pub tier: &'static str,
     /// Services to which there were flows, most flows first.
@@ -225,19 +182,24 @@ pub struct Summary {
     pub silent: usize,
     /// What was timed.
     pub paths: Vec<PathSummary>,
+    /// New flows over time.
+    pub timeline: Timeline,
     /// Who changed rules.
     pub rule_changes: Vec<RuleChange>,
+    /// How they were heard of.
+    pub listening: Listening,
     /// How the probes did.
     pub probes: Health,
 }
 
 impl Summary {
     pub(super) fn new(
-        duration_ns: u64,
+        (started_ns, ended_ns): (u64, u64),
         directory: &Directory,
         tallies: &[Tally],
+        timeline: Timeline,
         paths: BTreeMap<&'static str, PathTimes>,
-        rule_changes: Vec<RuleChange>,
+        (rule_changes, listening): (Vec<RuleChange>, Listening),
         probes: Health,
     ) -> Self {
         let mut services: Vec<ServiceSummary> = directory
@@ -254,14 +216,32 @@ impl Summary {
                 flows: tally.flows,
                 repeated: tally.repeated,
                 ends: counts(&tally.ends),
+                verdicts: tally
+                    .verdicts
+                    .iter()
+                    .map(|(verdict, count)| VerdictCount {
+                        verdict: verdict.clone(),
+                        count: *count,
+                    })
+                    .collect(),
                 later_drops: counts(&tally.later_drops),
-                node: tally.histogram(),
+                later_resets: tally
+                    .later_resets
+                    .iter()
+                    .map(|(by, count)| ResetCount {
+                        by: *by,
+                        count: *count,
+                    })
+                    .collect(),
+                answered: tally.answered.histogram(),
+                node: tally.node.histogram(),
             })
             .collect();
         services.sort_by(|a, b| b.flows.cmp(&a.flows).then_with(|| a.name.cmp(&b.name)));
         Self {
             clock: Clock::of_this_machine(),
-            duration_ns,
+            duration_ns: ended_ns.saturating_sub(started_ns),
+            started_ns,
             tier: "hooks",
             silent: directory.services().len() - services.len(),
             services,
@@ -273,7 +253,9 @@ impl Summary {
                     node: times.node,
                 })
                 .collect(),
+            timeline,
             rule_changes,
+            listening,
             probes,
         }
     }
@@ -310,9 +292,8 @@ fn write_rows(f: &mut fmt::Formatter<'_>, rows: &Table) -> fmt::Result {
 }
 
 /// `3 leaked, 1 dropped at ...`; nothing for what went well.
-fn troubles(ends: &[Count]) -> String {
-    let bad = ends.iter().filter(|count| count.end.advice().is_some());
-    let bad: Vec<String> = bad.map(|c| format!("{} {}", c.count, c.end)).collect();
+fn troubles<T: fmt::Display>(counts: impl Iterator<Item = (T, u64)>) -> String {
+    let bad: Vec<String> = counts.map(|(what, n)| format!("{n} {what}")).collect();
     bad.join(", ")
 }
 
@@ -383,6 +364,7 @@ impl fmt::Display for Summary {
             probes.slot_collisions,
             probes.unpaired,
         )?;
+        writeln!(f, "changes {}", self.listening)?;
         if let Some(cost) = probes.cost
             && cost.probe_runs > 0
         {
@@ -401,16 +383,19 @@ impl fmt::Display for Summary {
 impl Summary {
     fn write_troubles(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for service in &self.services {
-            let new = troubles(&service.ends);
+            let bad = service.verdicts.iter().filter(|c| !c.verdict.is_good());
+            let new = troubles(bad.map(|c| (&c.verdict, c.count)));
             if !new.is_empty() {
                 writeln!(f, "{}: of {} new flows {new}", service.name, service.flows)?;
             }
-            let later = troubles(&service.later_drops);
+            let later = troubles(service.later_drops.iter().map(|c| (&c.end, c.count)));
             if !later.is_empty() {
                 writeln!(f, "{}: of established flows {later}", service.name)?;
             }
-            let ends = service.ends.iter().chain(&service.later_drops);
-            let mut advice: Vec<&str> = ends.filter_map(|count| count.end.advice()).collect();
+            let verdicts = service.verdicts.iter();
+            let mut advice: Vec<&str> = verdicts.filter_map(|c| c.verdict.advice()).collect();
+            let drops = service.later_drops.iter();
+            advice.extend(drops.filter_map(|count| count.end.advice()));
             advice.dedup();
             for advice in advice {
                 writeln!(f, "  {advice}")?;

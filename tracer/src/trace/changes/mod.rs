@@ -5,7 +5,7 @@
 //! kernel and who sent it, however briefly that lives; of iptables-legacy, ipset and IPVS also what it
 //! asks. The kernel's own announcements say what an `nf_tables` transaction did, and which addresses came
 //! and went. Where the probes cannot be attached the announcements are told alone, and
-//! [`Watcher::unseen`] says what is missing.
+//! [`Listening`] says what is missing.
 //!
 //! [`requests`] reads requests, [`nftables`] and [`addresses`] read announcements and keep the account,
 //! [`assemble`] makes changes of all that, [`actor`] knows cgroups and pods, [`say`] has the words.
@@ -47,10 +47,26 @@ pub struct RuleChange {
 }
 
 impl RuleChange {
+    /// Was everything that was asked for refused, so that nothing changed?
+    pub fn is_refused(&self) -> bool {
+        !self.refused.is_empty() && self.what.is_nothing()
+    }
+
     /// How long it took, ns; `None` if that is not known.
     pub fn took_ns(&self) -> Option<u64> {
         Some(self.time_ns.saturating_sub(self.begin_ns?))
     }
+}
+
+/// How rule changes are heard of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Listening {
+    /// Where the probes sit; `None`: nowhere, and the kernel's announcements are all there is.
+    pub probes: Option<&'static str>,
+    /// Why the probes could not be attached.
+    pub refused: Option<String>,
+    /// Records of theirs for which there was no room.
+    pub lost: u64,
 }
 
 /// What was changed.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{AddressDelta, Delta, RuleChange, ServerDelta, SetDelta, What};
+use super::{AddressDelta, Delta, Listening, RuleChange, ServerDelta, SetDelta, What};
 use crate::report::units::{count, list, plural, time_u64};
 
 /// Names of sets, servers and addresses that are told; the rest is counted.
@@ -13,7 +13,7 @@ impl fmt::Display for RuleChange {
         write!(f, "{} ", self.by)?;
         let took = self.took_ns().map(|ns| format!(" in {}", time_u64(ns)));
         let took = took.unwrap_or_default();
-        let failed = !self.refused.is_empty() && self.what.is_nothing();
+        let failed = self.is_refused();
         if failed {
             write!(f, "could not {}", self.what.wish())?;
         } else {
@@ -39,7 +39,7 @@ impl fmt::Display for RuleChange {
 
 impl What {
     /// Was nothing done, if the requests were refused?
-    fn is_nothing(&self) -> bool {
+    pub(super) fn is_nothing(&self) -> bool {
         match self {
             Self::Nftables { generation, .. } => generation.is_none(),
             Self::IptablesLegacy { .. } => true,
@@ -115,6 +115,25 @@ impl What {
                     .map(|(link, delta)| format!("{link} {delta}"))
                     .collect();
                 write_all(f, ": ", &links)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Listening {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.probes, &self.refused) {
+            (Some(probes), _) => write!(f, "at {probes}; {} records lost", count(self.lost)),
+            (None, refused) => {
+                write!(
+                    f,
+                    "from the kernel's announcements alone: changes of iptables-legacy, ipset and IPVS \
+                     are not seen, nor who changes addresses, nor how long others take"
+                )?;
+                match refused {
+                    Some(refused) => write!(f, " ({refused})"),
+                    None => Ok(()),
+                }
             }
         }
     }

@@ -10,12 +10,12 @@ use std::thread::JoinHandle;
 use nix::net::if_::if_indextoname;
 use tracer_ebpf::change::{Begin, subsystem};
 
-use super::RuleChange;
 use super::actor::{Actor, Directory, pod_of, whole_name};
 use super::addresses::Heard;
 use super::assemble::{Assembler, high};
 use super::nftables::{Ledger, NFGENMSG};
 use super::requests::{self, IFADDRMSG, text};
+use super::{Listening, RuleChange};
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::ipvs::{self, IpvsError};
 use crate::kernel::netlink::{
@@ -73,7 +73,7 @@ pub struct Watcher {
 
 impl Watcher {
     /// Begins to listen. If the probes cannot be attached, announcements are listened to alone: see
-    /// [`Watcher::unseen`].
+    /// [`Listening`].
     pub fn start(ns: &Netns) -> Result<Self, ChangesError> {
         Self::start_with(ns, RuleChangeProbes::attach(ns))
     }
@@ -125,22 +125,13 @@ impl Watcher {
         }
     }
 
-    /// How the probes are attached; `None`: they are not.
-    pub fn way(&self) -> Option<Way> {
-        self.way.as_ref().ok().copied()
-    }
-
-    /// What is not seen, and why; `None`: everything is.
-    pub fn unseen(&self) -> Option<String> {
-        let reason = self.way.as_ref().err()?;
-        Some(format!(
-            "changes of iptables-legacy, ipset and IPVS are not seen, nor how long others take: {reason}"
-        ))
-    }
-
-    /// Records of the probes that were lost for want of room.
-    pub fn lost(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+    /// How changes are heard of.
+    pub fn listening(&self) -> Listening {
+        Listening {
+            probes: self.way.as_ref().ok().map(|way| way.title()),
+            refused: self.way.as_ref().err().cloned(),
+            lost: self.lost.load(Ordering::Relaxed),
+        }
     }
 }
 

@@ -1,0 +1,215 @@
+//! Faults prepared on a node of the laboratory: each flow gets the verdict that its fault deserves.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+
+use tracer::cluster::Family;
+use tracer::kernel::netns::Netns;
+use tracer::lab::plan;
+use tracer::rules::Mode;
+use tracer::scenario::node::TestNode;
+use tracer::trace::session::{Event, Options, Session};
+use tracer::trace::verdict::{Verdict, Who};
+
+use crate::trace::on_one_thread;
+
+/// Longer than anything here takes on a machine under load.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long clients wait: longer than a session's end waits for an answer.
+const CLIENTS_WAIT: Duration = Duration::from_millis(1200);
+/// Nobody listens here.
+const CLOSED: u16 = 9;
+
+// The laboratory's Services, by what is wrong with them: even ones are TCP, odd ones UDP.
+const HEALTHY: [usize; 2] = [0, 1];
+const WITHOUT_ENDPOINTS: [usize; 2] = [2, 3];
+const NOBODY_LISTENS: [usize; 2] = [4, 5];
+const SILENT: [usize; 2] = [6, 7];
+const FORBIDDEN: [usize; 2] = [8, 9];
+const HIJACKED: [usize; 2] = [10, 11];
+const SERVICES: u32 = 12;
+
+fn run(ns: &Netns, tool: &str, arguments: &[&str]) {
+    let output = ns.command(tool).args(arguments).output().expect("runs");
+    assert!(
+        output.status.success(),
+        "{tool} {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn endpoint_of(node: &TestNode, service: usize) -> SocketAddr {
+    let endpoint = &node.cluster.services[service].ports[0].endpoints[0];
+    SocketAddr::new(endpoint.address, endpoint.port)
+}
+
+fn vip_of(node: &TestNode, service: usize) -> SocketAddr {
+    let service = &node.cluster.services[service];
+    SocketAddr::new(service.cluster_ips[0], service.ports[0].port)
+}
+
+/// A node whose Services have these faults.
+fn prepare(mode: Mode) -> TestNode {
+    let mut node = TestNode::build(SERVICES, 1).expect("a laboratory");
+    let ports = |service: usize, node: &mut TestNode, change: &dyn Fn(&mut IpAddr, &mut u16)| {
+        for endpoint in &mut node.cluster.services[service].ports[0].endpoints {
+            change(&mut endpoint.address, &mut endpoint.port);
+        }
+    };
+    for service in WITHOUT_ENDPOINTS {
+        node.cluster.services[service].ports[0].endpoints.clear();
+    }
+    for service in NOBODY_LISTENS {
+        ports(service, &mut node, &|_, port| *port = CLOSED);
+    }
+    let node2 = plan::NODE2_SERVERS.nth(100);
+    for service in SILENT {
+        ports(service, &mut node, &|address, _| *address = node2);
+    }
+    on_one_thread(node.apply(mode)).expect("rules");
+    let silence = format!(
+        "add table ip fault; add chain ip fault in {{ type filter hook prerouting priority -300; }}; \
+         add rule ip fault in ip daddr {node2} drop"
+    );
+    run(node.lab.node2(), "nft", &[&silence]);
+    let mut fault = "add table ip fault; \
+         add chain ip fault out { type filter hook output priority 10; }; \
+         add chain ip fault steal { type nat hook output priority -112; };"
+        .to_owned();
+    for service in FORBIDDEN {
+        let endpoint = endpoint_of(&node, service);
+        fault += &format!("add rule ip fault out ip daddr {} drop;", endpoint.ip());
+    }
+    for (service, healthy) in HIJACKED.into_iter().zip(HEALTHY) {
+        let thief = endpoint_of(&node, healthy);
+        let vip = vip_of(&node, service).ip();
+        fault += &format!(
+            "add rule ip fault steal ip daddr {vip} {} dport 80 dnat to {thief};",
+            ["tcp", "udp"][service % 2]
+        );
+    }
+    run(node.lab.node(), "nft", &[&fault]);
+    node
+}
+
+/// Asks each Service once, from the node itself.
+fn ask(node: &TestNode) -> Vec<UdpSocket> {
+    let begin = Instant::now();
+    let mut sockets = Vec::new();
+    for service in (0..node.cluster.services.len()).rev() {
+        let vip = vip_of(node, service);
+        let client = move || {
+            if service % 2 == 0 {
+                // What becomes of it is what the probes are asked.
+                let _ = TcpStream::connect_timeout(&vip, Duration::from_millis(100));
+                None
+            } else {
+                let socket = UdpSocket::bind("0.0.0.0:0").expect("binds");
+                socket.send_to(b"1 x\n", vip).ok();
+                Some(socket)
+            }
+        };
+        sockets.extend(node.lab.node().run(client).expect("enters"));
+    }
+    std::thread::sleep(CLIENTS_WAIT.saturating_sub(begin.elapsed()));
+    sockets
+}
+
+/// One flow to each Service: the verdicts are those of the faults, and nothing is left undecided.
+pub fn prepared_faults_are_told(mode: Mode) {
+    let node = prepare(mode);
+    let session = Session::start(node.lab.node(), Options::default()).expect("attaches");
+    let sockets = ask(&node);
+    assert_eq!(sockets.len(), 6);
+    let (_, summary) = session.finish().expect("ends");
+    let told: BTreeMap<&str, Vec<&Verdict>> = summary
+        .services
+        .iter()
+        .map(|service| {
+            let verdicts = service.verdicts.iter().map(|count| &count.verdict);
+            (service.name.as_str(), verdicts.collect())
+        })
+        .collect();
+    for (service, wanted) in wanted(&node) {
+        let name = match mode {
+            Mode::Ipvs => format!("{}/{}", vip_of(&node, service), ["tcp", "udp"][service % 2]),
+            _ => format!("lab/svc-{service:05}:p"),
+        };
+        let found = told.get(name.as_str());
+        assert!(
+            found.is_some_and(
+                |found| matches!(found.as_slice(), [only] if wanted.iter().any(|w| w == *only))
+            ),
+            "{name}: {found:?} is not one of {wanted:?}\n{summary}"
+        );
+    }
+}
+
+/// What each Service's flow has to be told as.
+fn wanted(node: &TestNode) -> Vec<(usize, Vec<Verdict>)> {
+    let by = Who::Node;
+    let how = "port unreachable";
+    let rejected = Verdict::Rejected { by, how };
+    let dropped = |stage: &str| Verdict::Dropped {
+        reason: "NETFILTER_DROP".to_owned(),
+        stage: stage.to_owned(),
+    };
+    let [tcp, udp] = NOBODY_LISTENS.map(|service| Who::Endpoint(endpoint_of(node, service)));
+    let mut wanted = vec![
+        (NOBODY_LISTENS[0], vec![Verdict::Reset { by: tcp }]),
+        (NOBODY_LISTENS[1], vec![Verdict::Rejected { by: udp, how }]),
+    ];
+    wanted.extend(HEALTHY.map(|service| (service, vec![Verdict::Delivered])));
+    wanted.extend(WITHOUT_ENDPOINTS.map(|service| (service, vec![rejected.clone()])));
+    let unanswered = Verdict::Unanswered { stray: None };
+    wanted.extend(SILENT.map(|service| (service, vec![unanswered.clone()])));
+    // What IPVS sends on passes OUTPUT a second time.
+    let forbidden = vec![dropped("OUTPUT filter"), dropped("OUTPUT-ipvs filter")];
+    wanted.extend(FORBIDDEN.map(|service| (service, forbidden.clone())));
+    for (service, healthy) in HIJACKED.into_iter().zip(HEALTHY) {
+        let by = endpoint_of(node, healthy);
+        wanted.push((service, vec![Verdict::Misdelivered { by }]));
+    }
+    wanted
+}
+
+/// A client that goes on sending from one port to an endpoint that is gone: conntrack remembers it.
+pub fn a_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
+    const SERVICE: usize = SILENT[1];
+    let mut node = prepare(mode);
+    let mut session = Session::start(node.lab.node(), Options::default()).expect("attaches");
+    let vip = vip_of(&node, SERVICE);
+    let dead = endpoint_of(&node, SERVICE);
+    let socket = node
+        .lab
+        .node()
+        .run(|| UdpSocket::bind("0.0.0.0:0").expect("binds"))
+        .expect("enters");
+    socket.send_to(b"1 x\n", vip).expect("sends");
+    node.cluster.services[SERVICE].ports[0].endpoints[0].address =
+        plan::server_pod(0, Family::V4).nth(200);
+    on_one_thread(node.apply(mode)).expect("rules");
+    let begin = Instant::now();
+    let stuck = loop {
+        assert!(begin.elapsed() < PATIENCE, "never told");
+        socket.send_to(b"1 x\n", vip).expect("sends");
+        std::thread::sleep(Duration::from_millis(20));
+        let events = session.poll().expect("polls");
+        let verdicts = events.into_iter().filter_map(|event| match event {
+            Event::Verdict(decided) => Some(decided),
+            _ => None,
+        });
+        let stuck = verdicts
+            .into_iter()
+            .find(|decided| matches!(decided.verdict, Verdict::Stuck { .. }));
+        if let Some(stuck) = stuck {
+            break stuck;
+        }
+    };
+    assert_eq!(stuck.verdict, Verdict::Stuck { endpoint: dead });
+    assert_eq!(stuck.destination, vip);
+    let (_, summary) = session.finish().expect("ends");
+    let text = summary.to_string();
+    assert!(text.contains("stuck on the dead endpoint"), "{text}");
+}

@@ -1,0 +1,318 @@
+//! Whose packet is it? Addresses, ports, and what user space said of them.
+
+use aya_ebpf::Global;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, HashMap};
+use tracer_ebpf::path::{Origin, Path, Target};
+use tracer_ebpf::record::{
+    Key4, Key6, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE, hook, protocol, tcp,
+};
+
+use crate::kernel::{Copied, Header, field, first4, halves, header_at, network_header};
+
+// The node under test.
+#[unsafe(no_mangle)]
+static POD_NET4: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static POD_MASK4: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static POD_NET6: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static POD_MASK6: Global<u64> = Global::new(0);
+
+/// Which ports can be of interest at all: two bits a port.
+#[map]
+static PORTS: Array<[u8; PORT_BITS]> = Array::with_max_entries(1, 0);
+
+/// Addresses and ports of interest; the value is a [`Target`].
+#[map]
+static TARGETS4: HashMap<Key4, u32> = HashMap::with_max_entries(1, 0);
+/// The same for IPv6.
+#[map]
+static TARGETS6: HashMap<Key6, u32> = HashMap::with_max_entries(1, 0);
+
+/// The node's own addresses.
+#[map]
+static NODES4: HashMap<[u8; 4], u32> = HashMap::with_max_entries(64, 0);
+/// The same for IPv6.
+#[map]
+static NODES6: HashMap<[u8; 16], u32> = HashMap::with_max_entries(64, 0);
+
+/// What a packet's header says of its flow. An ICMP error belongs to the flow of the packet that it
+/// quotes, in the other direction.
+#[derive(Clone, Copy)]
+pub(crate) struct Flow {
+    pub(crate) source: [u8; 16],
+    pub(crate) destination: [u8; 16],
+    pub(crate) sport: [u8; 2],
+    pub(crate) dport: [u8; 2],
+    pub(crate) protocol: u8,
+    /// TCP's flags, SCTP's first chunk type, or the type of an ICMP error.
+    pub(crate) flags: u8,
+    /// The code of an ICMP error.
+    pub(crate) code: u8,
+    /// Is it an ICMP error?
+    pub(crate) error: bool,
+}
+
+impl Flow {
+    pub(crate) const ZERO: Self = Self {
+        source: [0; 16],
+        destination: [0; 16],
+        sport: [0; 2],
+        dport: [0; 2],
+        protocol: 0,
+        flags: 0,
+        code: 0,
+        error: false,
+    };
+
+    /// Does it ask for something, as far as the port tells?
+    #[inline(always)]
+    fn may_ask(&self) -> bool {
+        !self.error && port_is(self.dport, PORT_IS_DESTINATION)
+    }
+
+    /// Does it answer? Endpoints do; so does a node that refuses what was sent to a Service.
+    #[inline(always)]
+    fn may_answer(&self) -> bool {
+        let refused = self.refuses() && port_is(self.sport, PORT_IS_DESTINATION);
+        refused || port_is(self.sport, PORT_IS_SOURCE)
+    }
+
+    #[inline(always)]
+    fn refuses(&self) -> bool {
+        self.error || (self.protocol == protocol::TCP && self.flags & tcp::RST != 0)
+    }
+}
+
+#[inline(always)]
+fn port_is(port: [u8; 2], bit: u8) -> bool {
+    let Some(ports) = PORTS.get_ptr(0) else {
+        return false;
+    };
+    let port = u16::from_be_bytes(port) as usize;
+    // SAFETY: the map's value has two bits for each of 65536 ports.
+    let bits = unsafe { *ports.cast::<u8>().add(port >> 2) };
+    bits >> ((port & 3) << 1) & bit != 0
+}
+
+/// A header that could not be read, or a packet that is of no interest.
+pub(crate) const NOTHING: u32 = 0xff;
+
+/// The packet's path: an index below [`Path::COUNT`]; `Path::COUNT` for what comes from an endpoint
+/// (conntrack will tell whose reply it is); [`NOTHING`] for the rest, after one look at the ports.
+#[inline(always)]
+pub(crate) unsafe fn recognise(skb: *const u8, ipv4: bool, at: u32, flow: &mut Flow) -> u32 {
+    unsafe {
+        if !read(skb, ipv4, flow) {
+            return NOTHING;
+        }
+        if flow.may_ask() {
+            let target = target_of(ipv4, &flow.destination, flow.dport, flow.protocol);
+            if target <= Target::Pod as u32 {
+                let origin = if at == hook::OUTPUT {
+                    Origin::Host as u32
+                } else {
+                    match origin_of(ipv4, &flow.source, &flow.destination) {
+                        0 => Origin::Pod as u32,
+                        _ => Origin::External as u32,
+                    }
+                };
+                return origin * 3 + target;
+            }
+        }
+        if flow.may_answer() {
+            let target = target_of(ipv4, &flow.source, flow.sport, flow.protocol);
+            if target == Target::Pod as u32 {
+                return Path::COUNT as u32;
+            }
+            if target < Target::Pod as u32 && flow.refuses() {
+                return origin_of(ipv4, &flow.destination, &flow.source) * 3 + target;
+            }
+        }
+        NOTHING
+    }
+}
+
+/// Reads what a packet's header says of its flow; false for protocols that Services do not have.
+#[inline(always)]
+pub(crate) unsafe fn read(skb: *const u8, ipv4: bool, flow: &mut Flow) -> bool {
+    unsafe {
+        let at = network_header(skb);
+        if ipv4 {
+            read4(at, flow)
+        } else {
+            read6(at, flow)
+        }
+    }
+}
+
+#[inline(always)]
+const fn has_ports(number: u8) -> bool {
+    number == protocol::TCP || number == protocol::UDP || number == protocol::SCTP
+}
+
+/// ICMP errors (RFC 792): destination unreachable, time exceeded, parameter problem.
+#[inline(always)]
+const fn is_error4(kind: u8) -> bool {
+    kind == 3 || kind == 11 || kind == 12
+}
+
+#[inline(always)]
+unsafe fn read4(at: u64, flow: &mut Flow) -> bool {
+    unsafe {
+        let (mut outer, mut inner) = ([0; 40], [0; 40]);
+        let ip = header_at(at, Header::Ipv4, &mut outer);
+        let next: u8 = field(ip, 9);
+        let part: u16 = field(ip, 6);
+        let begin = at + u64::from(field::<u8>(ip, 0) & 0xf) * 4;
+        // A fragment's offset, network order: where nothing defragments, later fragments have no ports.
+        if part & 0xff1f != 0 {
+            return false;
+        }
+        if has_ports(next) {
+            put4(&mut flow.source, field(ip, 12));
+            put4(&mut flow.destination, field(ip, 16));
+            return read_transport(begin, next, flow);
+        }
+        if next != protocol::ICMP {
+            return false;
+        }
+        let icmp = header_at(begin, Header::Icmp, &mut inner);
+        (flow.flags, flow.code) = (field(icmp, 0), field(icmp, 1));
+        if !is_error4(flow.flags) {
+            return false;
+        }
+        let quoted = header_at(begin + 8, Header::Ipv4, &mut inner);
+        let next: u8 = field(quoted, 9);
+        put4(&mut flow.destination, field(quoted, 12));
+        put4(&mut flow.source, field(quoted, 16));
+        let begin = begin + 8 + u64::from(field::<u8>(quoted, 0) & 0xf) * 4;
+        has_ports(next) && read_quoted(begin, next, flow)
+    }
+}
+
+/// An IPv6 packet whose transport header or ICMP error follows at once.
+#[inline(always)]
+unsafe fn read6(at: u64, flow: &mut Flow) -> bool {
+    unsafe {
+        let (mut outer, mut inner) = ([0; 40], [0; 40]);
+        let ip = header_at(at, Header::Ipv6, &mut outer);
+        let next: u8 = field(ip, 6);
+        if has_ports(next) {
+            put6(&mut flow.source, field(ip, 8), field(ip, 16));
+            put6(&mut flow.destination, field(ip, 24), field(ip, 32));
+            return read_transport(at + 40, next, flow);
+        }
+        if next != protocol::ICMP6 {
+            return false;
+        }
+        let icmp = header_at(at + 40, Header::Icmp, &mut inner);
+        (flow.flags, flow.code) = (field(icmp, 0), field(icmp, 1));
+        // RFC 4443, section 2.1: errors have types below 128.
+        if flow.flags >= 128 {
+            return false;
+        }
+        let quoted = header_at(at + 48, Header::Ipv6, &mut inner);
+        let next: u8 = field(quoted, 6);
+        put6(&mut flow.destination, field(quoted, 8), field(quoted, 16));
+        put6(&mut flow.source, field(quoted, 24), field(quoted, 32));
+        has_ports(next) && read_quoted(at + 88, next, flow)
+    }
+}
+
+#[inline(always)]
+unsafe fn read_transport(begin: u64, next: u8, flow: &mut Flow) -> bool {
+    unsafe {
+        let mut copy: Copied = [0; 40];
+        let transport = header_at(begin, Header::Transport, &mut copy);
+        flow.protocol = next;
+        flow.sport = field(transport, 0);
+        flow.dport = field(transport, 2);
+        flow.flags = match next {
+            protocol::TCP => field(transport, 13),
+            // The common header is 12 bytes long; the first chunk's type follows.
+            protocol::SCTP => field(transport, 12),
+            _ => 0,
+        };
+        true
+    }
+}
+
+/// The ports of the packet that an ICMP error quotes, which went the other way.
+#[inline(always)]
+unsafe fn read_quoted(begin: u64, next: u8, flow: &mut Flow) -> bool {
+    unsafe {
+        let mut copy: Copied = [0; 40];
+        let transport = header_at(begin, Header::Transport, &mut copy);
+        flow.protocol = next;
+        flow.error = true;
+        flow.dport = field(transport, 0);
+        flow.sport = field(transport, 2);
+        true
+    }
+}
+
+#[inline(always)]
+unsafe fn put4(to: &mut [u8; 16], address: u32) {
+    unsafe { to.as_mut_ptr().cast::<u32>().write_unaligned(address) }
+}
+
+#[inline(always)]
+unsafe fn put6(to: &mut [u8; 16], high: u64, low: u64) {
+    unsafe {
+        let halves = to.as_mut_ptr().cast::<u64>();
+        halves.write_unaligned(high);
+        halves.add(1).write_unaligned(low);
+    }
+}
+
+/// What stands behind an address and port, or [`NOTHING`].
+#[inline(always)]
+pub(crate) unsafe fn target_of(ipv4: bool, address: &[u8; 16], port: [u8; 2], protocol: u8) -> u32 {
+    unsafe {
+        let found = if ipv4 {
+            TARGETS4.get(Key4 {
+                address: first4(address).to_ne_bytes(),
+                port,
+                protocol,
+                pad: 0,
+            })
+        } else {
+            TARGETS6.get(Key6 {
+                address: *address,
+                port,
+                protocol,
+                pad: 0,
+            })
+        };
+        found.copied().unwrap_or(NOTHING)
+    }
+}
+
+/// Who has this address, seen from the node? A packet whose source is its own destination was sent
+/// by the node to an address bound on it (a ClusterIP on kube-ipvs0).
+#[inline(always)]
+pub(crate) unsafe fn origin_of(ipv4: bool, source: &[u8; 16], destination: &[u8; 16]) -> u32 {
+    unsafe {
+        if ipv4 {
+            let address = first4(source);
+            if address & POD_MASK4.load() == POD_NET4.load() {
+                return Origin::Pod as u32;
+            }
+            if address == first4(destination) || NODES4.get(address.to_ne_bytes()).is_some() {
+                return Origin::Host as u32;
+            }
+        } else {
+            let (high, low) = halves(source);
+            if high & POD_MASK6.load() == POD_NET6.load() {
+                return Origin::Pod as u32;
+            }
+            if (high, low) == halves(destination) || NODES6.get(source).is_some() {
+                return Origin::Host as u32;
+            }
+        }
+        Origin::External as u32
+    }
+}

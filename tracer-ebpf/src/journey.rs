@@ -1,0 +1,554 @@
+//! A packet's journey over the node, from probe to probe.
+//!
+//! **Pairing.** A packet's journey is kept in a per-CPU slot chosen by the skb's address and owned
+//! by it: a probe that finds another owner, or its own packet at another step than expected, counts
+//! that and records nothing. A hook runs on one CPU, and a journey that is interrupted by another
+//! (a softirq) lands in another slot or takes the slot over, which its owner then notices. A slot
+//! is given up when its packet leaves by a device, is dropped, or when the address is seen again at
+//! a first probe.
+//!
+//! **Time.** A probe reads the clock when it begins and again when it ends, so stages do not
+//! contain the probes' own work. What it read is kept in the slot; histograms are updated when the journey
+//! ends, when it is known whose packet it was. Where only every n-th packet is sampled, the others keep their
+//! place in the slot, so that a drop has its stage, and the clock is not read for them; first packets of
+//! flows are always timed.
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, PerCpuArray, RingBuf};
+use tracer_ebpf::histogram::{CELLS, cell_of};
+use tracer_ebpf::path::{Path, Target};
+use tracer_ebpf::record::{
+    ANSWERED, Cells, HISTOGRAMS, IPV4, IPV6, RESENT, Record, SLOTS, STAGE_NODE, STAGE_RECEIVE,
+    STAGES, STEPS, Slot, Table, histogram_index, hook, kind, phase, protocol, role, sctp, state,
+    tcp, timed,
+};
+
+use crate::flow::{Flow, NOTHING, origin_of, read, recognise, target_of};
+use crate::kernel::{connection, first4, halves, is_confirmed, low_half, read_start, read_tuples};
+
+/// One in how many later packets is timed; first packets always are.
+#[unsafe(no_mangle)]
+static SAMPLE: Global<u32> = Global::new(1);
+
+/// Journeys under way and counters: one value a CPU.
+#[map]
+static TABLE: PerCpuArray<Table> = PerCpuArray::with_max_entries(1, 0);
+
+/// One histogram a path, state and stage.
+#[map]
+static TIMES: PerCpuArray<Cells> = PerCpuArray::with_max_entries(HISTOGRAMS as u32, 0);
+
+/// UDP flows that were answered, by their conntrack entry: what finds another entry in its place is told
+/// once more, which costs a record and nothing else.
+#[map]
+static ANSWERS: Array<u64> = Array::with_max_entries(ANSWERED, 0);
+
+/// First packets, answers and drops.
+#[map]
+static RECORDS: RingBuf = RingBuf::with_byte_size(1 << 24, 0);
+
+/// `IP_CT_IS_REPLY` and `IP_CT_NEW` (`enum ip_conntrack_info`,
+/// include/uapi/linux/netfilter/nf_conntrack_common.h).
+const CT_IS_REPLY: u64 = 3;
+const CT_NEW: u64 = 2;
+
+/// Where a probe stands.
+#[derive(Clone, Copy)]
+pub(crate) struct Here {
+    /// The stage that begins.
+    pub(crate) stage: u8,
+    /// Number of the hook.
+    pub(crate) hook: u32,
+    /// See [`role`].
+    pub(crate) role: u32,
+    pub(crate) ipv4: bool,
+}
+
+/// This CPU's journeys.
+#[inline(always)]
+pub(crate) fn table() -> Option<*mut Table> {
+    TABLE.get_ptr_mut(0)
+}
+
+/// The slot of an skb. Skbs lie at multiples of 256 bytes.
+#[inline(always)]
+pub(crate) unsafe fn slot_of(table: *mut Table, skb: *const u8) -> *mut Slot {
+    let index = ((low_half(skb) >> 8) as usize) & (SLOTS - 1);
+    unsafe { (&raw mut (*table).slots).cast::<Slot>().add(index) }
+}
+
+/// A packet enters a hook: one that is under way goes on, others may begin.
+#[inline(always)]
+pub(crate) unsafe fn enter(table: *mut Table, slot: *mut Slot, skb: *const u8, here: Here) {
+    unsafe {
+        let ours = (*slot).skb == skb as u64;
+        if ours && (*slot).phase == phase::UNDERWAY && may_go_on(slot, skb, here) {
+            step(table, slot, skb, here);
+        } else if here.hook == hook::PREROUTING || here.hook == hook::OUTPUT {
+            begin(table, slot, skb, ours, here);
+        }
+    }
+}
+
+/// Is this the packet that the slot knows, further on its way? At PREROUTING a packet is always
+/// new. At OUTPUT the only packets seen before are those that IPVS sends on from within another
+/// hook; a header that agrees tells them from a new packet at a reused address.
+#[inline(always)]
+unsafe fn may_go_on(slot: *mut Slot, skb: *const u8, here: Here) -> bool {
+    match here.hook {
+        hook::PREROUTING => false,
+        hook::OUTPUT => unsafe { same_source(slot, skb) },
+        _ => true,
+    }
+}
+
+/// Does the packet come from the address and port with which the slot's journey began?
+#[inline(always)]
+pub(crate) unsafe fn same_source(slot: *const Slot, skb: *const u8) -> bool {
+    unsafe {
+        let mut flow = Flow::ZERO;
+        let ipv4 = (*slot).family == IPV4;
+        let same = read(skb, ipv4, &mut flow) && flow.sport == (*slot).sport;
+        if ipv4 {
+            same && first4(&flow.source) == first4(&(*slot).source)
+        } else {
+            same && halves(&flow.source) == halves(&(*slot).source)
+        }
+    }
+}
+
+/// The first boundary of a packet on this node: is it of interest?
+#[inline(always)]
+unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool, here: Here) {
+    unsafe {
+        let received = ours && (*slot).phase == phase::RECEIVED && here.hook == hook::PREROUTING;
+        let arrived = if received { bpf_ktime_get_ns() } else { 0 };
+        let mut flow = Flow::ZERO;
+        let path = recognise(skb, here.ipv4, here.hook, &mut flow);
+        if path > Path::COUNT as u32 {
+            (*table).stats.other += 1;
+            if ours {
+                (*slot).skb = 0;
+            }
+            return;
+        }
+        if !ours && (*slot).skb != 0 && (*slot).phase == phase::UNDERWAY {
+            (*table).stats.collisions += 1;
+        }
+        (*table).stats.journeys += 1;
+        (*slot).skb = skb as u64;
+        (*slot).timed = timing(table, &flow);
+        (*slot).started = 0;
+        (*slot).elapsed = 0;
+        (*slot).ct = 0;
+        (*slot).steps = 0;
+        (*slot).kind = 0;
+        (*slot).confirmed = 0;
+        (*slot).phase = phase::UNDERWAY;
+        (*slot).boundary = here.stage;
+        (*slot).began = here.stage;
+        (*slot).resent = 0;
+        (*slot).state = state::UNKNOWN;
+        (*slot).path = path as u8;
+        (*slot).family = if here.ipv4 { IPV4 } else { IPV6 };
+        (*slot).protocol = flow.protocol;
+        (*slot).flags = flow.flags;
+        (*slot).code = flow.code;
+        if flow.error {
+            (*slot).kind = kind::ERROR;
+        }
+        (*slot).sport = flow.sport;
+        (*slot).dport = flow.dport;
+        (*slot).source = flow.source;
+        (*slot).destination = flow.destination;
+        if (*slot).timed == timed::NO {
+            return;
+        }
+        if received {
+            let took = arrived - (*slot).last;
+            (*slot).started = (*slot).last;
+            passed(slot, STAGE_RECEIVE, took);
+            (*slot).last = bpf_ktime_get_ns();
+        } else {
+            let now = bpf_ktime_get_ns();
+            (*slot).started = now;
+            (*slot).last = now;
+        }
+    }
+}
+
+/// Is this packet to be timed?
+#[inline(always)]
+unsafe fn timing(table: *mut Table, flow: &Flow) -> u8 {
+    unsafe {
+        if (*table).skip == 0 {
+            (*table).skip = u64::from(SAMPLE.load()) - 1;
+            return timed::YES;
+        }
+        (*table).skip -= 1;
+    }
+    match flow.protocol {
+        _ if flow.error => timed::NO,
+        protocol::TCP if flow.flags & (tcp::SYN | tcp::ACK) != tcp::SYN => timed::NO,
+        protocol::SCTP if flow.flags != sctp::INIT => timed::NO,
+        _ => timed::IF_NEW,
+    }
+}
+
+/// A packet under way passes a boundary: its stage ends.
+#[inline(always)]
+pub(crate) unsafe fn step(table: *mut Table, slot: *mut Slot, skb: *const u8, here: Here) {
+    unsafe {
+        let stage = stage_of(slot);
+        if (*slot).timed != timed::NO {
+            let took = bpf_ktime_get_ns() - (*slot).last;
+            passed(slot, stage, took);
+        }
+        if (*slot).state == state::UNKNOWN {
+            learn_state(slot, skb);
+        }
+        (*slot).boundary = here.stage;
+        if here.hook != hook::OUTPUT {
+            (*slot).resent = 0;
+        } else if here.role & role::ENTRY != 0 {
+            // Whoever is under way when it enters OUTPUT was sent there by IPVS.
+            (*slot).resent = RESENT;
+        }
+        if here.role & (role::DEPART | role::DELIVER) != 0 {
+            settle(slot);
+            (*slot).kind = kind_at_end(slot);
+            if (*slot).kind != 0 {
+                read_start(skb, &mut (*slot).header);
+            }
+            know_connection(slot);
+        }
+        if here.role & role::DELIVER != 0 {
+            (*table).stats.delivered += 1;
+            finish(table, slot, false);
+            (*slot).phase = phase::DELIVERED;
+        } else if (*slot).timed != timed::NO {
+            (*slot).last = bpf_ktime_get_ns();
+        }
+    }
+}
+
+/// The packet left by a device.
+#[inline(always)]
+pub(crate) unsafe fn depart(table: *mut Table, slot: *mut Slot) {
+    unsafe {
+        if (*slot).timed != timed::NO {
+            let took = bpf_ktime_get_ns() - (*slot).last;
+            passed(slot, stage_of(slot), took);
+        }
+        settle(slot);
+        (*table).stats.transmitted += 1;
+        finish(table, slot, true);
+        (*slot).skb = 0;
+    }
+}
+
+/// The kernel dropped the packet.
+#[inline(always)]
+pub(crate) unsafe fn drop(
+    table: *mut Table,
+    slot: *mut Slot,
+    skb: *const u8,
+    reason: u32,
+    location: u64,
+) {
+    unsafe {
+        let delivered = (*slot).phase == phase::DELIVERED;
+        // After delivery the slot may have outlived its packet: believe the header.
+        if (*slot).phase == phase::UNDERWAY || (delivered && same_source(slot, skb)) {
+            (*slot).kind = kind::DROP;
+            if delivered {
+                (*table).stats.dropped_at_socket += 1;
+                // The packet has let go of its entry.
+                (*slot).ct = 0;
+            } else {
+                (*table).stats.dropped += 1;
+                if (*slot).state == state::UNKNOWN {
+                    learn_state(slot, skb);
+                }
+                know_connection(slot);
+                if (*slot).timed != timed::NO {
+                    count_steps(slot);
+                }
+            }
+            read_start(skb, &mut (*slot).header);
+            send(table, slot, reason, location, false);
+        }
+        (*slot).skb = 0;
+    }
+}
+
+/// The end of a journey that was not dropped: what was timed is counted, what is to be told is told.
+#[inline(always)]
+unsafe fn finish(table: *mut Table, slot: *mut Slot, transmitted: bool) {
+    unsafe {
+        if (*slot).timed != timed::NO {
+            (*table).stats.timed += 1;
+            count_steps(slot);
+            count(slot, STAGE_NODE, (*slot).elapsed);
+        }
+        if (*slot).kind != 0 {
+            send(table, slot, 0, 0, transmitted);
+        }
+    }
+}
+
+/// The stage that the packet is in.
+#[inline(always)]
+unsafe fn stage_of(slot: *const Slot) -> u8 {
+    unsafe { (*slot).boundary + (*slot).resent }
+}
+
+/// A stage was passed.
+#[inline(always)]
+unsafe fn passed(slot: *mut Slot, stage: u8, took: u64) {
+    unsafe {
+        (*slot).elapsed += took;
+        let at = (*slot).steps as usize;
+        if at < STEPS {
+            let took = if took > u64::from(u32::MAX) {
+                u32::MAX
+            } else {
+                took as u32
+            };
+            *(&raw mut (*slot).took).cast::<u32>().add(at) = took;
+            *(&raw mut (*slot).stages).cast::<u8>().add(at) = stage;
+            (*slot).steps = at as u8 + 1;
+        }
+    }
+}
+
+/// What the end of this packet's journey is told as; 0: not at all.
+#[inline(always)]
+unsafe fn kind_at_end(slot: *mut Slot) -> u8 {
+    unsafe {
+        let flags = (*slot).flags;
+        if (*slot).kind == kind::ERROR {
+            return kind::ERROR;
+        }
+        if (*slot).protocol == protocol::TCP && flags & tcp::RST != 0
+            || (*slot).protocol == protocol::SCTP && flags == sctp::ABORT
+        {
+            return kind::RESET;
+        }
+        match (*slot).state {
+            state::NEW => {
+                if (*slot).protocol == protocol::UDP {
+                    forget_answer((*slot).ct);
+                }
+                kind::FIRST
+            }
+            // Nobody translates what conntrack does not track.
+            state::UNTRACKED if to_service(slot) => kind::FIRST,
+            state::REPLY => {
+                let answers = match (*slot).protocol {
+                    protocol::TCP => flags & tcp::SYN != 0,
+                    protocol::SCTP => flags == sctp::INIT_ACK,
+                    _ => is_first_answer((*slot).ct),
+                };
+                if answers { kind::ANSWER } else { 0 }
+            }
+            _ => 0,
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn to_service(slot: *const Slot) -> bool {
+    let path = unsafe { (*slot).path };
+    path < Path::COUNT as u8 && path % 3 != Target::Pod as u8
+}
+
+/// Where a connection's answer is remembered. Entries lie at multiples of 64 bytes.
+#[inline(always)]
+fn answer_of(ct: u64) -> Option<*mut u64> {
+    // Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, section 6.4.
+    let hash = (ct >> 6).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    ANSWERS.get_ptr_mut((hash >> 40) as u32 % ANSWERED)
+}
+
+#[inline(always)]
+fn is_first_answer(ct: u64) -> bool {
+    let Some(answered) = answer_of(ct) else {
+        return true;
+    };
+    // SAFETY: the map's value is one number; two CPUs that write it at once tell an answer twice.
+    unsafe {
+        let first = *answered != ct;
+        *answered = ct;
+        first
+    }
+}
+
+/// A new connection at the address of an old one.
+#[inline(always)]
+fn forget_answer(ct: u64) {
+    if let Some(answered) = answer_of(ct) {
+        // SAFETY: as above.
+        unsafe {
+            if *answered == ct {
+                *answered = 0;
+            }
+        }
+    }
+}
+
+/// The journey is over: a packet that conntrack has not claimed by now is untracked.
+#[inline(always)]
+unsafe fn settle(slot: *mut Slot) {
+    unsafe {
+        if (*slot).state == state::UNKNOWN {
+            (*slot).state = state::UNTRACKED;
+        }
+    }
+}
+
+/// Asks conntrack, once it has seen the packet.
+#[inline(always)]
+unsafe fn learn_state(slot: *mut Slot, skb: *const u8) {
+    unsafe {
+        let (ct, info) = connection(skb);
+        if ct == 0 {
+            return;
+        }
+        (*slot).ct = ct;
+        (*slot).state = if info >= CT_IS_REPLY {
+            state::REPLY
+        } else if info == CT_NEW {
+            (*slot).confirmed = u8::from(is_confirmed(ct));
+            state::NEW
+        } else {
+            state::ESTABLISHED
+        };
+        if (*slot).timed == timed::IF_NEW && (*slot).state != state::NEW {
+            (*slot).timed = timed::NO;
+        }
+    }
+}
+
+/// Reads what will be told or counted of the packet's connection, while the packet holds it.
+#[inline(always)]
+unsafe fn know_connection(slot: *mut Slot) {
+    unsafe {
+        let backwards = (*slot).state == state::REPLY || (*slot).path as usize >= Path::COUNT;
+        let told = (*slot).kind != 0;
+        if (*slot).ct == 0 || !(told || backwards && (*slot).timed != timed::NO) {
+            return;
+        }
+        if !read_tuples((*slot).ct, &mut (*slot).tuples) {
+            (*slot).ct = 0;
+        } else if backwards {
+            (*slot).path = path_of_flow(slot);
+        }
+    }
+}
+
+/// The path of a reply: conntrack's original tuple says who asked for what.
+#[inline(always)]
+unsafe fn path_of_flow(slot: *mut Slot) -> u8 {
+    unsafe {
+        let tuple = (&raw const (*slot).tuples).cast::<u8>();
+        let source: [u8; 16] = tuple.cast::<[u8; 16]>().read_unaligned();
+        let destination: [u8; 16] = tuple.add(20).cast::<[u8; 16]>().read_unaligned();
+        let port: [u8; 2] = [*tuple.add(36), *tuple.add(37)];
+        let ipv4 = (*slot).family == IPV4;
+        let target = target_of(ipv4, &destination, port, (*slot).protocol);
+        if target > Target::Pod as u32 {
+            return Path::COUNT as u8;
+        }
+        (origin_of(ipv4, &source, &destination) * 3 + target) as u8
+    }
+}
+
+/// The times of the stages passed, into their histograms.
+#[inline(always)]
+unsafe fn count_steps(slot: *const Slot) {
+    unsafe {
+        let steps = (*slot).steps as usize;
+        let mut at = 0;
+        while at < STEPS {
+            if at >= steps {
+                break;
+            }
+            let took = *(&raw const (*slot).took).cast::<u32>().add(at);
+            let stage = *(&raw const (*slot).stages).cast::<u8>().add(at);
+            count(slot, stage, u64::from(took));
+            at += 1;
+        }
+    }
+}
+
+/// One value into one histogram.
+#[inline(always)]
+unsafe fn count(slot: *const Slot, stage: u8, value: u64) {
+    unsafe {
+        let path = (*slot).path as usize;
+        let state = (*slot).state as usize;
+        if path >= Path::COUNT || state >= state::COUNT || stage as usize >= STAGES {
+            return;
+        }
+        let index = histogram_index(path as u32, state as u32, u32::from(stage));
+        if let Some(histogram) = TIMES.get_ptr_mut(index) {
+            (*histogram).sum += value;
+            let cell = cell_of(value);
+            if cell < CELLS {
+                *(&raw mut (*histogram).cells).cast::<u64>().add(cell) += 1;
+            }
+        }
+    }
+}
+
+/// Writes a record, or counts that there was no room.
+#[inline(always)]
+unsafe fn send(
+    table: *mut Table,
+    slot: *const Slot,
+    reason: u32,
+    location: u64,
+    transmitted: bool,
+) {
+    unsafe {
+        let Some(mut entry) = RECORDS.reserve::<Record>(0) else {
+            (*table).stats.ring_lost += 1;
+            return;
+        };
+        let record = entry.as_mut_ptr();
+        (*record).time = bpf_ktime_get_ns();
+        (*record).started = (*slot).started;
+        (*record).elapsed = (*slot).elapsed;
+        (*record).location = location;
+        (*record).kind = (*slot).kind;
+        (*record).family = (*slot).family;
+        (*record).protocol = (*slot).protocol;
+        (*record).path = (*slot).path;
+        (*record).state = (*slot).state;
+        (*record).stage = stage_of(slot);
+        (*record).transmitted = u8::from(transmitted);
+        (*record).flags = (*slot).flags;
+        (*record).reason = reason;
+        (*record).sport = (*slot).sport;
+        (*record).dport = (*slot).dport;
+        (*record).source = (*slot).source;
+        (*record).destination = (*slot).destination;
+        (*record).code = (*slot).code;
+        (*record).steps = (*slot).steps;
+        (*record).tracked = u8::from((*slot).ct != 0);
+        (*record).confirmed = (*slot).confirmed;
+        (*record).began = (*slot).began;
+        (*record).pad = [0; 3];
+        (*record).took = (*slot).took;
+        (*record).stages = (*slot).stages;
+        (*record).tuples = (*slot).tuples;
+        (*record).header = (*slot).header;
+        entry.submit(u64::from(BPF_RB_NO_WAKEUP));
+    }
+}
+
+const _: () = assert!(NOTHING > Path::COUNT as u32);

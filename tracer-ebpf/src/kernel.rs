@@ -1,0 +1,172 @@
+//! What the programs read of the kernel: packets, their headers, conntrack's entries.
+//!
+//! Rust has no CO-RE relocations; offsets and type ids are constants that user space takes from the running
+//! kernel's BTF and sets when it loads a program.
+
+use core::arch::asm;
+use core::ffi::c_void;
+use core::mem::transmute;
+use core::ptr;
+
+use aya_ebpf::Global;
+use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
+use tracer_ebpf::record::{HEADER, TUPLES};
+
+#[unsafe(no_mangle)]
+static SKB_NFCT: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static SKB_HEAD: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static SKB_NETWORK_HEADER: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static SKB_DEV: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static DEV_NET: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static NET_INUM: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static CT_TUPLE: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static CT_STATUS: Global<u32> = Global::new(0);
+
+// Type ids for `bpf_rdonly_cast`; all are 0 where the kernel lacks it (before 6.2).
+#[unsafe(no_mangle)]
+static TYPE_IPHDR: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static TYPE_IPV6HDR: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static TYPE_TCPHDR: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static TYPE_ICMPHDR: Global<u32> = Global::new(0);
+
+/// `NFCT_INFOMASK` (include/linux/skbuff.h).
+const CTINFO_MASK: u64 = 7;
+/// `IPS_CONFIRMED` (`enum ip_conntrack_status`, include/uapi/linux/netfilter/nf_conntrack_common.h).
+const CT_CONFIRMED: u64 = 1 << 3;
+
+/// The kernel function `bpf_rdonly_cast(obj, btf_id)`, which costs nothing once it is verified. The loader
+/// puts the running kernel's number of it where this one stands.
+const RDONLY_CAST: usize = tracer_ebpf::record::RDONLY_CAST as usize;
+
+/// The headers that are read.
+#[derive(Clone, Copy)]
+pub(crate) enum Header {
+    Ipv4,
+    Ipv6,
+    /// TCP's; the ports lie in the same place in UDP and SCTP.
+    Transport,
+    Icmp,
+}
+
+/// Room for a header that has to be copied.
+pub(crate) type Copied = [u8; 40];
+
+/// A pointer through which a header can be read: a cast of its address, or where the kernel cannot do
+/// that, a copy.
+///
+/// # Safety
+///
+/// Only fields of that header may be read through it.
+#[inline(always)]
+pub(crate) unsafe fn header_at(address: u64, header: Header, copy: &mut Copied) -> *const u8 {
+    let (id, length) = match header {
+        Header::Ipv4 => (TYPE_IPHDR.load(), 20),
+        Header::Ipv6 => (TYPE_IPV6HDR.load(), 40),
+        Header::Transport => (TYPE_TCPHDR.load(), 20),
+        Header::Icmp => (TYPE_ICMPHDR.load(), 8),
+    };
+    unsafe {
+        if TYPE_IPHDR.load() != 0 {
+            let cast: unsafe extern "C" fn(u64, u32) -> *const u8 = transmute(RDONLY_CAST);
+            return cast(address, id);
+        }
+        // What is not there, as behind a short packet's end, reads as zeros: the helper sees to that.
+        bpf_probe_read_kernel(copy.as_mut_ptr().cast(), length, address as *const c_void);
+        copy.as_ptr()
+    }
+}
+
+/// A field of a header that [`header_at`] gave.
+#[inline(always)]
+pub(crate) unsafe fn field<T: Copy>(header: *const u8, offset: usize) -> T {
+    unsafe { ptr::read_volatile(header.add(offset).cast::<T>()) }
+}
+
+/// Address of a packet's network header.
+#[inline(always)]
+pub(crate) unsafe fn network_header(skb: *const u8) -> u64 {
+    unsafe {
+        let head = ptr::read_volatile(skb.add(SKB_HEAD.load() as usize).cast::<u64>());
+        let offset = ptr::read_volatile(skb.add(SKB_NETWORK_HEADER.load() as usize).cast::<u16>());
+        head + u64::from(offset)
+    }
+}
+
+/// Copies a packet's first bytes.
+#[inline(always)]
+pub(crate) unsafe fn read_start(skb: *const u8, header: &mut [u8; HEADER]) {
+    unsafe {
+        let from = network_header(skb) as *const c_void;
+        bpf_probe_read_kernel(header.as_mut_ptr().cast(), HEADER as u32, from);
+    }
+}
+
+/// A packet's conntrack entry (its address, 0 for none) and `enum ip_conntrack_info`.
+#[inline(always)]
+pub(crate) unsafe fn connection(skb: *const u8) -> (u64, u64) {
+    let nfct = unsafe { ptr::read_volatile(skb.add(SKB_NFCT.load() as usize).cast::<u64>()) };
+    (nfct & !CTINFO_MASK, nfct & CTINFO_MASK)
+}
+
+/// Was the conntrack entry made by an earlier packet?
+#[inline(always)]
+pub(crate) unsafe fn is_confirmed(ct: u64) -> bool {
+    let mut status = 0_u64;
+    let from = (ct + u64::from(CT_STATUS.load())) as *const c_void;
+    unsafe { bpf_probe_read_kernel((&raw mut status).cast(), 8, from) };
+    status & CT_CONFIRMED != 0
+}
+
+/// Copies both tuples of a conntrack entry.
+#[inline(always)]
+pub(crate) unsafe fn read_tuples(ct: u64, tuples: &mut [u8; TUPLES]) -> bool {
+    let from = (ct + u64::from(CT_TUPLE.load())) as *const c_void;
+    unsafe { bpf_probe_read_kernel(tuples.as_mut_ptr().cast(), TUPLES as u32, from) == 0 }
+}
+
+/// Number of the network namespace of a packet's device.
+#[inline(always)]
+pub(crate) unsafe fn netns_of(skb: *const u8) -> u32 {
+    unsafe {
+        let dev = ptr::read_volatile(skb.add(SKB_DEV.load() as usize).cast::<*const u8>());
+        let net = ptr::read_volatile(dev.add(DEV_NET.load() as usize).cast::<*const u8>());
+        ptr::read_volatile(net.add(NET_INUM.load() as usize).cast::<u32>())
+    }
+}
+
+/// The low half of an address. The verifier lets no other arithmetic turn a pointer into a number,
+/// and the compiler would shift the pointer itself if it were written in Rust.
+#[inline(always)]
+pub(crate) fn low_half(address: *const u8) -> u32 {
+    let half: u64;
+    // SAFETY: one register-to-register move.
+    unsafe {
+        asm!("w2 = w1", out("r2") half, in("r1") address, options(pure, nomem, nostack));
+    }
+    half as u32
+}
+
+/// The first four bytes of an address.
+#[inline(always)]
+pub(crate) unsafe fn first4(address: &[u8; 16]) -> u32 {
+    unsafe { address.as_ptr().cast::<u32>().read_unaligned() }
+}
+
+/// Both halves of an IPv6 address.
+#[inline(always)]
+pub(crate) unsafe fn halves(address: &[u8; 16]) -> (u64, u64) {
+    unsafe {
+        let halves = address.as_ptr().cast::<u64>();
+        (halves.read_unaligned(), halves.add(1).read_unaligned())
+    }
+}

@@ -1,0 +1,76 @@
+//! The ends of a journey, where devices and the kernel's memory are.
+
+use aya_ebpf::Global;
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::macros::btf_tracepoint;
+use aya_ebpf::programs::BtfTracePointContext;
+use aya_log_ebpf::debug;
+use tracer_ebpf::record::phase;
+
+use crate::journey::{depart, drop, slot_of, table};
+use crate::kernel::netns_of;
+
+/// Number of the node's network namespace.
+#[unsafe(no_mangle)]
+static NETNS: Global<u32> = Global::new(0);
+
+/// A packet enters this node: remember when.
+#[btf_tracepoint(function = "netif_receive_skb")]
+fn netif_receive_skb(ctx: BtfTracePointContext) -> i32 {
+    let skb: *const u8 = ctx.arg(0);
+    // SAFETY: skb and what it leads to are BTF pointers, checked by the verifier.
+    unsafe {
+        if netns_of(skb) != NETNS.load() {
+            return 0;
+        }
+        let Some(table) = table() else {
+            return 0;
+        };
+        let slot = slot_of(table, skb);
+        if (*slot).phase == phase::UNDERWAY && (*slot).skb != skb as u64 && (*slot).skb != 0 {
+            // Somebody else is on the way: better no receive stage than a broken journey.
+            return 0;
+        }
+        (*slot).skb = skb as u64;
+        (*slot).phase = phase::RECEIVED;
+        (*slot).last = bpf_ktime_get_ns();
+    }
+    0
+}
+
+/// A packet left by a device. The skb may be gone: only its address is used.
+#[btf_tracepoint(function = "net_dev_xmit")]
+fn net_dev_xmit(ctx: BtfTracePointContext) -> i32 {
+    let skb: *const u8 = ctx.arg(0);
+    let Some(table) = table() else {
+        return 0;
+    };
+    // SAFETY: slots are checked by the verifier.
+    unsafe {
+        let slot = slot_of(table, skb);
+        if (*slot).skb == skb as u64 && (*slot).phase == phase::UNDERWAY {
+            depart(table, slot);
+        }
+    }
+    0
+}
+
+/// The kernel drops a packet.
+#[btf_tracepoint(function = "kfree_skb")]
+fn kfree_skb(ctx: BtfTracePointContext) -> i32 {
+    let skb: *const u8 = ctx.arg(0);
+    let location: u64 = ctx.arg(1);
+    let reason: u32 = ctx.arg(2);
+    let Some(table) = table() else {
+        return 0;
+    };
+    // SAFETY: skb is a BTF pointer; slots are checked by the verifier.
+    unsafe {
+        let slot = slot_of(table, skb);
+        if (*slot).skb == skb as u64 {
+            debug!(&ctx, "dropped at {} reason {}", (*slot).boundary, reason);
+            drop(table, slot, skb, reason, location);
+        }
+    }
+    0
+}

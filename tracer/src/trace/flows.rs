@@ -1,0 +1,564 @@
+//! New flows, from their first packet until it is known what became of them.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+
+use serde::Serialize;
+
+use super::directory::Directory;
+use super::journey::{End, Journey};
+use super::verdict::{Verdict, Who};
+
+/// How long a flow may go without an answer, ns: a TCP client has sent its SYN again after 1 s (RFC 6298,
+/// section 2) and after 3 s by then.
+const PATIENCE_NS: u64 = 3_000_000_000;
+/// A flow this old at a session's end that nobody answered is unanswered, ns; a younger one is undecided.
+const PATIENCE_AT_END_NS: u64 = 1_000_000_000;
+/// How long a drop waits for the ICMP error that may belong to it, ns.
+const GRACE_NS: u64 = 100_000_000;
+/// How long a decided flow is remembered, ns: an answer may come late, and packets of what conntrack does
+/// not track all look like first ones.
+const REMEMBERED_NS: u64 = 60_000_000_000;
+/// The most flows that are remembered; beyond, the oldest is forgotten, and counted.
+const MOST: usize = 1 << 18;
+/// Answers that came before their flow's first packet was told: on another CPU that can happen.
+const EARLY: usize = 1024;
+
+/// What makes a flow: protocol number, who asks, what is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Who asks.
+    pub source: SocketAddr,
+    /// What is asked for.
+    pub destination: SocketAddr,
+}
+
+/// What came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Back {
+    /// An answer.
+    Answer(SocketAddr),
+    /// A TCP RST or an SCTP ABORT.
+    Reset(Who),
+    /// An ICMP error: who sent it and what it says.
+    Error(Who, &'static str),
+}
+
+/// A flow of which it is known now what became of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Decided {
+    /// When it was (`CLOCK_MONOTONIC`, ns).
+    pub time_ns: u64,
+    /// The Service's index in the directory.
+    #[serde(skip)]
+    pub index: usize,
+    /// `ns/name:port`.
+    pub service: String,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Who asked.
+    pub source: SocketAddr,
+    /// What was asked for.
+    pub destination: SocketAddr,
+    /// Where its first packet was headed at the end; `None` if unknown.
+    pub headed: Option<SocketAddr>,
+    /// When its first packet came to the node (`CLOCK_MONOTONIC`, ns).
+    pub first_ns: u64,
+    /// From its first packet to what came back, ns; absent if nothing did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub after_ns: Option<u64>,
+    /// What had been said of it before, if this corrects it: an answer came late.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub corrects: Option<Box<Verdict>>,
+    /// What became of it.
+    #[serde(flatten)]
+    pub verdict: Verdict,
+}
+
+#[derive(Debug)]
+struct Flow {
+    index: usize,
+    first_ns: u64,
+    /// When its first packet came last.
+    last_ns: u64,
+    end: End,
+    headed: Option<SocketAddr>,
+    /// Did conntrack know it before its first packet here?
+    known: bool,
+    back: Option<(Back, u64)>,
+    verdict: Option<Verdict>,
+}
+
+/// What is known of a flow by now.
+#[derive(Debug, PartialEq, Eq)]
+enum Judged {
+    Is(Verdict),
+    /// An ICMP error may follow.
+    InGrace,
+    /// An answer may come.
+    Open,
+    /// The rules have to be read first.
+    Unread,
+}
+
+/// A flow that waits, with the time of its first packet: another may have taken its place by then.
+type Waiting = VecDeque<(u64, Key)>;
+
+/// Flows under way. None is in more than a constant number of queues, each of which is in the order of
+/// time: what a call costs depends on what happened since the last one, not on how many flows there are.
+#[derive(Debug, Default)]
+pub struct Flows {
+    flows: HashMap<Key, Flow>,
+    /// Something happened to them.
+    touched: Waiting,
+    in_grace: Waiting,
+    open: Waiting,
+    unread: Waiting,
+    /// Decided, and remembered.
+    decided: Waiting,
+    /// By time, and some that are gone.
+    early: HashMap<Key, (Back, u64)>,
+    early_order: VecDeque<Key>,
+    forgotten: u64,
+}
+
+impl Flows {
+    /// Flows that were forgotten undecided, because too many were under way.
+    pub const fn forgotten(&self) -> u64 {
+        self.forgotten
+    }
+
+    /// Takes in a first packet, with what conntrack knew of its flow before; is the flow new, and not only
+    /// its packet sent once more?
+    pub fn first(&mut self, key: Key, index: usize, journey: &Journey, known: bool) -> bool {
+        if let Some(flow) = self.flows.get_mut(&key) {
+            // The last packet tells best where the flow stands.
+            flow.last_ns = journey.time_ns;
+            flow.end = journey.end.clone();
+            flow.headed = journey.headed.or(flow.headed);
+            flow.known |= known;
+            if flow.verdict.is_none() {
+                self.touched.push_back((flow.first_ns, key));
+            }
+            return false;
+        }
+        self.make_room();
+        // What came back before this packet came belongs to a flow before this one.
+        let back = self.early.remove(&key);
+        let back = back.filter(|(_, time_ns)| *time_ns >= journey.time_ns);
+        self.flows.insert(
+            key,
+            Flow {
+                index,
+                first_ns: journey.time_ns,
+                last_ns: journey.time_ns,
+                end: journey.end.clone(),
+                headed: journey.headed,
+                known,
+                back,
+                verdict: None,
+            },
+        );
+        self.touched.push_back((journey.time_ns, key));
+        true
+    }
+
+    /// Something came back; is it the first that did, of a flow that is open?
+    pub fn came_back(&mut self, key: Key, back: Back, time_ns: u64) -> bool {
+        let Some(flow) = self.flows.get_mut(&key) else {
+            // The first tells most, unless it is an earlier flow's.
+            let early = self.early.entry(key).or_insert((back, time_ns));
+            if time_ns.saturating_sub(early.1) > GRACE_NS {
+                *early = (back, time_ns);
+            }
+            self.early_order.push_back(key);
+            if self.early_order.len() > EARLY
+                && let Some(oldest) = self.early_order.pop_front()
+            {
+                self.early.remove(&oldest);
+            }
+            return false;
+        };
+        if flow.back.is_some() {
+            return false;
+        }
+        flow.back = Some((back, time_ns));
+        self.touched.push_back((flow.first_ns, key));
+        true
+    }
+
+    /// The flows of which it is known by now what became of them. `reading`: rules have changed that the
+    /// directory does not know yet.
+    pub fn decide(&mut self, directory: &Directory, reading: bool, now_ns: u64) -> Vec<Decided> {
+        let mut due = std::mem::take(&mut self.touched);
+        if !reading {
+            due.append(&mut self.unread);
+        }
+        take_older(&mut self.in_grace, now_ns, GRACE_NS, &mut due);
+        take_older(&mut self.open, now_ns, PATIENCE_NS, &mut due);
+        let mut decided = Vec::new();
+        for (first_ns, key) in due {
+            decided.extend(self.look_at(key, first_ns, directory, reading, now_ns));
+        }
+        let mut old = Waiting::new();
+        take_older(&mut self.decided, now_ns, REMEMBERED_NS, &mut old);
+        for (first_ns, key) in old {
+            self.remove(key, first_ns);
+        }
+        decided
+    }
+
+    fn look_at(
+        &mut self,
+        key: Key,
+        first_ns: u64,
+        directory: &Directory,
+        reading: bool,
+        now_ns: u64,
+    ) -> Option<Decided> {
+        let flow = self.flows.get_mut(&key)?;
+        if flow.first_ns != first_ns {
+            return None;
+        }
+        let verdict = match flow.judge(directory, reading, now_ns, PATIENCE_NS) {
+            Judged::Is(verdict) => verdict,
+            Judged::InGrace => {
+                self.in_grace.push_back((first_ns, key));
+                return None;
+            }
+            Judged::Open => {
+                self.open.push_back((first_ns, key));
+                return None;
+            }
+            Judged::Unread => {
+                self.unread.push_back((first_ns, key));
+                return None;
+            }
+        };
+        let first = flow.verdict.is_none();
+        let decided = flow.decide(key, verdict, directory, now_ns);
+        if matches!(flow.back, Some((Back::Answer(_), _))) {
+            // What was answered needs no more memory.
+            self.flows.remove(&key);
+        } else if first {
+            self.decided.push_back((first_ns, key));
+        }
+        decided
+    }
+
+    /// The session ends: of what is still open, what is old enough is unanswered.
+    pub fn finish(&mut self, directory: &Directory, now_ns: u64) -> Vec<Decided> {
+        let mut decided = self.decide(directory, false, now_ns);
+        let open = [&mut self.in_grace, &mut self.open, &mut self.unread].map(std::mem::take);
+        for (first_ns, key) in open.into_iter().flatten() {
+            let Some(flow) = self.flows.get_mut(&key) else {
+                continue;
+            };
+            if flow.first_ns != first_ns || flow.verdict.is_some() {
+                continue;
+            }
+            let verdict = match flow.judge(directory, false, now_ns, PATIENCE_AT_END_NS) {
+                Judged::Is(verdict) => verdict,
+                Judged::InGrace => flow.dropped().unwrap_or(Verdict::Undecided),
+                Judged::Open | Judged::Unread => Verdict::Undecided,
+            };
+            decided.extend(flow.decide(key, verdict, directory, now_ns));
+        }
+        decided
+    }
+
+    /// Forgets a flow, unless a later one has taken its place.
+    fn remove(&mut self, key: Key, first_ns: u64) -> Option<Flow> {
+        let same = self.flows.get(&key)?.first_ns == first_ns;
+        if same { self.flows.remove(&key) } else { None }
+    }
+
+    /// Sees to it that there is room for one more: what was decided longest ago goes first.
+    fn make_room(&mut self) {
+        if self.open.len() > 2 * MOST {
+            let flows = &self.flows;
+            // Answered since.
+            self.open.retain(|(_, key)| flows.contains_key(key));
+        }
+        while self.flows.len() >= MOST {
+            let queues = [
+                &mut self.decided,
+                &mut self.open,
+                &mut self.unread,
+                &mut self.in_grace,
+                &mut self.touched,
+            ];
+            let Some((first_ns, key)) = queues.into_iter().find_map(VecDeque::pop_front) else {
+                return;
+            };
+            if let Some(flow) = self.remove(key, first_ns) {
+                self.forgotten += u64::from(flow.verdict.is_none());
+            }
+        }
+    }
+}
+
+/// Takes out of a queue what began at least so long ago.
+fn take_older(queue: &mut Waiting, now_ns: u64, age_ns: u64, into: &mut Waiting) {
+    while let Some((first_ns, _)) = queue.front()
+        && now_ns.saturating_sub(*first_ns) >= age_ns
+    {
+        into.extend(queue.pop_front());
+    }
+}
+
+impl Flow {
+    fn judge(&self, directory: &Directory, reading: bool, now_ns: u64, patience_ns: u64) -> Judged {
+        let age_ns = now_ns.saturating_sub(self.first_ns);
+        let serves = |address, at_ns| directory.serves(self.index, address, at_ns);
+        match self.back {
+            Some((Back::Reset(by), _)) => return Judged::Is(Verdict::Reset { by }),
+            Some((Back::Error(by, how), _)) => return Judged::Is(Verdict::Rejected { by, how }),
+            Some((Back::Answer(by), _)) if serves(by, self.first_ns) => {
+                return Judged::Is(Verdict::Delivered);
+            }
+            Some((Back::Answer(_), _)) if reading => return Judged::Unread,
+            Some((Back::Answer(by), _)) => return Judged::Is(Verdict::Misdelivered { by }),
+            None => {}
+        }
+        if let Some(dropped) = self.dropped() {
+            return if age_ns >= GRACE_NS {
+                Judged::Is(dropped)
+            } else {
+                Judged::InGrace
+            };
+        }
+        let stray = self.headed.filter(|headed| !serves(*headed, self.last_ns));
+        match (&self.end, stray) {
+            (End::Unknown, _) => Judged::Is(Verdict::Unknown),
+            (End::Leaked, _) => Judged::Is(Verdict::Leaked),
+            (_, Some(_)) if reading => Judged::Unread,
+            (_, Some(endpoint)) if self.known && directory.served(self.index, endpoint) => {
+                Judged::Is(Verdict::Stuck { endpoint })
+            }
+            _ if age_ns >= patience_ns => Judged::Is(Verdict::Unanswered { stray }),
+            _ => Judged::Open,
+        }
+    }
+
+    /// The verdict of a first packet that was dropped.
+    fn dropped(&self) -> Option<Verdict> {
+        match &self.end {
+            End::Dropped { reason, stage } => Some(Verdict::Dropped {
+                reason: reason.clone(),
+                stage: stage.clone(),
+            }),
+            _ => None,
+        }
+    }
+
+    /// Writes the verdict down; `None` if the same was said before.
+    fn decide(
+        &mut self,
+        key: Key,
+        verdict: Verdict,
+        directory: &Directory,
+        now_ns: u64,
+    ) -> Option<Decided> {
+        if self.verdict.as_ref() == Some(&verdict) {
+            return None;
+        }
+        let corrects = self.verdict.replace(verdict.clone());
+        let name = directory.get(self.index).map(|known| known.name.clone());
+        Some(Decided {
+            time_ns: self.back.map_or(now_ns, |(_, time_ns)| time_ns),
+            index: self.index,
+            service: name.unwrap_or_default(),
+            protocol: key.protocol,
+            source: key.source,
+            destination: key.destination,
+            headed: self.headed,
+            first_ns: self.first_ns,
+            after_ns: self
+                .back
+                .map(|(_, time_ns)| time_ns.saturating_sub(self.first_ns)),
+            corrects: corrects.map(Box::new),
+            verdict,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rules::services::Found;
+    use crate::trace::directory::tests::found;
+
+    const ENDPOINT: &str = "10.244.0.2:8080";
+
+    fn socket(text: &str) -> SocketAddr {
+        text.parse().expect("an address")
+    }
+
+    fn key(port: u16) -> Key {
+        Key {
+            protocol: 6,
+            source: SocketAddr::new(socket("10.244.0.7:1").ip(), port),
+            destination: socket("10.96.0.1:80"),
+        }
+    }
+
+    fn journey(time_ns: u64, headed: &str, end: End) -> Journey {
+        Journey {
+            time_ns,
+            headed: Some(socket(headed)),
+            end,
+            ..Journey::sample()
+        }
+    }
+
+    fn directory() -> Directory {
+        let mut directory = Directory::new(Vec::new());
+        directory.learn(&found(), &[], 0);
+        directory
+    }
+
+    fn verdicts(decided: &[Decided]) -> Vec<&Verdict> {
+        decided.iter().map(|decided| &decided.verdict).collect()
+    }
+
+    #[test]
+    fn an_answer_of_an_endpoint_delivers() {
+        let (mut flows, directory) = (Flows::default(), directory());
+        assert!(flows.first(key(1), 0, &journey(10, ENDPOINT, End::Sent), false));
+        assert!(!flows.first(key(1), 0, &journey(20, ENDPOINT, End::Sent), false));
+        assert!(flows.decide(&directory, false, 30).is_empty());
+        flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), 40);
+        let decided = flows.decide(&directory, false, 50);
+        assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
+        assert_eq!(decided[0].after_ns, Some(30));
+        assert!(flows.flows.is_empty());
+        // An answer that is told before its first packet is not lost.
+        flows.came_back(key(2), Back::Answer(socket(ENDPOINT)), 60);
+        flows.first(key(2), 0, &journey(55, ENDPOINT, End::Sent), false);
+        assert_eq!(
+            verdicts(&flows.decide(&directory, false, 70)),
+            [&Verdict::Delivered]
+        );
+    }
+
+    #[test]
+    fn silence_is_unanswered_once_patience_ends_and_corrected_by_a_late_answer() {
+        let (mut flows, directory) = (Flows::default(), directory());
+        flows.first(key(1), 0, &journey(0, ENDPOINT, End::Sent), false);
+        assert!(flows.decide(&directory, false, PATIENCE_NS - 1).is_empty());
+        let silent = Verdict::Unanswered { stray: None };
+        let decided = flows.decide(&directory, false, PATIENCE_NS);
+        assert_eq!(verdicts(&decided), [&silent]);
+        flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), PATIENCE_NS + 1);
+        let decided = flows.decide(&directory, false, PATIENCE_NS + 2);
+        assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
+        assert_eq!(decided[0].corrects.as_deref(), Some(&silent));
+        // At the end, what is too young stays undecided.
+        flows.first(key(2), 0, &journey(0, ENDPOINT, End::Sent), false);
+        flows.first(
+            key(3),
+            0,
+            &journey(PATIENCE_AT_END_NS, ENDPOINT, End::Sent),
+            false,
+        );
+        let decided = flows.finish(&directory, PATIENCE_AT_END_NS);
+        assert_eq!(verdicts(&decided), [&silent, &Verdict::Undecided]);
+    }
+
+    #[test]
+    fn a_stranger_is_judged_when_the_rules_have_been_read() {
+        let (mut flows, mut directory) = (Flows::default(), directory());
+        let stranger = "10.244.0.99:8080";
+        flows.first(key(1), 0, &journey(10, stranger, End::Elsewhere), false);
+        flows.came_back(key(1), Back::Answer(socket(stranger)), 20);
+        assert!(flows.decide(&directory, true, 30).is_empty());
+        let decided = flows.decide(&directory, false, 40);
+        let by = socket(stranger);
+        assert_eq!(verdicts(&decided), [&Verdict::Misdelivered { by }]);
+        // An endpoint that went after the flow began was one; later it is none.
+        directory.learn(&Found::default(), &[], 100);
+        for (port, time_ns, wanted) in [
+            (2, 99, Verdict::Delivered),
+            (
+                3,
+                101,
+                Verdict::Misdelivered {
+                    by: socket(ENDPOINT),
+                },
+            ),
+        ] {
+            flows.first(
+                key(port),
+                0,
+                &journey(time_ns, ENDPOINT, End::Elsewhere),
+                false,
+            );
+            flows.came_back(key(port), Back::Answer(socket(ENDPOINT)), 200);
+            assert_eq!(verdicts(&flows.decide(&directory, false, 210)), [&wanted]);
+        }
+    }
+
+    #[test]
+    fn what_conntrack_remembers_of_a_dead_endpoint_is_stuck() {
+        let (mut flows, mut directory) = (Flows::default(), directory());
+        directory.learn(&Found::default(), &[], 100);
+        flows.first(key(1), 0, &journey(200, ENDPOINT, End::Elsewhere), true);
+        let endpoint = socket(ENDPOINT);
+        assert_eq!(
+            verdicts(&flows.decide(&directory, false, 210)),
+            [&Verdict::Stuck { endpoint }]
+        );
+        // Not remembered: a rule of somebody else sent it there.
+        flows.first(key(2), 0, &journey(200, ENDPOINT, End::Elsewhere), false);
+        let stray = Some(endpoint);
+        assert_eq!(
+            verdicts(&flows.decide(&directory, false, 200 + PATIENCE_NS)),
+            [&Verdict::Unanswered { stray }]
+        );
+    }
+
+    #[test]
+    fn a_drop_waits_for_the_error_that_explains_it() {
+        let (mut flows, directory) = (Flows::default(), directory());
+        let end = End::Dropped {
+            reason: "NETFILTER_DROP".to_owned(),
+            stage: "FORWARD filter".to_owned(),
+        };
+        for port in [1, 2] {
+            flows.first(key(port), 0, &journey(0, ENDPOINT, end.clone()), false);
+        }
+        assert!(flows.decide(&directory, false, 1).is_empty());
+        let by = Who::Node;
+        flows.came_back(key(2), Back::Error(by, "port unreachable"), 2);
+        let how = "port unreachable";
+        assert_eq!(
+            verdicts(&flows.decide(&directory, false, 3)),
+            [&Verdict::Rejected { by, how }]
+        );
+        let decided = flows.decide(&directory, false, GRACE_NS);
+        assert!(matches!(decided[0].verdict, Verdict::Dropped { .. }));
+        assert_eq!(decided.len(), 1);
+    }
+
+    #[test]
+    fn memory_is_bounded_and_what_is_forgotten_is_counted() {
+        let (mut flows, directory) = (Flows::default(), directory());
+        let most = MOST as u64;
+        for number in 0..most + 1000 {
+            let mut key = key(0);
+            key.source = SocketAddr::from((
+                std::net::Ipv4Addr::from(u32::try_from(number).expect("small")),
+                1,
+            ));
+            flows.first(key, 0, &journey(number, ENDPOINT, End::Sent), false);
+            if number % 1000 == 0 {
+                flows.decide(&directory, false, number);
+            }
+        }
+        assert_eq!(flows.flows.len(), MOST);
+        assert_eq!(flows.forgotten(), 1000);
+    }
+}

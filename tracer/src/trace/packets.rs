@@ -1,0 +1,255 @@
+//! What the probes told of a packet, in the words of Services.
+
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use tracer_ebpf::path::{Path, Target};
+use tracer_ebpf::record::{IPV4, OUTPUT_FIRST, Record, TUPLE_HASH, kind, state};
+
+use super::directory::Directory;
+use super::flows::{Back, Key};
+use super::journey::{End, Journey, StageTime};
+use super::verdict::{self, Who};
+use crate::probe::catalogue::{self, Detail};
+use crate::record::evidence::{Reasons, destination_of, source_of};
+use crate::record::headers::dissect;
+
+/// What a record is about.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Told {
+    /// The first packet of a flow to a Service, or a later one that was dropped.
+    Journey {
+        /// Whose.
+        key: Key,
+        /// The Service's index in the directory.
+        index: usize,
+        /// Did conntrack know the flow before this packet?
+        known: bool,
+        /// What became of the packet.
+        journey: Box<Journey>,
+    },
+    /// Something that answers or ends a flow to a Service.
+    Back {
+        /// Which flow.
+        key: Key,
+        /// The Service's index in the directory.
+        index: usize,
+        /// What came back.
+        back: Back,
+        /// When (`CLOCK_MONOTONIC`, ns).
+        time_ns: u64,
+    },
+    /// A packet to an endpoint itself, or about one.
+    Other,
+}
+
+/// What it takes to read records.
+#[derive(Debug)]
+pub struct Reader {
+    /// Names of drop reasons.
+    pub reasons: Reasons,
+    /// How finely packets are followed.
+    pub detail: Detail,
+    /// The node's own addresses.
+    pub local: HashSet<IpAddr>,
+}
+
+/// A connection's tuples: who asked what, and who answers whom.
+struct Tuples {
+    source: SocketAddr,
+    destination: SocketAddr,
+    answers: SocketAddr,
+}
+
+fn tuples_of(record: &Record) -> Option<Tuples> {
+    if record.tracked == 0 {
+        return None;
+    }
+    let [original, reply] = [0, TUPLE_HASH].map(|at| &record.tuples[at..]);
+    let socket = |bytes: &[u8]| {
+        let port = u16::from_be_bytes([bytes[16], bytes[17]]);
+        let address: [u8; 16] = bytes[..16].try_into().ok()?;
+        let address = if record.family == IPV4 {
+            IpAddr::V4(Ipv4Addr::new(
+                address[0], address[1], address[2], address[3],
+            ))
+        } else {
+            IpAddr::V6(Ipv6Addr::from(address))
+        };
+        Some(SocketAddr::new(address, port))
+    };
+    Some(Tuples {
+        source: socket(original)?,
+        destination: socket(&original[20..])?,
+        answers: socket(reply)?,
+    })
+}
+
+impl Reader {
+    /// Reads a record.
+    pub fn read(&self, record: &Record, directory: &Directory) -> Told {
+        let tuples = tuples_of(record);
+        let key = key_of(record, tuples.as_ref());
+        let Some(index) = directory.asked(key.destination, key.protocol) else {
+            return Told::Other;
+        };
+        let back = match record.kind {
+            kind::FIRST | kind::DROP => {
+                return Told::Journey {
+                    key,
+                    index,
+                    known: record.confirmed != 0,
+                    journey: Box::new(self.journey(record, key, index, directory)),
+                };
+            }
+            kind::ANSWER => tuples.map(|tuples| Back::Answer(tuples.answers)),
+            kind::RESET => Some(Back::Reset(self.who_reset(record, tuples.as_ref()))),
+            kind::ERROR => self.error(record, tuples.as_ref()),
+            _ => None,
+        };
+        match back {
+            Some(back) => Told::Back {
+                key,
+                index,
+                back,
+                time_ns: record.time,
+            },
+            None => Told::Other,
+        }
+    }
+
+    fn journey(&self, record: &Record, key: Key, index: usize, directory: &Directory) -> Journey {
+        let headers = dissect(&record.header);
+        let (source_after, headed) = headers.and_then(|h| h.addresses()).unzip();
+        let path = Path::ALL.get(usize::from(record.path));
+        let service = directory.get(index);
+        let is_endpoint =
+            |headed: &SocketAddr| service.is_some_and(|service| service.endpoints.contains(headed));
+        let asked = key.destination;
+        let virtual_address = path.is_some_and(|path| path.target == Target::ClusterIp);
+        let transmitted = record.transmitted != 0;
+        let end = match (record.kind, headed) {
+            (kind::DROP, _) => {
+                let drop = self.reasons.drop_of(record);
+                End::Dropped {
+                    reason: drop.reason,
+                    stage: drop.stage,
+                }
+            }
+            (_, None) => End::Unknown,
+            (_, Some(headed)) if is_endpoint(&headed) && transmitted => End::Sent,
+            (_, Some(headed)) if is_endpoint(&headed) => End::Delivered,
+            (_, Some(headed)) if headed == asked && !transmitted => End::Untranslated,
+            (_, Some(headed)) if headed == asked && virtual_address => End::Leaked,
+            (_, Some(_)) => End::Elsewhere,
+        };
+        Journey {
+            // One that was not timed ends now.
+            time_ns: if record.started == 0 {
+                record.time
+            } else {
+                record.started
+            },
+            service: service.map_or_else(String::new, |service| service.name.clone()),
+            protocol: record.protocol,
+            source: key.source,
+            destination: asked,
+            headed,
+            path: path.map_or("unknown", |path| path.title()),
+            first: record.kind == kind::FIRST || record.state == state::NEW,
+            answer: record.state == state::REPLY,
+            elapsed_ns: record.elapsed,
+            source_after,
+            stages: stages_of(record, self.detail),
+            header: record.header,
+            end,
+        }
+    }
+
+    /// Who sent the RST?
+    fn who_reset(&self, record: &Record, tuples: Option<&Tuples>) -> Who {
+        match tuples {
+            Some(tuples) if record.state == state::REPLY => {
+                if is_ours(record) && !self.local.contains(&tuples.answers.ip()) {
+                    Who::Node
+                } else {
+                    Who::Endpoint(tuples.answers)
+                }
+            }
+            Some(_) => Who::Client,
+            // Conntrack does not track what refuses an untracked packet.
+            None if is_ours(record) => Who::Node,
+            None => Who::Endpoint(source_of(record)),
+        }
+    }
+
+    fn error(&self, record: &Record, tuples: Option<&Tuples>) -> Option<Back> {
+        let ipv4 = record.family == IPV4;
+        if !verdict::ends_flow(ipv4, record.flags, record.code) {
+            return None;
+        }
+        let who = match tuples {
+            // Untranslated, it was for nobody but the node.
+            Some(tuples) if is_ours(record) => {
+                let translated = tuples.answers != tuples.destination;
+                if translated && self.local.contains(&tuples.answers.ip()) {
+                    Who::Endpoint(tuples.answers)
+                } else {
+                    Who::Node
+                }
+            }
+            None if is_ours(record) => Who::Node,
+            // Translation leaves nothing of the error's own source; but only its destination can say that
+            // nobody listens there.
+            Some(tuples) if verdict::is_of_destination(ipv4, record.flags, record.code) => {
+                Who::Endpoint(tuples.answers)
+            }
+            _ => Who::Beyond,
+        };
+        Some(Back::Error(
+            who,
+            verdict::icmp_error(ipv4, record.flags, record.code),
+        ))
+    }
+}
+
+/// Did the node itself send the packet?
+const fn is_ours(record: &Record) -> bool {
+    record.began >= OUTPUT_FIRST
+}
+
+/// The flow of a packet, as its client knows it.
+fn key_of(record: &Record, tuples: Option<&Tuples>) -> Key {
+    let (source, destination) = match (record.kind, tuples) {
+        (_, Some(tuples)) => (tuples.source, tuples.destination),
+        // What refuses an untracked packet comes from what was asked for.
+        (kind::RESET | kind::ERROR, None) => (destination_of(record), source_of(record)),
+        (_, None) => (source_of(record), destination_of(record)),
+    };
+    Key {
+        protocol: record.protocol,
+        source,
+        destination,
+    }
+}
+
+fn stages_of(record: &Record, detail: Detail) -> Vec<StageTime> {
+    let steps = usize::from(record.steps).min(record.took.len());
+    let mut begin_ns = 0;
+    record.stages[..steps]
+        .iter()
+        .zip(&record.took[..steps])
+        .map(|(stage, took)| {
+            let (hook, stage) = catalogue::stage_name(*stage, detail);
+            let took_ns = u64::from(*took);
+            let time = StageTime {
+                hook,
+                stage,
+                begin_ns,
+                took_ns,
+            };
+            begin_ns += took_ns;
+            time
+        })
+        .collect()
+}

@@ -1,0 +1,108 @@
+//! What is counted of one Service while a session lasts.
+
+use std::collections::BTreeMap;
+
+use tracer_ebpf::histogram::{CELLS, bounds_of, cell_of};
+
+use super::flows::Decided;
+use super::journey::{End, Journey};
+use super::verdict::{Verdict, Who};
+use crate::record::run::Histogram;
+
+/// What became of one Service's packets.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// New flows.
+    pub flows: u64,
+    /// First packets that were sent once more: nobody had answered the one before. While nothing tracks
+    /// connections, later packets as well.
+    pub repeated: u64,
+    /// New flows by how their first packet ended.
+    pub ends: BTreeMap<End, u64>,
+    /// New flows by what became of them, as far as that is known.
+    pub verdicts: BTreeMap<Verdict, u64>,
+    /// Packets of established flows that were dropped, by reason and stage.
+    pub later_drops: BTreeMap<End, u64>,
+    /// Resets that decided nothing: of flows that had been answered, or reset before.
+    pub later_resets: BTreeMap<Who, u64>,
+    /// First packets' time on the node.
+    pub node: Times,
+    /// From first packets to their first answers.
+    pub answered: Times,
+}
+
+impl Tally {
+    /// Counts a new flow.
+    pub fn add(&mut self, journey: &Journey) {
+        self.flows += 1;
+        *self.ends.entry(journey.end.clone()).or_default() += 1;
+        self.node.add(journey.elapsed_ns);
+    }
+
+    /// Counts a later packet that was dropped.
+    pub fn add_later(&mut self, journey: &Journey) {
+        *self.later_drops.entry(journey.end.clone()).or_default() += 1;
+    }
+
+    /// Counts what became of a flow.
+    pub fn decide(&mut self, decided: &Decided) {
+        if let Some(before) = &decided.corrects
+            && let Some(count) = self.verdicts.get_mut(before)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.verdicts.remove(before);
+            }
+        }
+        *self.verdicts.entry(decided.verdict.clone()).or_default() += 1;
+        if let (Verdict::Delivered, Some(after_ns)) = (&decided.verdict, decided.after_ns) {
+            self.answered.add(after_ns);
+        }
+    }
+
+    /// New flows that went where they should, as far as is known.
+    pub fn good(&self) -> u64 {
+        self.verdicts.get(&Verdict::Delivered).copied().unwrap_or(0)
+    }
+
+    /// New flows that went wrong, as far as is known.
+    pub fn bad(&self) -> u64 {
+        let bad = |(verdict, _): &(&Verdict, &u64)| !verdict.is_good() && verdict.is_known();
+        self.verdicts
+            .iter()
+            .filter(bad)
+            .map(|(_, count)| count)
+            .sum()
+    }
+}
+
+/// A histogram that grows with what is in it.
+#[derive(Clone, Debug, Default)]
+pub struct Times {
+    cells: BTreeMap<usize, u64>,
+    sum_ns: u64,
+}
+
+impl Times {
+    /// Counts a time, ns.
+    pub fn add(&mut self, ns: u64) {
+        *self.cells.entry(cell_of(ns).min(CELLS - 1)).or_default() += 1;
+        self.sum_ns += ns;
+    }
+
+    /// As reports show it.
+    pub fn histogram(&self) -> Histogram {
+        Histogram {
+            count: self.cells.values().sum(),
+            sum_ns: self.sum_ns,
+            buckets: self
+                .cells
+                .iter()
+                .map(|(cell, count)| {
+                    let (low, high) = bounds_of(*cell);
+                    [low, high, *count]
+                })
+                .collect(),
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! New flows over time, in memory that does not grow with it.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::journey::Journey;
+use crate::record::run::Bin;
+
+/// The width of a bin at first, ns.
+const NARROWEST_NS: u64 = 20_000_000;
+/// Bins a path, at most: when time passes the last one, each two become one of twice the width.
+pub const BINS: usize = 512;
+
+/// New flows by when they came, as bins of one width.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Timeline {
+    /// A bin's width, ns.
+    pub bin_ns: u64,
+    /// By path (`pod→ClusterIP`): new flows, and of them those whose first packet went wrong. At most
+    /// [`BINS`] each, from the session's begin; empty ones at the end are left out.
+    pub paths: BTreeMap<String, Vec<Bin>>,
+    #[serde(skip)]
+    started_ns: u64,
+}
+
+impl Timeline {
+    /// An empty one that begins at this time (`CLOCK_MONOTONIC`, ns).
+    pub const fn new(started_ns: u64) -> Self {
+        Self {
+            bin_ns: NARROWEST_NS,
+            paths: BTreeMap::new(),
+            started_ns,
+        }
+    }
+
+    /// Counts a new flow.
+    pub fn add(&mut self, journey: &Journey) {
+        let since = journey.time_ns.saturating_sub(self.started_ns);
+        while since / self.bin_ns >= BINS as u64 {
+            self.widen();
+        }
+        // Below BINS, as the loop sees to.
+        let index = usize::try_from(since / self.bin_ns).unwrap_or(BINS - 1);
+        if !self.paths.contains_key(journey.path) {
+            self.paths.insert(journey.path.to_owned(), Vec::new());
+        }
+        let Some(bins) = self.paths.get_mut(journey.path) else {
+            return;
+        };
+        if bins.len() <= index {
+            bins.resize(index + 1, Bin::default());
+        }
+        bins[index].sent += 1;
+        bins[index].lost += u64::from(journey.end.advice().is_some());
+    }
+
+    fn widen(&mut self) {
+        self.bin_ns = self.bin_ns.saturating_mul(2);
+        for bins in self.paths.values_mut() {
+            *bins = bins
+                .chunks(2)
+                .map(|two| Bin {
+                    sent: two.iter().map(|bin| bin.sent).sum(),
+                    lost: two.iter().map(|bin| bin.lost).sum(),
+                })
+                .collect();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trace::journey::End;
+
+    fn journey(time_ns: u64, end: End) -> Journey {
+        Journey {
+            time_ns,
+            end,
+            ..Journey::sample()
+        }
+    }
+
+    #[test]
+    fn flows_fall_into_the_bin_of_their_time() {
+        let mut timeline = Timeline::new(1_000);
+        timeline.add(&journey(1_000, End::Sent));
+        timeline.add(&journey(1_000 + NARROWEST_NS, End::Leaked));
+        timeline.add(&journey(999 + 2 * NARROWEST_NS, End::Sent));
+        // The clock is read before the probes are attached: not before the begin, but who knows.
+        timeline.add(&journey(0, End::Sent));
+        let bins = &timeline.paths["pod→ClusterIP"];
+        assert_eq!(
+            bins[..],
+            [Bin { sent: 2, lost: 0 }, Bin { sent: 2, lost: 1 }]
+        );
+    }
+
+    #[test]
+    fn a_long_session_has_wide_bins_and_loses_no_flow() {
+        let mut timeline = Timeline::new(0);
+        let day_ns = 86_400_000_000_000;
+        for i in 0..1_000 {
+            timeline.add(&journey(i * day_ns / 1_000, End::Leaked));
+        }
+        let bins = &timeline.paths["pod→ClusterIP"];
+        assert!((BINS / 2..=BINS).contains(&bins.len()), "{}", bins.len());
+        let sum = |pick: fn(&Bin) -> u64| bins.iter().map(pick).sum::<u64>();
+        assert_eq!((sum(|bin| bin.sent), sum(|bin| bin.lost)), (1_000, 1_000));
+        timeline.add(&journey(u64::MAX, End::Sent));
+        assert!(timeline.paths["pod→ClusterIP"].len() <= BINS);
+    }
+}

@@ -1,0 +1,186 @@
+//! What became of a flow to a Service.
+
+use std::net::SocketAddr;
+
+use serde::Serialize;
+
+/// What became of a flow.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "verdict")]
+pub enum Verdict {
+    /// An endpoint of the Service answered.
+    Delivered,
+    /// Somebody said with an ICMP error that it does not want it.
+    Rejected {
+        /// Who.
+        by: Who,
+        /// What the error says: `port unreachable`.
+        how: &'static str,
+    },
+    /// The kernel dropped its first packet.
+    Dropped {
+        /// The kernel's drop reason, without its prefix: `NETFILTER_DROP`.
+        reason: String,
+        /// `HOOK stage`.
+        stage: String,
+    },
+    /// It left the node with the Service's virtual address.
+    Leaked,
+    /// Somebody answered who is no endpoint of the Service.
+    Misdelivered {
+        /// Who.
+        by: SocketAddr,
+    },
+    /// Conntrack remembers it, and sends it to an endpoint that the rules no longer name.
+    Stuck {
+        /// The endpoint that was.
+        endpoint: SocketAddr,
+    },
+    /// It was refused by a TCP RST or an SCTP ABORT.
+    Reset {
+        /// By whom.
+        by: Who,
+    },
+    /// It was sent on, and nobody answered.
+    Unanswered {
+        /// Where it was sent, if that is no endpoint of the Service.
+        stray: Option<SocketAddr>,
+    },
+    /// The session ended before anybody could say.
+    Undecided,
+    /// Its headers could not be read.
+    Unknown,
+}
+
+/// Somebody who ended a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Who {
+    /// Who had begun it.
+    Client,
+    /// An endpoint.
+    Endpoint(SocketAddr),
+    /// The node itself: a rule, or its own stack.
+    Node,
+    /// Somebody beyond the node: a router, or the endpoint's own node.
+    Beyond,
+}
+
+impl std::fmt::Display for Who {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Client => f.write_str("its client"),
+            Self::Endpoint(address) => write!(f, "{address}"),
+            Self::Node => f.write_str("this node"),
+            Self::Beyond => f.write_str("somebody beyond this node"),
+        }
+    }
+}
+
+impl Verdict {
+    /// Did it go as it should?
+    pub const fn is_good(&self) -> bool {
+        matches!(self, Self::Delivered)
+    }
+
+    /// Is it known what became of it?
+    pub const fn is_known(&self) -> bool {
+        !matches!(self, Self::Undecided | Self::Unknown)
+    }
+
+    /// What to look at.
+    pub fn advice(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Delivered | Self::Undecided => return None,
+            Self::Rejected { by: Who::Node, .. } => {
+                "the node's own rules refuse it: the Service has no endpoints that may serve this path, or a \
+                 policy rejects (svcpath rules walk shows the rule)"
+            }
+            Self::Rejected {
+                by: Who::Beyond, ..
+            } => "a router, a firewall or the endpoint's node refuses it: look there",
+            Self::Rejected { .. } => {
+                "the packet arrived, but nobody listens on that port of the endpoint"
+            }
+            Self::Dropped { stage, .. } if stage.starts_with("INPUT deliver") => {
+                "it reached a socket of the node that did not take it: no listener, or a full queue"
+            }
+            Self::Dropped { .. } => {
+                "filter drops are a policy, a loadBalancerSourceRange or a Local policy without a local \
+                 endpoint (svcpath rules walk shows the rule)"
+            }
+            Self::Leaked => {
+                "the rules for this address are missing: compare them with the cluster (svcpath rules check --live) \
+                 and see who changed them last"
+            }
+            Self::Misdelivered { .. } => {
+                "a rule of somebody else translates first, or the address is bound on this node (kube-ipvs0, a \
+                 hostPort): compare the rules with the cluster (svcpath rules check --live)"
+            }
+            Self::Stuck { .. } => {
+                "delete the entry (conntrack -D --orig-dst ADDRESS) and ask why kube-proxy has not: until then \
+                 every packet of this flow keeps it alive"
+            }
+            Self::Reset { by: Who::Client } => "the client gave up before it was answered",
+            Self::Reset {
+                by: Who::Endpoint(_),
+            } => "the endpoint runs, and nobody listens on that port",
+            Self::Reset { .. } => {
+                "the node's own stack answered: the packet was not translated, or a rule rejects"
+            }
+            Self::Unanswered { stray: None } => {
+                "the endpoint is dead, unreachable, filtered on its side, or answers by another way; UDP may \
+                 need no answer"
+            }
+            Self::Unanswered { stray: Some(_) } => {
+                "a rule of somebody else translates first, or a packet was sent where the rules no longer point"
+            }
+            Self::Unknown => "fragments and packets with long extension headers are not read",
+        })
+    }
+}
+
+impl std::fmt::Display for Verdict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Delivered => f.write_str("delivered"),
+            Self::Rejected { by, how } => write!(f, "rejected by {by} ({how})"),
+            Self::Dropped { reason, stage } => write!(f, "dropped at {stage} ({reason})"),
+            Self::Leaked => f.write_str("leaked"),
+            Self::Misdelivered { by } => write!(f, "misdelivered: answered by {by}"),
+            Self::Stuck { endpoint } => write!(f, "stuck on the dead endpoint {endpoint}"),
+            Self::Reset { by } => write!(f, "reset by {by}"),
+            Self::Unanswered { stray: None } => f.write_str("unanswered"),
+            Self::Unanswered { stray: Some(to) } => write!(f, "unanswered, sent to {to}"),
+            Self::Undecided => f.write_str("undecided"),
+            Self::Unknown => f.write_str("unknown"),
+        }
+    }
+}
+
+/// What an ICMP error says (RFC 792, RFC 1812 section 5.2.7, RFC 4443).
+pub fn icmp_error(ipv4: bool, kind: u8, code: u8) -> &'static str {
+    match (ipv4, kind, code) {
+        (true, 3, 0) => "net unreachable",
+        (true, 3, 1) => "host unreachable",
+        (true, 3, 2) => "protocol unreachable",
+        (true, 3, 3) | (false, 1, 4) => "port unreachable",
+        (true, 3, 4) | (false, 2, _) => "packet too big",
+        (true, 3, 9 | 10 | 13) | (false, 1, 1) => "administratively prohibited",
+        (false, 1, 0) => "no route",
+        (false, 1, 3) => "address unreachable",
+        (true, 11, _) | (false, 3, _) => "time exceeded",
+        (true, 12, _) | (false, 4, _) => "parameter problem",
+        _ => "unreachable",
+    }
+}
+
+/// Can only the destination of the quoted packet have sent this ICMP error (RFC 1122, section 3.2.2.1)?
+pub const fn is_of_destination(ipv4: bool, kind: u8, code: u8) -> bool {
+    matches!((ipv4, kind, code), (true, 3, 2 | 3) | (false, 1, 4))
+}
+
+/// Does an ICMP error end its flow? One that asks for smaller packets does not.
+pub const fn ends_flow(ipv4: bool, kind: u8, code: u8) -> bool {
+    !matches!((ipv4, kind, code), (true, 3, 4) | (false, 2, _))
+}
