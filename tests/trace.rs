@@ -29,7 +29,7 @@ pub(crate) fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
     LocalSet::new().block_on(&runtime, future)
 }
 
-fn node(mode: Mode) -> TestNode {
+pub(crate) fn node(mode: Mode) -> TestNode {
     let node = TestNode::build(10, 3).expect("a laboratory");
     on_one_thread(node.apply(mode)).expect("rules");
     node

@@ -74,8 +74,8 @@ pub(super) struct Assembler {
     transactions: Vec<Transaction>,
     announced: Vec<Announced>,
     groups: Vec<Group>,
-    /// By port and number: the error, and when it was read.
-    refusals: HashMap<(u32, u32), (i32, u64)>,
+    /// By port and number: the error, when it was read, and how often.
+    refusals: HashMap<(u32, u32), (i32, u64, u32)>,
     /// The addresses of the node's links.
     pub(super) addresses: Addresses,
     /// How many asks there have been.
@@ -121,7 +121,8 @@ impl Assembler {
     /// The kernel refused something.
     pub(super) fn refuse(&mut self, refusal: &Refusal, now: u64) {
         let key = (refusal.port, refusal.sequence);
-        self.refusals.insert(key, (refusal.error, now));
+        let known = self.refusals.entry(key).or_default();
+        *known = (refusal.error, now, known.2 + 1);
     }
 
     /// A transaction was announced.
@@ -158,7 +159,7 @@ impl Assembler {
         let heard = self.addresses.unexplained(now, PATIENCE);
         self.ready.extend(self.by_unknown(&heard));
         self.refusals
-            .retain(|_, (_, read)| now.saturating_sub(*read) < MEMORY);
+            .retain(|_, (_, read, _)| now.saturating_sub(*read) < MEMORY);
         let mut ready = std::mem::take(&mut self.ready);
         ready.sort_by_key(|change| change.time_ns);
         ready
@@ -205,9 +206,16 @@ impl Assembler {
     /// Whatever message of a batch is refused, the batch is.
     fn refusal_of(&mut self, port: u32) -> Option<i32> {
         let key = *self.refusals.keys().find(|key| key.0 == port)?;
-        let error = self.refusals.remove(&key).map(|(error, _)| error);
+        let error = self.refusals.remove(&key).map(|(error, ..)| error);
         self.refusals.retain(|key, _| key.0 != port);
         error
+    }
+
+    /// Was this message refused? Some senders number all their messages alike: a refusal is of one.
+    fn answer_to(&mut self, port: u32, sequence: u32) -> Option<i32> {
+        let (error, _, times) = self.refusals.get_mut(&(port, sequence))?;
+        *times = times.checked_sub(1)?;
+        Some(*error)
     }
 
     /// Puts a request with those that its process made just before.
@@ -324,11 +332,10 @@ impl Assembler {
         let mut incomplete = group.more;
         let mut done = Vec::new();
         for sent in group.asks {
-            let answer = self.refusals.get(&(sent.port, sent.sequence));
+            let answer = self.answer_to(sent.port, sent.sequence);
             // A socket option returns its error; netlink answers, and returns only what went wrong before.
-            let error = answer
-                .map(|(error, _)| *error)
-                .or_else(|| i32::try_from(sent.result).ok().filter(|result| *result < 0));
+            let error =
+                answer.or_else(|| i32::try_from(sent.result).ok().filter(|result| *result < 0));
             if let Some(error) = error {
                 *refused.entry(reason(error)).or_default() += 1;
                 incomplete |= holds_many(&sent.ask);
@@ -551,4 +558,386 @@ fn servers(asks: &[Ask]) -> What {
         } += 1;
     }
     What::Ipvs(delta)
+}
+
+#[cfg(test)]
+mod tests {
+    use tracer_ebpf::change::kind;
+
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+    const KUBE_PROXY: u64 = 812 << 32 | 812;
+
+    fn begin(subsystem: u32, thread: u64, time: u64) -> Begin {
+        Begin {
+            kind: kind::BEGIN,
+            subsystem,
+            time,
+            thread,
+            cgroup: 1,
+            parent: 1,
+            detail: 2,
+            length: 0,
+            stored: 0,
+            name: [0; 16],
+            parent_name: [0; 16],
+            argument: [0; 64],
+        }
+    }
+
+    fn end(thread: u64, time: u64, port: u32, result: i64) -> End {
+        End {
+            kind: kind::END,
+            port,
+            time,
+            thread,
+            result,
+        }
+    }
+
+    fn by(thread: u64) -> Actor {
+        Actor {
+            pid: Some(high(thread)),
+            name: Some("kube-proxy".to_owned()),
+            parent: Some((1, "init".to_owned())),
+            ..Actor::default()
+        }
+    }
+
+    /// A netlink message with this number.
+    fn message(kind: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(16 + body.len()).expect("short");
+        [
+            &length.to_ne_bytes()[..],
+            &kind.to_ne_bytes(),
+            &[5, 0],
+            &sequence.to_ne_bytes(),
+            &[0; 4],
+            body,
+        ]
+        .concat()
+    }
+
+    /// `ipset add`, to the set `a`.
+    fn add(sequence: u32) -> Vec<u8> {
+        message(0x0609, sequence, &[2, 0, 0, 0, 6, 0, 2, 0, b'a', 0, 0, 0])
+    }
+
+    fn batch(sequence: u32) -> Vec<u8> {
+        [
+            message(0x10, 0, &[0, 0, 0, 10]),
+            message(0x0a06, sequence, &[2, 0, 0, 0]),
+        ]
+        .concat()
+    }
+
+    fn request(assembler: &mut Assembler, begin: Begin, bytes: &[u8], end: &End) {
+        let begin = Begin {
+            length: u32::try_from(bytes.len()).expect("short"),
+            stored: u32::try_from(bytes.len()).expect("short"),
+            ..begin
+        };
+        assembler.begin(begin, bytes, Some(30), by(begin.thread));
+        assembler.end(end);
+    }
+
+    fn announced(thread: u32, sequence: u32, generation: u32, read_ns: u64) -> Announced {
+        Announced {
+            read_ns,
+            generation,
+            sequence,
+            thread: Some(thread),
+            by: Actor::default(),
+            tables: BTreeMap::new(),
+            incomplete: false,
+        }
+    }
+
+    #[test]
+    fn many_requests_of_one_process_are_one_change_until_it_pauses() {
+        let mut assembler = Assembler::default();
+        for i in 0..900 {
+            let at = u64::from(i) * MS;
+            let begin = begin(subsystem::IPSET, KUBE_PROXY, at);
+            request(
+                &mut assembler,
+                begin,
+                &add(i),
+                &end(KUBE_PROXY, at + MS / 2, 5, 40),
+            );
+        }
+        // Somebody else meanwhile.
+        let other = 9 << 32 | 10;
+        let its = begin(subsystem::IPSET, other, 7 * MS);
+        request(&mut assembler, its, &add(1), &end(other, 8 * MS, 6, 40));
+        let first = assembler.settle(899 * MS + PAUSE);
+        assert_eq!(first.len(), 1, "{first:#?}");
+        assert_eq!(
+            (first[0].begin_ns, first[0].time_ns),
+            (Some(7 * MS), 8 * MS)
+        );
+        let rest = assembler.settle(900 * MS + PAUSE);
+        let [change] = &rest[..] else {
+            panic!("{rest:#?}");
+        };
+        assert_eq!(
+            (change.begin_ns, change.time_ns),
+            (Some(0), 899 * MS + MS / 2)
+        );
+        let What::Ipset { sets } = &change.what else {
+            panic!("{change}");
+        };
+        assert_eq!(sets["a"].added, 900);
+        assert_eq!(
+            change.to_string(),
+            "kube-proxy (pid 812, parent init, pid 1) changed 1 ipset in 899.5 ms: a +900"
+        );
+        assert!(!assembler.is_waiting());
+    }
+
+    #[test]
+    fn a_pause_and_a_long_time_end_a_change() {
+        let mut assembler = Assembler::default();
+        let mut ask = |at: u64| {
+            let begin = begin(subsystem::IPSET, KUBE_PROXY, at);
+            request(&mut assembler, begin, &add(1), &end(KUBE_PROXY, at, 5, 40));
+        };
+        ask(0);
+        ask(PAUSE);
+        // From here on without a pause, for longer than one change is.
+        for i in 0..60 {
+            ask(10 * LONGEST + i * 20 * MS);
+        }
+        assert_eq!(assembler.settle(u64::MAX).len(), 4);
+    }
+
+    #[test]
+    fn refusals_are_not_changes() {
+        let mut assembler = Assembler::default();
+        let begin_at = |at| begin(subsystem::IPSET, KUBE_PROXY, at);
+        request(
+            &mut assembler,
+            begin_at(0),
+            &add(1),
+            &end(KUBE_PROXY, 1, 5, 40),
+        );
+        let refusal = |sequence, error| Refusal {
+            kind: kind::REFUSAL,
+            port: 5,
+            sequence,
+            error,
+        };
+        assembler.refuse(&refusal(1, -4103), 2);
+        request(
+            &mut assembler,
+            begin_at(3),
+            &add(2),
+            &end(KUBE_PROXY, 4, 5, 40),
+        );
+        let changes = assembler.settle(u64::MAX);
+        let said = changes[0].to_string();
+        assert!(
+            said.ends_with("a +1; refused: ipset: the entry is there already, or is not"),
+            "{said}"
+        );
+        assert!(!changes[0].is_refused());
+
+        request(
+            &mut assembler,
+            begin_at(5),
+            &add(3),
+            &end(KUBE_PROXY, 6, 5, 40),
+        );
+        assembler.refuse(&refusal(3, -1), 7);
+        let changes = assembler.settle(u64::MAX);
+        assert!(changes[0].is_refused());
+        let said = changes[0].to_string();
+        assert!(
+            said.ends_with("could not change ipsets: Operation not permitted"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn a_legacy_table_is_told_at_once() {
+        let mut assembler = Assembler::default();
+        let mut bytes = b"nat".to_vec();
+        bytes.resize(36, 0);
+        bytes.extend(4113_u32.to_ne_bytes());
+        bytes.resize(84, 0);
+        bytes.extend(12_u32.to_ne_bytes());
+        let begin = begin(subsystem::LEGACY, KUBE_PROXY, 1000);
+        request(
+            &mut assembler,
+            begin,
+            &bytes,
+            &end(KUBE_PROXY, 4_101_000, 0, 0),
+        );
+        let changes = assembler.settle(4_101_000);
+        assert_eq!(
+            changes[0].to_string(),
+            "kube-proxy (pid 812, parent init, pid 1) committed nat: 12 → 4,113 entries in 4.1 ms"
+        );
+        let refused = end(KUBE_PROXY, 4_101_000, 0, -22);
+        request(&mut assembler, begin, &bytes, &refused);
+        let changes = assembler.settle(0);
+        assert_eq!(
+            changes[0].to_string(),
+            "kube-proxy (pid 812, parent init, pid 1) could not commit nat (12 → 4,113 entries): Invalid argument"
+        );
+    }
+
+    #[test]
+    fn transactions_and_their_announcements_find_each_other_in_any_order() {
+        let mut assembler = Assembler::default();
+        let begin_at = |at| begin(subsystem::NFTABLES, KUBE_PROXY, at);
+        // Refused; announced before it returned; announced after it returned.
+        request(
+            &mut assembler,
+            begin_at(1),
+            &batch(1),
+            &end(KUBE_PROXY, 2, 5, 1),
+        );
+        let refusal = Refusal {
+            kind: kind::REFUSAL,
+            port: 5,
+            sequence: 1,
+            error: -2,
+        };
+        assembler.refuse(&refusal, 2);
+        let refused = assembler.settle(3);
+        assert_eq!(refused.len(), 1);
+        assert!(refused[0].is_refused());
+
+        assembler.announce(announced(812, 2, 7, 4));
+        assert!(assembler.settle(4).is_empty());
+        request(
+            &mut assembler,
+            begin_at(3),
+            &batch(2),
+            &end(KUBE_PROXY, 5, 5, 1),
+        );
+        request(
+            &mut assembler,
+            begin_at(6),
+            &batch(3),
+            &end(KUBE_PROXY, 8, 5, 1),
+        );
+        let told = assembler.settle(9);
+        assert_eq!(told.len(), 1);
+        assert_eq!((told[0].begin_ns, told[0].time_ns), (Some(3), 5));
+        assembler.announce(announced(812, 3, 8, 10));
+        let told = assembler.settle(11);
+        assert_eq!(told.len(), 1);
+        assert_eq!((told[0].begin_ns, told[0].time_ns), (Some(6), 8));
+        assert_eq!(told[0].by.name.as_deref(), Some("kube-proxy"));
+        assert!(!assembler.is_waiting());
+    }
+
+    #[test]
+    fn a_transaction_without_the_other_half_is_told_when_it_did_something() {
+        let mut assembler = Assembler::default();
+        // Nobody saw the request.
+        assembler.announce(announced(7, 1, 3, MS));
+        assert!(assembler.settle(2 * MS).is_empty());
+        let told = assembler.settle(MS + PATIENCE);
+        assert_eq!((told[0].begin_ns, told[0].time_ns), (None, MS));
+        // A batch that holds nothing is not announced, unless announcements were lost.
+        let begin = begin(subsystem::NFTABLES, KUBE_PROXY, 0);
+        request(&mut assembler, begin, &batch(1), &end(KUBE_PROXY, 1, 5, 1));
+        assert!(assembler.settle(u64::MAX).is_empty());
+        assembler.lose(MS);
+        request(&mut assembler, begin, &batch(1), &end(KUBE_PROXY, 1, 5, 1));
+        let told = assembler.settle(MS + PATIENCE);
+        assert!(told[0].incomplete, "{told:#?}");
+    }
+
+    fn address(last: u8, added: bool) -> (Vec<u8>, Address) {
+        let kind = if added { 20 } else { 21 };
+        let body = [2, 32, 0, 0, 3, 0, 0, 0, 8, 0, 2, 0, 10, 96, 0, last];
+        let address = Address {
+            link: 3,
+            address: std::net::IpAddr::from([10, 96, 0, last]),
+            prefix: 32,
+            added,
+        };
+        (message(kind, u32::from(last), &body), address)
+    }
+
+    fn heard(address: Address, request: (u32, u32)) -> Heard {
+        Heard {
+            read_ns: 10,
+            request,
+            address,
+        }
+    }
+
+    #[test]
+    fn addresses_are_credited_to_whose_request_it_was() {
+        let mut assembler = Assembler::default();
+        assembler.addresses.name(3, "kube-ipvs0".to_owned());
+        let ask = |assembler: &mut Assembler, bytes: &[u8]| {
+            let begin = begin(subsystem::ADDRESSES, KUBE_PROXY, 5);
+            request(assembler, begin, bytes, &end(KUBE_PROXY, 6, 5, 40));
+        };
+        // Announced after the request was read, and before; the latter once more, as IPv6 does.
+        let (bytes, one) = address(1, true);
+        ask(&mut assembler, &bytes);
+        assembler.hear(heard(one, (5, 1)));
+        let (bytes, two) = address(2, true);
+        assembler.hear(heard(two, (0, 0)));
+        ask(&mut assembler, &bytes);
+        assembler.hear(heard(two, (0, 0)));
+        // Asked for, but it was there before.
+        ask(&mut assembler, &address(2, true).0);
+        let told = assembler.settle(MS + PAUSE);
+        assert_eq!(
+            told[0].to_string(),
+            "kube-proxy (pid 812, parent init, pid 1) changed addresses in 1 ns: kube-ipvs0 (Services' \
+             addresses) +2 (10.96.0.1/32, 10.96.0.2/32)"
+        );
+        assert_eq!(told.len(), 1);
+
+        // The link goes, and takes the addresses along.
+        let no_link = message(17, 9, &[0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assembler.hear(heard(address(1, false).1, (0, 0)));
+        ask(&mut assembler, &no_link);
+        assembler.hear(heard(address(2, false).1, (0, 0)));
+        let told = assembler.settle(u64::MAX);
+        let What::Addresses { links } = &told[0].what else {
+            panic!("{told:#?}");
+        };
+        assert_eq!((told.len(), links["kube-ipvs0"].deleted.len()), (1, 2));
+
+        // Nobody asked.
+        assembler.hear(heard(address(4, true).1, (0, 0)));
+        assert!(assembler.settle(20).is_empty() && assembler.is_waiting());
+        let told = assembler.settle(10 + PATIENCE);
+        assert_eq!(
+            told[0].to_string(),
+            "unknown process changed addresses: kube-ipvs0 (Services' addresses) +1 (10.96.0.4/32)"
+        );
+    }
+
+    #[test]
+    fn requests_that_changed_nothing_are_no_changes() {
+        let mut assembler = Assembler::default();
+        // An address that is there, a link without addresses, another generic family.
+        let (bytes, there) = address(1, true);
+        assembler.addresses.know(&there);
+        for (kind, bytes) in [
+            (subsystem::ADDRESSES, bytes),
+            (
+                subsystem::ADDRESSES,
+                message(17, 9, &[0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+            ),
+            (subsystem::IPVS, message(31, 9, &[1, 1, 0, 0])),
+        ] {
+            let begin = begin(kind, KUBE_PROXY, 5);
+            request(&mut assembler, begin, &bytes, &end(KUBE_PROXY, 6, 5, 40));
+            let told = assembler.settle(u64::MAX);
+            assert!(told.is_empty(), "{told:#?}");
+        }
+    }
 }

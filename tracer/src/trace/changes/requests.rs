@@ -335,3 +335,253 @@ pub(super) fn address(
         added: kind == libc::RTM_NEWADDR,
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(4 + value.len()).expect("short");
+        let mut bytes = length.to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    fn message(kind: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(16 + body.len()).expect("short");
+        let mut bytes = length.to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend([5, 0]);
+        bytes.extend(sequence.to_ne_bytes());
+        bytes.extend([0; 4]);
+        bytes.extend(body);
+        bytes
+    }
+
+    fn begin(subsystem: u32, detail: u32, bytes: &[u8]) -> Begin {
+        let length = u32::try_from(bytes.len()).expect("short");
+        Begin {
+            kind: 1,
+            subsystem,
+            time: 0,
+            thread: 0,
+            cgroup: 0,
+            parent: 0,
+            detail,
+            length,
+            stored: length,
+            name: [0; 16],
+            parent_name: [0; 16],
+            argument: [0; 64],
+        }
+    }
+
+    fn asked(subsystem: u32, detail: u32, bytes: &[u8]) -> Asked {
+        read(&begin(subsystem, detail, bytes), bytes, Some(30))
+    }
+
+    /// `struct ipt_replace` of iptables-restore (1.8.9) for a nat table of 6 entries in the place of 5.
+    fn replace() -> Vec<u8> {
+        let mut bytes = b"nat".to_vec();
+        bytes.resize(32, 0);
+        for number in [0x1b_u32, 6, 1000] {
+            bytes.extend(number.to_ne_bytes());
+        }
+        bytes.resize(84, 0);
+        bytes.extend(5_u32.to_ne_bytes());
+        bytes.resize(128, 0);
+        bytes
+    }
+
+    #[test]
+    fn a_legacy_table_is_read() {
+        let table = |family| Ask::Legacy {
+            family,
+            table: "nat".to_owned(),
+            before: 5,
+            after: 6,
+        };
+        let v4 = asked(subsystem::LEGACY, 2, &replace());
+        assert_eq!(v4.asks, [(0, table("IPv4"))]);
+        let v6 = asked(subsystem::LEGACY, 10, &replace());
+        assert_eq!(v6.asks, [(0, table("IPv6"))]);
+        let cut = asked(subsystem::LEGACY, 2, &replace()[..86]);
+        assert!(cut.asks.is_empty() && cut.more);
+    }
+
+    #[test]
+    fn entries_of_a_set_are_counted() {
+        let name = [attribute(1, &[7]), attribute(2, b"KUBE-CLUSTER-IP\0")].concat();
+        let entry = attribute(7, &attribute(1, &[1, 2, 3, 4]));
+        let list = attribute(8, &[entry.clone(), entry.clone(), entry.clone()].concat());
+        let body = |rest: &[u8]| [&[2, 0, 0, 0], &name[..], rest].concat();
+        let bytes = [
+            message(0x0602, 7, &body(&[])),
+            message(0x0609, 8, &body(&list)),
+            message(0x060a, 9, &body(&entry)),
+            message(0x0604, 10, &[2, 0, 0, 0]),
+        ]
+        .concat();
+        let ask = |change| Ask::Set {
+            set: Some("KUBE-CLUSTER-IP".to_owned()),
+            change,
+        };
+        let all = Ask::Set {
+            set: None,
+            change: SetChange::Flush,
+        };
+        let read = asked(subsystem::IPSET, 0, &bytes);
+        assert!(!read.more);
+        assert_eq!(
+            read.asks,
+            [
+                (7, ask(SetChange::Create)),
+                (8, ask(SetChange::Add(3))),
+                (9, ask(SetChange::Delete(1))),
+                (10, all)
+            ]
+        );
+        let cut = asked(subsystem::IPSET, 0, &bytes[..bytes.len() - 2]);
+        assert!(cut.more && cut.asks.len() == 3);
+    }
+
+    #[test]
+    fn virtual_servers_are_named() {
+        let service = |address: &[u8], family: u16, mark: u32| {
+            let attributes = [
+                attribute(1, &family.to_ne_bytes()),
+                attribute(2, &6_u16.to_ne_bytes()),
+                attribute(3, address),
+                attribute(4, &80_u16.to_be_bytes()),
+                attribute(5, &mark.to_ne_bytes()),
+            ];
+            attribute(1, &attributes.concat())
+        };
+        let v4 = [10, 96, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let v6 = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+        let body = |command: u8, rest: &[u8]| [&[command, 1, 0, 0], rest].concat();
+        let bytes = [
+            message(30, 1, &body(1, &service(&v4, 2, 0))),
+            message(30, 2, &body(7, &service(&v6, 10, 0))),
+            message(30, 3, &body(2, &service(&v4, 2, 9))),
+            message(30, 4, &body(17, &[])),
+            message(30, 5, &body(4, &[])),
+            message(31, 6, &body(1, &service(&v4, 2, 0))),
+        ]
+        .concat();
+        let read = asked(subsystem::IPVS, 0, &bytes);
+        let server = |name: Option<&str>, change| Ask::Server {
+            server: name.map(str::to_owned),
+            change,
+        };
+        assert_eq!(
+            read.asks,
+            [
+                (1, server(Some("10.96.0.1:80/TCP"), ServerChange::Add)),
+                (
+                    2,
+                    server(Some("[fd00::1]:80/TCP"), ServerChange::DeleteReal)
+                ),
+                (3, server(Some("fwmark 9"), ServerChange::Edit)),
+                (4, server(None, ServerChange::Flush)),
+            ]
+        );
+        // Before IPVS is loaded no message can be one of its.
+        let none = super::read(&begin(subsystem::IPVS, 0, &bytes), &bytes, None);
+        assert_eq!(none, Asked::default());
+    }
+
+    #[test]
+    fn servers_set_by_option_are_read() {
+        let mut bytes = vec![17, 0, 0, 0, 10, 96, 0, 10, 0, 53, 0, 0];
+        bytes.resize(128, 0);
+        let server = |name: Option<&str>, change| Ask::Server {
+            server: name.map(str::to_owned),
+            change,
+        };
+        let read = |option| asked(subsystem::IPVS_OPTION, option, &bytes).asks;
+        let named = server(Some("10.96.0.10:53/UDP"), ServerChange::AddReal);
+        assert_eq!(read(1159), [(0, named)]);
+        assert_eq!(read(1157), [(0, server(None, ServerChange::Flush))]);
+        assert!(asked(subsystem::IPVS_OPTION, 1154, &bytes[..7]).more);
+    }
+
+    #[test]
+    fn addresses_are_read() {
+        let header = |family: u8, prefix: u8, link: u32| {
+            [&[family, prefix, 0, 0][..], &link.to_ne_bytes()].concat()
+        };
+        let peer = [attribute(1, &[10, 0, 0, 2]), attribute(2, &[10, 0, 0, 1])].concat();
+        let v6 = attribute(1, &[0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+        let link = [&[0, 0, 0, 0][..], &7_u32.to_ne_bytes(), &[0; 8]].concat();
+        let by_name = [vec![0; 16], attribute(3, b"kube-ipvs0\0")].concat();
+        let bytes = [
+            message(20, 1, &[header(2, 32, 4), peer].concat()),
+            message(21, 2, &[header(10, 128, 5), v6].concat()),
+            message(17, 3, &link),
+            message(17, 4, &by_name),
+        ]
+        .concat();
+        let address = |text: &str, prefix, link, added| {
+            Ask::Address(Address {
+                link,
+                address: text.parse().expect("an address"),
+                prefix,
+                added,
+            })
+        };
+        assert_eq!(
+            asked(subsystem::ADDRESSES, 0, &bytes).asks,
+            [
+                (1, address("10.0.0.1", 32, 4, true)),
+                (2, address("fd00::1", 128, 5, false)),
+                (3, Ask::NoLink(LinkName::Index(7))),
+                (4, Ask::NoLink(LinkName::Name("kube-ipvs0".to_owned()))),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_batch_has_the_number_of_its_second_message() {
+        let bytes = [
+            message(0x10, 0, &[0, 0, 0, 10]),
+            message(0x0a06, 41, &[2, 0, 0, 0]),
+        ]
+        .concat();
+        assert_eq!(sequence_of_batch(&bytes), Some(41));
+        assert_eq!(sequence_of_batch(&bytes[..30]), None);
+        assert_eq!(sequence_of_batch(&[0xff; 4]), None);
+    }
+
+    #[test]
+    fn a_request_that_was_not_copied_whole_has_more() {
+        let bytes = message(0x0604, 1, &[2, 0, 0, 0]);
+        let mut begin = begin(subsystem::IPSET, 0, &bytes);
+        begin.length += 1;
+        assert!(read(&begin, &bytes, None).more);
+    }
+
+    proptest! {
+        /// Damaged requests of every kind are read, or said to be unreadable.
+        #[test]
+        fn no_bytes_break_it(
+            subsystem in 0_u32..8,
+            detail in prop_oneof![Just(2_u32), Just(10), 1150_u32..1170, any::<u32>()],
+            kind in prop_oneof![0x0600_u16..0x0610, 15_u16..32],
+            body in proptest::collection::vec(any::<u8>(), 0..100),
+            damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+        ) {
+            let mut bytes = [message(kind, 1, &body), replace()].concat();
+            for (at, byte) in damage {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            let _ = asked(subsystem, detail, &bytes);
+            let _ = sequence_of_batch(&bytes);
+        }
+    }
+}
