@@ -147,10 +147,10 @@ pub fn every_change_is_credited(way: Option<Way>) {
         "table ip kube-proxy {\n set ips { type ipv4_addr; elements = { 10.96.0.1, 10.96.0.2, \
          10.96.0.3 }; }\n chain c { ip daddr { 10.0.0.1, 10.0.0.2 } accept; accept; }\n}\n",
     );
-    let adds: String = (0..300)
+    let adds: Vec<String> = (0..300)
         .map(|i| format!("add ips 10.0.{}.{}\n", i / 250, i % 250))
         .collect();
-    let sets = folder.file("ipset", &format!("create ips hash:ip\n{adds}"));
+    let sets = folder.file("ipset", &format!("create ips hash:ip\n{}", adds.concat()));
     let legacy_restore = format!("iptables-legacy-restore <{nat}");
     let nft_restore = format!("iptables-nft-restore <{nat}");
 
@@ -181,11 +181,22 @@ pub fn every_change_is_credited(way: Option<Way>) {
     let mut changes = heard(watcher);
     changes.sort_by_key(|change| change.time_ns);
     let said: Vec<String> = changes.iter().map(ToString::to_string).collect();
-    let [a, b, c, d, e, f, g, h, i] = &changes[..] else {
+    let [
+        replaced,
+        translated,
+        loaded,
+        failed,
+        filled,
+        bound,
+        doubled,
+        bound6,
+        emptied,
+    ] = &changes[..]
+    else {
         panic!("{said:#?}");
     };
 
-    assert_credited(a, legacy, "iptables-legacy-restore");
+    assert_credited(replaced, legacy, "iptables-legacy-restore");
     let legacy_table = |before, after| What::IptablesLegacy {
         family: "IPv4",
         table: "nat".to_owned(),
@@ -193,53 +204,57 @@ pub fn every_change_is_credited(way: Option<Way>) {
         after,
     };
     // A new table of nat has four chains' policies and its end.
-    assert_eq!(a.what, legacy_table(5, legacy_entries));
+    assert_eq!(replaced.what, legacy_table(5, legacy_entries));
     assert_eq!(legacy_entries, 10);
 
-    assert_credited(b, nft, "iptables-nft-restore");
+    assert_credited(translated, nft, "iptables-nft-restore");
     let tables = |change: &RuleChange| match &change.what {
         What::Nftables { tables, .. } => tables.clone(),
         _ => panic!("{change}"),
     };
-    assert_eq!(tables(b)["ip nat"].rules, Some((0, nft_rules)), "{b}");
-    assert_eq!(tables(b)["ip nat"].rules_added, 3);
+    assert_eq!(
+        tables(translated)["ip nat"].rules,
+        Some((0, nft_rules)),
+        "{translated}"
+    );
+    assert_eq!(tables(translated)["ip nat"].rules_added, 3);
 
-    assert_credited(c, own, "nft");
-    let delta = tables(c)["ip kube-proxy"];
+    assert_credited(loaded, own, "nft");
+    let delta = tables(loaded)["ip kube-proxy"];
     assert_eq!(
         (delta.rules, delta.elements),
         (Some((0, 2)), Some((0, 3))),
-        "{c}"
+        "{loaded}"
     );
-    assert!(!c.incomplete);
+    assert!(!loaded.incomplete);
 
-    assert_credited(d, refused, "nft");
-    assert!(d.is_refused() && tables(d).is_empty(), "{d}");
+    assert_credited(failed, refused, "nft");
+    assert!(failed.is_refused() && tables(failed).is_empty(), "{failed}");
 
-    assert_credited(e, ipset, "ipset");
-    let What::Ipset { sets } = &e.what else {
-        panic!("{e}");
+    assert_credited(filled, ipset, "ipset");
+    let What::Ipset { sets } = &filled.what else {
+        panic!("{filled}");
     };
     let expected = SetDelta {
         created: 1,
         added: 300,
         ..SetDelta::default()
     };
-    assert_eq!((sets.len(), sets["ips"]), (1, expected), "{e}");
+    assert_eq!((sets.len(), sets["ips"]), (1, expected), "{filled}");
 
     let added_to = |change: &RuleChange, link: &str| match &change.what {
         What::Addresses { links } => links[link].added.iter().cloned().collect::<Vec<_>>(),
         _ => panic!("{change}"),
     };
-    assert_credited(f, added, "ip");
-    assert_eq!(added_to(f, "lo"), ["10.9.9.9/32"]);
-    assert_credited(g, again, "ip");
-    assert!(g.is_refused(), "{g}");
-    assert_credited(h, six, "ip");
-    assert_eq!(added_to(h, "lo"), ["fd00::9/64"]);
+    assert_credited(bound, added, "ip");
+    assert_eq!(added_to(bound, "lo"), ["10.9.9.9/32"]);
+    assert_credited(doubled, again, "ip");
+    assert!(doubled.is_refused(), "{doubled}");
+    assert_credited(bound6, six, "ip");
+    assert_eq!(added_to(bound6, "lo"), ["fd00::9/64"]);
 
-    assert_credited(i, flushed, "iptables-legacy");
-    assert_eq!(i.what, legacy_table(10, 8));
+    assert_credited(emptied, flushed, "iptables-legacy");
+    assert_eq!(emptied.what, legacy_table(10, 8));
 }
 
 /// IPVS' servers, and the addresses on kube-ipvs0: one by one by netlink, and all together with the link.
@@ -247,16 +262,20 @@ pub fn every_change_of_ipvs_is_credited(way: Option<Way>) {
     let folder = Folder::new();
     let ns = Netns::create("changes").expect("root");
     let elsewhere = Netns::create("elsewhere").expect("root");
-    let servers: String = (1..=40)
-        .map(|i| format!("-A -t 10.96.0.{i}:80 -s rr\n-a -t 10.96.0.{i}:80 -r 10.0.0.{i}:80 -m\n"))
+    let servers: Vec<String> = (1..=40)
+        .map(|i| {
+            format!("-A -t 10.96.0.{i}:80 -s rr\n-a -t 10.96.0.{i}:80 -r 10.0.0.{i}:80 -m -w 1\n")
+        })
         .collect();
-    let servers = folder.file("ipvs", &servers);
+    let servers = folder.file("ipvs", &servers.concat());
     let restore = format!("ipvsadm -R <{servers}");
-    let addresses: String = (1..=40)
+    let addresses: Vec<String> = (1..=40)
         .map(|i| format!("address add 10.96.0.{i}/32 dev kube-ipvs0\n"))
         .collect();
-    let batch = folder.file("addresses", &addresses);
+    let batch = folder.file("addresses", &addresses.concat());
 
+    // While lo is down there are no local routes, without which IPVS refuses every real server.
+    ask(&ns, "ip", &["link", "set", "lo", "up"]);
     let watcher = watch(&ns, way);
     let first = make(&ns, &folder, &restore);
     make(&elsewhere, &folder, &restore);
@@ -268,36 +287,36 @@ pub fn every_change_of_ipvs_is_credited(way: Option<Way>) {
     let mut changes = heard(watcher);
     changes.sort_by_key(|change| change.time_ns);
     let said: Vec<String> = changes.iter().map(ToString::to_string).collect();
-    let [a, b, c, d, e] = &changes[..] else {
+    let [filled, refused, added, deleted, emptied] = &changes[..] else {
         panic!("{said:#?}");
     };
-    assert_credited(a, first, "ipvsadm");
+    assert_credited(filled, first, "ipvsadm");
     let delta = |change: &RuleChange| match &change.what {
         What::Ipvs(delta) => delta.clone(),
         _ => panic!("{change}"),
     };
-    let servers = delta(a);
+    let servers = delta(filled);
     assert_eq!(
         (servers.servers_added, servers.reals_added),
         (40, 40),
-        "{a}"
+        "{filled}"
     );
     assert_eq!(servers.servers.len(), 40);
-    assert!(servers.servers.contains("10.96.0.7:80/TCP"), "{a}");
-    assert_credited(b, again, "ipvsadm");
-    assert!(b.is_refused(), "{b}");
+    assert!(servers.servers.contains("10.96.0.7:80/TCP"), "{filled}");
+    assert_credited(refused, again, "ipvsadm");
+    assert!(refused.is_refused(), "{refused}");
     let link = |change: &RuleChange| match &change.what {
         What::Addresses { links } => links["kube-ipvs0"].clone(),
         _ => panic!("{change}"),
     };
-    assert_credited(c, bound, "ip");
-    let bound = link(c);
-    assert!(bound.virtual_ips && bound.deleted.is_empty(), "{c}");
-    assert_eq!(bound.added.len(), 40, "{c}");
-    assert_credited(d, gone, "ip");
-    assert_eq!(link(d).deleted, bound.added, "{d}");
-    assert_credited(e, flushed, "ipvsadm");
-    assert_eq!(delta(e).flushed, 1, "{e}");
+    assert_credited(added, bound, "ip");
+    let bound = link(added);
+    assert!(bound.virtual_ips && bound.deleted.is_empty(), "{added}");
+    assert_eq!(bound.added.len(), 40, "{added}");
+    assert_credited(deleted, gone, "ip");
+    assert_eq!(link(deleted).deleted, bound.added, "{deleted}");
+    assert_credited(emptied, flushed, "ipvsadm");
+    assert_eq!(delta(emptied).flushed, 1, "{emptied}");
 }
 
 /// Who made a change is known though the process and its parent are gone before anybody looks.
@@ -317,6 +336,34 @@ pub fn who_is_gone_is_known() {
         (made.pid.into(), made.parent)
     );
     assert!(begin.parent_name.starts_with(b"kube-proxy\0"));
+}
+
+/// The pod of a process is known by the cgroup that it is in. Makes cgroups: only for a machine of its own.
+pub fn the_pod_is_known() {
+    const UID: &str = "2f6b1d0c-9e2a-4d9e-8a55-0123456789ab";
+    let folder = Folder::new();
+    let ns = Netns::create("changes").expect("root");
+    let root = folder.0.join("cgroup");
+    fs::create_dir_all(&root).expect("writable");
+    let root = root.display();
+    ask(&ns, "mount", &["-t", "cgroup2", "none", &root.to_string()]);
+    let pod = format!("kubepods.slice/kubepods-pod{}.slice", UID.replace('-', "_"));
+    fs::create_dir_all(format!("{root}/{pod}/cri-1.scope")).expect("writable");
+    let watcher = watch(&ns, None);
+    let script = format!(
+        "echo $$ >{root}/{pod}/cri-1.scope/cgroup.procs; iptables-legacy -A INPUT -j ACCEPT; true"
+    );
+    ask(&ns, "sh", &["-ec", &script]);
+    let changes = heard(watcher);
+    ask(&ns, "umount", &[&root.to_string()]);
+    let by = &changes[0].by;
+    assert_eq!(by.cgroup, Some(format!("/{pod}/cri-1.scope")));
+    assert_eq!(by.pod.as_deref(), Some(UID));
+    let said = changes[0].to_string();
+    assert!(
+        said.contains(&format!(", pod {UID}) committed filter: 4 → 5 entries")),
+        "{said}"
+    );
 }
 
 /// Of what the kernel announces to nobody the rules are read again too.

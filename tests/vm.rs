@@ -155,3 +155,8 @@ fn changes_of_every_kind() {
 fn changes_by_who_is_gone() {
     tests::changes::who_is_gone_is_known();
 }
+
+#[test]
+fn changes_from_a_pod() {
+    tests::changes::the_pod_is_known();
+}

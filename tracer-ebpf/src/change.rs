@@ -144,32 +144,26 @@ const DELETE_LINK: u16 = 17;
 )]
 pub const fn subsystem_of(protocol: u16, head: &Head, ipvs: u32) -> u32 {
     match protocol {
-        NETFILTER if head.kind == BATCH_BEGIN => {
-            // The resource's number, in network byte order.
-            if head.own[2] == 0 && head.own[3] == SUBSYS_NFTABLES {
-                return subsystem::NFTABLES;
-            }
+        // The resource's number, in network byte order.
+        NETFILTER if head.kind == BATCH_BEGIN && matches!(head.own, [_, _, 0, SUBSYS_NFTABLES]) => {
+            subsystem::NFTABLES
         }
-        NETFILTER if head.kind >> 8 == SUBSYS_IPSET => {
-            // CREATE, DESTROY, FLUSH, RENAME, SWAP; ADD, DEL (enum ipset_cmd, ip_set.h).
-            if matches!(head.kind & 0xff, 2..=6 | 9..=10) {
-                return subsystem::IPSET;
-            }
+        // CREATE, DESTROY, FLUSH, RENAME, SWAP; ADD, DEL (enum ipset_cmd, ip_set.h).
+        NETFILTER
+            if head.kind >> 8 == SUBSYS_IPSET && matches!(head.kind & 0xff, 2..=6 | 9..=10) =>
+        {
+            subsystem::IPSET
         }
-        GENERIC if head.kind > GENL_CONTROL => {
-            // GET_SERVICE, GET_DEST, GET_DAEMON, GET_CONFIG, GET_INFO (include/uapi/linux/ip_vs.h).
-            if ipvs == NO_FAMILY
-                || (head.kind as u32 == ipvs && !matches!(head.own[0], 4 | 8 | 11 | 13 | 15))
-            {
-                return subsystem::IPVS;
-            }
+        GENERIC if head.kind > GENL_CONTROL && ipvs == NO_FAMILY => subsystem::IPVS,
+        // GET_SERVICE, GET_DEST, GET_DAEMON, GET_CONFIG, GET_INFO (include/uapi/linux/ip_vs.h).
+        GENERIC if head.kind as u32 == ipvs && !matches!(head.own[0], 4 | 8 | 11 | 13 | 15) => {
+            subsystem::IPVS
         }
         ROUTE if matches!(head.kind, NEW_ADDRESS | DELETE_ADDRESS | DELETE_LINK) => {
-            return subsystem::ADDRESSES;
+            subsystem::ADDRESSES
         }
-        _ => {}
+        _ => subsystem::NONE,
     }
-    subsystem::NONE
 }
 
 /// `IPT_SO_SET_REPLACE`, also `IP6T_SO_SET_REPLACE` (`include/uapi/linux/netfilter_ipv4/ip_tables.h`).

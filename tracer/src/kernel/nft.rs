@@ -83,7 +83,7 @@ pub struct Holdings {
     pub sets: BTreeMap<String, u64>,
 }
 
-/// Everything that nf_tables holds in a namespace, at a generation.
+/// Everything that `nf_tables` holds in a namespace, at a generation.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ruleset {
     /// How many transactions there have been.

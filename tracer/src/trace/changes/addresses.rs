@@ -189,5 +189,5 @@ impl Addresses {
 }
 
 fn key(address: &Address) -> (u32, std::net::IpAddr, u8) {
-    (address.link, address.address, address.prefix)
+    (address.link, address.ip, address.prefix)
 }

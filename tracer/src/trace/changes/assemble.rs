@@ -386,7 +386,7 @@ impl Assembler {
             let virtual_ips = Addresses::is_virtual(&name);
             let delta = links.entry(name).or_default();
             delta.virtual_ips = virtual_ips;
-            let text = format!("{}/{}", address.address, address.prefix);
+            let text = format!("{}/{}", address.ip, address.prefix);
             if address.added {
                 delta.added.insert(text);
             } else {
@@ -567,7 +567,11 @@ mod tests {
     use super::*;
 
     const MS: u64 = 1_000_000;
-    const KUBE_PROXY: u64 = 812 << 32 | 812;
+    const KUBE_PROXY: u64 = process(812, 812);
+
+    const fn process(process: u64, thread: u64) -> u64 {
+        (process << 32) + thread
+    }
 
     fn begin(subsystem: u32, thread: u64, time: u64) -> Begin {
         Begin {
@@ -668,7 +672,7 @@ mod tests {
             );
         }
         // Somebody else meanwhile.
-        let other = 9 << 32 | 10;
+        let other = process(9, 10);
         let its = begin(subsystem::IPSET, other, 7 * MS);
         request(&mut assembler, its, &add(1), &end(other, 8 * MS, 6, 40));
         let first = assembler.settle(899 * MS + PAUSE);
@@ -858,7 +862,7 @@ mod tests {
         let body = [2, 32, 0, 0, 3, 0, 0, 0, 8, 0, 2, 0, 10, 96, 0, last];
         let address = Address {
             link: 3,
-            address: std::net::IpAddr::from([10, 96, 0, last]),
+            ip: std::net::IpAddr::from([10, 96, 0, last]),
             prefix: 32,
             added,
         };

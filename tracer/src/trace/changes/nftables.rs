@@ -15,8 +15,6 @@ const NFNL_SUBSYS_NFTABLES: u8 = 10;
 /// Length of `struct nfgenmsg`.
 pub(super) const NFGENMSG: usize = 4;
 
-const NFT_MSG_NEWTABLE: u8 = 0;
-const NFT_MSG_DELTABLE: u8 = 2;
 const NFT_MSG_NEWRULE: u8 = 6;
 const NFT_MSG_DELRULE: u8 = 8;
 const NFT_MSG_NEWSET: u8 = 9;
@@ -142,7 +140,6 @@ impl Ledger {
             .or_insert_with(|| before.cloned().unwrap_or_default());
         let set = set.unwrap_or_default();
         match message {
-            NFT_MSG_NEWTABLE | NFT_MSG_DELTABLE => {}
             NFT_MSG_NEWRULE => holdings.rules += 1,
             NFT_MSG_DELRULE => holdings.rules = holdings.rules.saturating_sub(1),
             NFT_MSG_NEWSET => match lasting_set(attributes)? {

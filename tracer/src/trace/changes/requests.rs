@@ -64,7 +64,7 @@ pub(super) enum ServerChange {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Address {
     pub(super) link: u32,
-    pub(super) address: IpAddr,
+    pub(super) ip: IpAddr,
     pub(super) prefix: u8,
     pub(super) added: bool,
 }
@@ -328,9 +328,9 @@ pub(super) fn address(
             .map(|b| IpAddr::V6(Ipv6Addr::from(*b))),
         _ => None,
     };
-    Ok(address.map(|address| Address {
+    Ok(address.map(|ip| Address {
         link,
-        address,
+        ip,
         prefix: *prefix,
         added: kind == libc::RTM_NEWADDR,
     }))
@@ -529,7 +529,7 @@ mod tests {
         let address = |text: &str, prefix, link, added| {
             Ask::Address(Address {
                 link,
-                address: text.parse().expect("an address"),
+                ip: text.parse().expect("an address"),
                 prefix,
                 added,
             })

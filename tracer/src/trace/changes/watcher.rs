@@ -152,7 +152,7 @@ struct Ears {
     ledger: Ledger,
     assembler: Assembler,
     ipvs: Option<u16>,
-    /// When what the tables of nf_tables hold may be counted again (`CLOCK_MONOTONIC`, ns).
+    /// When what the tables of `nf_tables` hold may be counted again (`CLOCK_MONOTONIC`, ns).
     count_at: u64,
 }
 
