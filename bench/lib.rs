@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 use tracer::cluster::{Cidr, Cluster, Endpoint, Protocol, Service, ServicePort};
 use tracer::lab::plan;
-use tracer::probe::catalogue;
+use tracer::probe::catalogue::{self, Detail};
 use tracer::record::run::{
     Bin, Cell, Clock, Environment, FORMAT, Fault, FaultKind, FaultPath, Histogram, Ledger, Loss,
     Measurements, Outage, PacketState, PathResult, Place, ProbeHealth, RuleChange, Run,
@@ -15,7 +15,7 @@ use tracer::rules::{Mode, NodeView, render};
 use tracer::scenario::matrix::{JobKind, Matrix};
 use tracer_ebpf::histogram::{bounds_of, cell_of};
 use tracer_ebpf::path::{Origin, Path};
-use tracer_ebpf::record::{HEADER, IPV4, Record, STAGE_NODE};
+use tracer_ebpf::record::{Aligned, HEADER, IPV4, Record, STAGE_NODE};
 
 /// Endpoints of every Service.
 pub const ENDPOINTS: u32 = 3;
@@ -163,9 +163,9 @@ pub fn records(kind: u8, ports: impl Iterator<Item = u16>) -> Vec<Record> {
             reason: 2,
             sport: port.to_be_bytes(),
             dport: 80_u16.to_be_bytes(),
-            source,
-            destination,
-            header: packet(port),
+            source: Aligned(source),
+            destination: Aligned(destination),
+            header: Aligned(packet(port)),
             ..Record::ZERO
         })
         .collect()
@@ -293,7 +293,7 @@ fn stages(path: Path) -> Vec<(&'static str, &'static str)> {
     };
     catalogue::stages()
         .filter(|stage| *stage != STAGE_NODE)
-        .map(catalogue::stage_name)
+        .map(|stage| catalogue::stage_name(stage, Detail::Stages))
         .filter(|(hook, _)| hooks.contains(hook))
         .collect()
 }

@@ -5,10 +5,11 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap};
 use tracer_ebpf::path::{Origin, Path, Target};
 use tracer_ebpf::record::{
-    Key4, Key6, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE, hook, protocol, tcp,
+    Address, Aligned, Key4, Key6, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE, hook, protocol,
+    tcp,
 };
 
-use crate::kernel::{Copied, Header, field, first4, halves, header_at, network_header};
+use crate::kernel::{COPY, Header, field, first4, halves, header_at, network_header};
 
 // The node under test.
 #[unsafe(no_mangle)]
@@ -42,8 +43,8 @@ static NODES6: HashMap<[u8; 16], u32> = HashMap::with_max_entries(64, 0);
 /// quotes, in the other direction.
 #[derive(Clone, Copy)]
 pub(crate) struct Flow {
-    pub(crate) source: [u8; 16],
-    pub(crate) destination: [u8; 16],
+    pub(crate) source: Address,
+    pub(crate) destination: Address,
     pub(crate) sport: [u8; 2],
     pub(crate) dport: [u8; 2],
     pub(crate) protocol: u8,
@@ -57,8 +58,8 @@ pub(crate) struct Flow {
 
 impl Flow {
     pub(crate) const ZERO: Self = Self {
-        source: [0; 16],
-        destination: [0; 16],
+        source: Aligned([0; 16]),
+        destination: Aligned([0; 16]),
         sport: [0; 2],
         dport: [0; 2],
         protocol: 0,
@@ -162,7 +163,7 @@ const fn is_error4(kind: u8) -> bool {
 #[inline(always)]
 unsafe fn read4(at: u64, flow: &mut Flow) -> bool {
     unsafe {
-        let (mut outer, mut inner) = ([0; 40], [0; 40]);
+        let (mut outer, mut inner) = (COPY, COPY);
         let ip = header_at(at, Header::Ipv4, &mut outer);
         let next: u8 = field(ip, 9);
         let part: u16 = field(ip, 6);
@@ -197,7 +198,7 @@ unsafe fn read4(at: u64, flow: &mut Flow) -> bool {
 #[inline(always)]
 unsafe fn read6(at: u64, flow: &mut Flow) -> bool {
     unsafe {
-        let (mut outer, mut inner) = ([0; 40], [0; 40]);
+        let (mut outer, mut inner) = (COPY, COPY);
         let ip = header_at(at, Header::Ipv6, &mut outer);
         let next: u8 = field(ip, 6);
         if has_ports(next) {
@@ -225,7 +226,7 @@ unsafe fn read6(at: u64, flow: &mut Flow) -> bool {
 #[inline(always)]
 unsafe fn read_transport(begin: u64, next: u8, flow: &mut Flow) -> bool {
     unsafe {
-        let mut copy: Copied = [0; 40];
+        let mut copy = COPY;
         let transport = header_at(begin, Header::Transport, &mut copy);
         flow.protocol = next;
         flow.sport = field(transport, 0);
@@ -244,7 +245,7 @@ unsafe fn read_transport(begin: u64, next: u8, flow: &mut Flow) -> bool {
 #[inline(always)]
 unsafe fn read_quoted(begin: u64, next: u8, flow: &mut Flow) -> bool {
     unsafe {
-        let mut copy: Copied = [0; 40];
+        let mut copy = COPY;
         let transport = header_at(begin, Header::Transport, &mut copy);
         flow.protocol = next;
         flow.error = true;
@@ -255,14 +256,14 @@ unsafe fn read_quoted(begin: u64, next: u8, flow: &mut Flow) -> bool {
 }
 
 #[inline(always)]
-unsafe fn put4(to: &mut [u8; 16], address: u32) {
-    unsafe { to.as_mut_ptr().cast::<u32>().write_unaligned(address) }
+unsafe fn put4(to: &mut Address, address: u32) {
+    unsafe { to.0.as_mut_ptr().cast::<u32>().write_unaligned(address) }
 }
 
 #[inline(always)]
-unsafe fn put6(to: &mut [u8; 16], high: u64, low: u64) {
+unsafe fn put6(to: &mut Address, high: u64, low: u64) {
     unsafe {
-        let halves = to.as_mut_ptr().cast::<u64>();
+        let halves = to.0.as_mut_ptr().cast::<u64>();
         halves.write_unaligned(high);
         halves.add(1).write_unaligned(low);
     }
@@ -270,7 +271,7 @@ unsafe fn put6(to: &mut [u8; 16], high: u64, low: u64) {
 
 /// What stands behind an address and port, or [`NOTHING`].
 #[inline(always)]
-pub(crate) unsafe fn target_of(ipv4: bool, address: &[u8; 16], port: [u8; 2], protocol: u8) -> u32 {
+pub(crate) unsafe fn target_of(ipv4: bool, address: &Address, port: [u8; 2], protocol: u8) -> u32 {
     unsafe {
         let found = if ipv4 {
             TARGETS4.get(Key4 {
@@ -281,7 +282,7 @@ pub(crate) unsafe fn target_of(ipv4: bool, address: &[u8; 16], port: [u8; 2], pr
             })
         } else {
             TARGETS6.get(Key6 {
-                address: *address,
+                address: address.0,
                 port,
                 protocol,
                 pad: 0,
@@ -294,7 +295,7 @@ pub(crate) unsafe fn target_of(ipv4: bool, address: &[u8; 16], port: [u8; 2], pr
 /// Who has this address, seen from the node? A packet whose source is its own destination was sent
 /// by the node to an address bound on it (a ClusterIP on kube-ipvs0).
 #[inline(always)]
-pub(crate) unsafe fn origin_of(ipv4: bool, source: &[u8; 16], destination: &[u8; 16]) -> u32 {
+pub(crate) unsafe fn origin_of(ipv4: bool, source: &Address, destination: &Address) -> u32 {
     unsafe {
         if ipv4 {
             let address = first4(source);
@@ -309,7 +310,7 @@ pub(crate) unsafe fn origin_of(ipv4: bool, source: &[u8; 16], destination: &[u8;
             if high & POD_MASK6.load() == POD_NET6.load() {
                 return Origin::Pod as u32;
             }
-            if (high, low) == halves(destination) || NODES6.get(source).is_some() {
+            if (high, low) == halves(destination) || NODES6.get(source.0).is_some() {
                 return Origin::Host as u32;
             }
         }

@@ -21,9 +21,9 @@ use aya_ebpf::maps::{Array, PerCpuArray, RingBuf};
 use tracer_ebpf::histogram::{CELLS, cell_of};
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{
-    ANSWERED, Cells, HISTOGRAMS, IPV4, IPV6, RESENT, Record, SLOTS, STAGE_NODE, STAGE_RECEIVE,
-    STAGES, STEPS, Slot, Table, histogram_index, hook, kind, phase, protocol, role, sctp, state,
-    tcp, timed,
+    ANSWERED, Address, Aligned, Cells, HISTOGRAMS, IPV4, IPV6, RESENT, Record, SLOTS, STAGE_NODE,
+    STAGE_RECEIVE, STEPS, Slot, Table, histogram_index, hook, kind, phase, protocol, role, sctp,
+    state, tcp, timed,
 };
 
 use crate::flow::{Flow, NOTHING, origin_of, read, recognise, target_of};
@@ -71,6 +71,19 @@ pub(crate) struct Here {
 #[inline(always)]
 pub(crate) fn table() -> Option<*mut Table> {
     TABLE.get_ptr_mut(0)
+}
+
+/// Copies by words. What the compiler makes of an assignment between two places that it cannot tell apart is a
+/// function that goes byte by byte.
+#[inline(always)]
+unsafe fn copy<T>(to: *mut T, from: *const T) {
+    const { assert!(size_of::<T>() % 8 == 0 && align_of::<T>() == 8) };
+    let (to, from) = (to.cast::<u64>(), from.cast::<u64>());
+    unsafe {
+        for word in 0..size_of::<T>() / 8 {
+            to.add(word).write(from.add(word).read_volatile());
+        }
+    }
 }
 
 /// The slot of an skb. Skbs lie at multiples of 256 bytes.
@@ -142,8 +155,9 @@ unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool, 
         (*slot).skb = skb as u64;
         (*slot).timed = timing(table, &flow);
         (*slot).started = 0;
-        (*slot).elapsed = 0;
-        (*slot).ct = 0;
+        // One by one: the compiler would call a function that fills bytes.
+        (&raw mut (*slot).elapsed).write_volatile(0);
+        (&raw mut (*slot).ct).write_volatile(0);
         (*slot).steps = 0;
         (*slot).kind = 0;
         (*slot).confirmed = 0;
@@ -162,8 +176,8 @@ unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool, 
         }
         (*slot).sport = flow.sport;
         (*slot).dport = flow.dport;
-        (*slot).source = flow.source;
-        (*slot).destination = flow.destination;
+        copy(&raw mut (*slot).source, &raw const flow.source);
+        copy(&raw mut (*slot).destination, &raw const flow.destination);
         if (*slot).timed == timed::NO {
             return;
         }
@@ -292,7 +306,9 @@ unsafe fn finish(table: *mut Table, slot: *mut Slot, transmitted: bool) {
         if (*slot).timed != timed::NO {
             (*table).stats.timed += 1;
             count_steps(slot);
-            count(slot, STAGE_NODE, (*slot).elapsed);
+            if let Some(first) = histograms_of(slot) {
+                count(first + u32::from(STAGE_NODE), (*slot).elapsed);
+            }
         }
         if (*slot).kind != 0 {
             send(table, slot, 0, 0, transmitted);
@@ -455,8 +471,8 @@ unsafe fn know_connection(slot: *mut Slot) {
 unsafe fn path_of_flow(slot: *mut Slot) -> u8 {
     unsafe {
         let tuple = (&raw const (*slot).tuples).cast::<u8>();
-        let source: [u8; 16] = tuple.cast::<[u8; 16]>().read_unaligned();
-        let destination: [u8; 16] = tuple.add(20).cast::<[u8; 16]>().read_unaligned();
+        let source = address_at(tuple);
+        let destination = address_at(tuple.add(20));
         let port: [u8; 2] = [*tuple.add(36), *tuple.add(37)];
         let ipv4 = (*slot).family == IPV4;
         let target = target_of(ipv4, &destination, port, (*slot).protocol);
@@ -467,10 +483,26 @@ unsafe fn path_of_flow(slot: *mut Slot) -> u8 {
     }
 }
 
+/// The address in a tuple: at a multiple of four.
+#[inline(always)]
+unsafe fn address_at(from: *const u8) -> Address {
+    let mut address = Aligned([0; 16]);
+    let to = (&raw mut address).cast::<u32>();
+    unsafe {
+        for at in 0..4 {
+            to.add(at).write(from.cast::<u32>().add(at).read());
+        }
+    }
+    address
+}
+
 /// The times of the stages passed, into their histograms.
 #[inline(always)]
 unsafe fn count_steps(slot: *const Slot) {
     unsafe {
+        let Some(first) = histograms_of(slot) else {
+            return;
+        };
         let steps = (*slot).steps as usize;
         let mut at = 0;
         while at < STEPS {
@@ -479,23 +511,27 @@ unsafe fn count_steps(slot: *const Slot) {
             }
             let took = *(&raw const (*slot).took).cast::<u32>().add(at);
             let stage = *(&raw const (*slot).stages).cast::<u8>().add(at);
-            count(slot, stage, u64::from(took));
+            count(first + u32::from(stage), u64::from(took));
             at += 1;
         }
     }
 }
 
+/// Where the histograms of the packet's path and state begin.
+#[inline(always)]
+unsafe fn histograms_of(slot: *const Slot) -> Option<u32> {
+    let (path, state) = unsafe { ((*slot).path as usize, (*slot).state as usize) };
+    if path >= Path::COUNT || state >= state::COUNT {
+        return None;
+    }
+    Some(histogram_index(path as u32, state as u32, 0))
+}
+
 /// One value into one histogram.
 #[inline(always)]
-unsafe fn count(slot: *const Slot, stage: u8, value: u64) {
-    unsafe {
-        let path = (*slot).path as usize;
-        let state = (*slot).state as usize;
-        if path >= Path::COUNT || state >= state::COUNT || stage as usize >= STAGES {
-            return;
-        }
-        let index = histogram_index(path as u32, state as u32, u32::from(stage));
-        if let Some(histogram) = TIMES.get_ptr_mut(index) {
+unsafe fn count(index: u32, value: u64) {
+    if let Some(histogram) = TIMES.get_ptr_mut(index) {
+        unsafe {
             (*histogram).sum += value;
             let cell = cell_of(value);
             if cell < CELLS {
@@ -535,18 +571,26 @@ unsafe fn send(
         (*record).reason = reason;
         (*record).sport = (*slot).sport;
         (*record).dport = (*slot).dport;
-        (*record).source = (*slot).source;
-        (*record).destination = (*slot).destination;
+        copy(&raw mut (*record).source, &raw const (*slot).source);
+        copy(
+            &raw mut (*record).destination,
+            &raw const (*slot).destination,
+        );
         (*record).code = (*slot).code;
         (*record).steps = (*slot).steps;
         (*record).tracked = u8::from((*slot).ct != 0);
         (*record).confirmed = (*slot).confirmed;
         (*record).began = (*slot).began;
-        (*record).pad = [0; 3];
-        (*record).took = (*slot).took;
-        (*record).stages = (*slot).stages;
-        (*record).tuples = (*slot).tuples;
-        (*record).header = (*slot).header;
+        for pad in 0..3 {
+            (&raw mut (*record).pad)
+                .cast::<u8>()
+                .add(pad)
+                .write_volatile(0);
+        }
+        copy(&raw mut (*record).took, &raw const (*slot).took);
+        copy(&raw mut (*record).stages, &raw const (*slot).stages);
+        copy(&raw mut (*record).tuples, &raw const (*slot).tuples);
+        copy(&raw mut (*record).header, &raw const (*slot).header);
         entry.submit(u64::from(BPF_RB_NO_WAKEUP));
     }
 }

@@ -5,12 +5,12 @@
 
 use core::arch::asm;
 use core::ffi::c_void;
-use core::mem::transmute;
+use core::mem::{MaybeUninit, transmute};
 use core::ptr;
 
 use aya_ebpf::Global;
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
-use tracer_ebpf::record::{HEADER, TUPLES};
+use tracer_ebpf::record::{Address, Aligned, HEADER, TUPLES};
 
 #[unsafe(no_mangle)]
 static SKB_NFCT: Global<u32> = Global::new(0);
@@ -59,7 +59,9 @@ pub(crate) enum Header {
 }
 
 /// Room for a header that has to be copied.
-pub(crate) type Copied = [u8; 40];
+pub(crate) type Copied = MaybeUninit<Aligned<40>>;
+/// Nothing in it yet.
+pub(crate) const COPY: Copied = MaybeUninit::uninit();
 
 /// A pointer through which a header can be read: a cast of its address, or where the kernel cannot do
 /// that, a copy.
@@ -82,7 +84,7 @@ pub(crate) unsafe fn header_at(address: u64, header: Header, copy: &mut Copied) 
         }
         // What is not there, as behind a short packet's end, reads as zeros: the helper sees to that.
         bpf_probe_read_kernel(copy.as_mut_ptr().cast(), length, address as *const c_void);
-        copy.as_ptr()
+        copy.as_ptr().cast()
     }
 }
 
@@ -104,10 +106,10 @@ pub(crate) unsafe fn network_header(skb: *const u8) -> u64 {
 
 /// Copies a packet's first bytes.
 #[inline(always)]
-pub(crate) unsafe fn read_start(skb: *const u8, header: &mut [u8; HEADER]) {
+pub(crate) unsafe fn read_start(skb: *const u8, header: &mut Aligned<HEADER>) {
     unsafe {
         let from = network_header(skb) as *const c_void;
-        bpf_probe_read_kernel(header.as_mut_ptr().cast(), HEADER as u32, from);
+        bpf_probe_read_kernel((&raw mut header.0).cast(), HEADER as u32, from);
     }
 }
 
@@ -129,9 +131,9 @@ pub(crate) unsafe fn is_confirmed(ct: u64) -> bool {
 
 /// Copies both tuples of a conntrack entry.
 #[inline(always)]
-pub(crate) unsafe fn read_tuples(ct: u64, tuples: &mut [u8; TUPLES]) -> bool {
+pub(crate) unsafe fn read_tuples(ct: u64, tuples: &mut Aligned<TUPLES>) -> bool {
     let from = (ct + u64::from(CT_TUPLE.load())) as *const c_void;
-    unsafe { bpf_probe_read_kernel(tuples.as_mut_ptr().cast(), TUPLES as u32, from) == 0 }
+    unsafe { bpf_probe_read_kernel((&raw mut tuples.0).cast(), TUPLES as u32, from) == 0 }
 }
 
 /// Number of the network namespace of a packet's device.
@@ -158,15 +160,15 @@ pub(crate) fn low_half(address: *const u8) -> u32 {
 
 /// The first four bytes of an address.
 #[inline(always)]
-pub(crate) unsafe fn first4(address: &[u8; 16]) -> u32 {
-    unsafe { address.as_ptr().cast::<u32>().read_unaligned() }
+pub(crate) unsafe fn first4(address: &Address) -> u32 {
+    unsafe { address.0.as_ptr().cast::<u32>().read_unaligned() }
 }
 
 /// Both halves of an IPv6 address.
 #[inline(always)]
-pub(crate) unsafe fn halves(address: &[u8; 16]) -> (u64, u64) {
+pub(crate) unsafe fn halves(address: &Address) -> (u64, u64) {
     unsafe {
-        let halves = address.as_ptr().cast::<u64>();
+        let halves = address.0.as_ptr().cast::<u64>();
         (halves.read_unaligned(), halves.add(1).read_unaligned())
     }
 }

@@ -138,6 +138,19 @@ pub const ANSWERED: u32 = 1 << 15;
 /// Stands in the programs for the number of the kernel function `bpf_rdonly_cast`, until they are loaded.
 pub const RDONLY_CAST: u32 = 0x7fff_0001;
 
+/// Bytes at a multiple of eight: the kernel programs copy them by words instead of one by one.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Aligned<const N: usize>(pub [u8; N]);
+
+/// An IPv6 address, or an IPv4 address in the first four bytes.
+pub type Address = Aligned<16>;
+
+/// Times of the stages passed.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Steps(pub [u32; STEPS]);
+
 /// Where a slot's journey is.
 pub mod phase {
     /// Nobody's.
@@ -199,17 +212,17 @@ pub struct Slot {
     /// Zero.
     pub pad: [u8; 6],
     /// Source address at the first boundary; IPv4 in the first four bytes.
-    pub source: [u8; 16],
+    pub source: Address,
     /// Destination address at the first boundary.
-    pub destination: [u8; 16],
+    pub destination: Address,
     /// Time in each stage passed, ns.
-    pub took: [u32; STEPS],
+    pub took: Steps,
     /// The stages passed, in order.
-    pub stages: [u8; STEPS],
+    pub stages: Aligned<STEPS>,
     /// The connection's tuples when the packet left the last hook (told packets only).
-    pub tuples: [u8; TUPLES],
+    pub tuples: Aligned<TUPLES>,
     /// The packet's first bytes when it left the last hook (told packets only).
-    pub header: [u8; HEADER],
+    pub header: Aligned<HEADER>,
 }
 
 /// Whether a journey's times are taken.
@@ -345,9 +358,9 @@ pub struct Record {
     /// Destination port at the first boundary, network order.
     pub dport: [u8; 2],
     /// Source address at the first boundary; IPv4 in the first four bytes.
-    pub source: [u8; 16],
+    pub source: Address,
     /// Destination address at the first boundary.
-    pub destination: [u8; 16],
+    pub destination: Address,
     /// An ICMP error's code.
     pub code: u8,
     /// How many of `took` and `stages` are set.
@@ -363,13 +376,13 @@ pub struct Record {
     /// Zero.
     pub pad: [u8; 3],
     /// Time in each stage passed, ns (at most 4.3 s).
-    pub took: [u32; STEPS],
+    pub took: Steps,
     /// The stages passed, in order.
-    pub stages: [u8; STEPS],
+    pub stages: Aligned<STEPS>,
     /// The connection's tuples at the journey's end: see [`TUPLES`].
-    pub tuples: [u8; TUPLES],
+    pub tuples: Aligned<TUPLES>,
     /// The packet's first bytes at the journey's end.
-    pub header: [u8; HEADER],
+    pub header: Aligned<HEADER>,
 }
 
 impl Record {
@@ -390,18 +403,18 @@ impl Record {
         reason: 0,
         sport: [0; 2],
         dport: [0; 2],
-        source: [0; 16],
-        destination: [0; 16],
+        source: Aligned([0; 16]),
+        destination: Aligned([0; 16]),
         code: 0,
         steps: 0,
         tracked: 0,
         confirmed: 0,
         began: 0,
         pad: [0; 3],
-        took: [0; STEPS],
-        stages: [0; STEPS],
-        tuples: [0; TUPLES],
-        header: [0; HEADER],
+        took: Steps([0; STEPS]),
+        stages: Aligned([0; STEPS]),
+        tuples: Aligned([0; TUPLES]),
+        header: Aligned([0; HEADER]),
     };
 }
 

@@ -108,7 +108,7 @@ fn every_flow_to_a_watched_port_is_counted_once_at_every_stage() {
     for record in &records {
         // A packet that a socket dropped has let go of its connection.
         assert_eq!(record.tracked == 1, record.kind != kind::DROP, "{record:?}");
-        let steps: u64 = record.took[..usize::from(record.steps)]
+        let steps: u64 = record.took.0[..usize::from(record.steps)]
             .iter()
             .map(|took| u64::from(*took))
             .sum();

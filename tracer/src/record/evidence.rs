@@ -92,7 +92,7 @@ impl Evidence {
                     if record.transmitted == 0 {
                         continue;
                     }
-                    let headers = dissect(&record.header);
+                    let headers = dissect(&record.header.0);
                     match headers.and_then(|h| Some(SocketAddr::new(h.dst, h.dport?))) {
                         Some(destination) => {
                             self.left.insert(key, destination);
@@ -125,7 +125,7 @@ impl Evidence {
 /// Where the packet came from at its first boundary.
 pub fn source_of(record: &Record) -> SocketAddr {
     SocketAddr::new(
-        address(record.family, record.source),
+        address(record.family, record.source.0),
         u16::from_be_bytes(record.sport),
     )
 }
@@ -133,7 +133,7 @@ pub fn source_of(record: &Record) -> SocketAddr {
 /// What the packet asked for at its first boundary.
 pub fn destination_of(record: &Record) -> SocketAddr {
     SocketAddr::new(
-        address(record.family, record.destination),
+        address(record.family, record.destination.0),
         u16::from_be_bytes(record.dport),
     )
 }

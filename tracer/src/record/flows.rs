@@ -155,7 +155,7 @@ pub fn series(flows: &[Sent], duration_ns: u64, bin_ns: u64) -> Vec<Bin> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tracer_ebpf::record::{HEADER, IPV4, Record, kind};
+    use tracer_ebpf::record::{Aligned, HEADER, IPV4, Record, kind};
 
     fn flow(intended_ns: u64, seen: Seen) -> Sent {
         Sent {
@@ -188,8 +188,8 @@ mod tests {
             reason: u32::MAX,
             sport: 33000_u16.to_be_bytes(),
             dport: 80_u16.to_be_bytes(),
-            source,
-            header,
+            source: Aligned(source),
+            header: Aligned(header),
             ..Record::ZERO
         }
     }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use tracer_ebpf::path::{Path, Target};
-use tracer_ebpf::record::{IPV4, OUTPUT_FIRST, Record, TUPLE_HASH, kind, state};
+use tracer_ebpf::record::{IPV4, OUTPUT_FIRST, Record, STEPS, TUPLE_HASH, kind, state};
 
 use super::directory::Directory;
 use super::flows::{Back, Key};
@@ -65,7 +65,7 @@ fn tuples_of(record: &Record) -> Option<Tuples> {
     if record.tracked == 0 {
         return None;
     }
-    let [original, reply] = [0, TUPLE_HASH].map(|at| &record.tuples[at..]);
+    let [original, reply] = [0, TUPLE_HASH].map(|at| &record.tuples.0[at..]);
     let socket = |bytes: &[u8]| {
         let port = u16::from_be_bytes([bytes[16], bytes[17]]);
         let address: [u8; 16] = bytes[..16].try_into().ok()?;
@@ -119,7 +119,7 @@ impl Reader {
     }
 
     fn journey(&self, record: &Record, key: Key, index: usize, directory: &Directory) -> Journey {
-        let headers = dissect(&record.header);
+        let headers = dissect(&record.header.0);
         let (source_after, headed) = headers.and_then(|h| h.addresses()).unzip();
         let path = Path::ALL.get(usize::from(record.path));
         let service = directory.get(index);
@@ -161,7 +161,7 @@ impl Reader {
             elapsed_ns: record.elapsed,
             source_after,
             stages: stages_of(record, self.detail),
-            header: record.header,
+            header: record.header.0,
             end,
         }
     }
@@ -234,11 +234,11 @@ fn key_of(record: &Record, tuples: Option<&Tuples>) -> Key {
 }
 
 fn stages_of(record: &Record, detail: Detail) -> Vec<StageTime> {
-    let steps = usize::from(record.steps).min(record.took.len());
+    let steps = usize::from(record.steps).min(STEPS);
     let mut begin_ns = 0;
-    record.stages[..steps]
+    record.stages.0[..steps]
         .iter()
-        .zip(&record.took[..steps])
+        .zip(&record.took.0[..steps])
         .map(|(stage, took)| {
             let (hook, stage) = catalogue::stage_name(*stage, detail);
             let took_ns = u64::from(*took);
