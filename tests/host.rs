@@ -1,6 +1,9 @@
 //! End-to-end on this machine's kernel, in namespaces of our own: iptables and nftables modes.
 //! Needs root. IPVS runs in `vm.rs`, where every kernel has it.
 
+use tests::changes::{
+    every_change_is_credited, rules_are_read_again_after_a_legacy_flush, who_is_gone_is_known,
+};
 use tests::oracle::walk_agrees_with_the_kernel;
 use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
 use tests::trace::{
@@ -151,4 +154,19 @@ fn nftables_stuck_flow() {
 #[test]
 fn nftables_trace_of_one_service() {
     only_what_is_chosen_is_traced();
+}
+
+#[test]
+fn changes_of_every_kind() {
+    every_change_is_credited(None);
+}
+
+#[test]
+fn changes_by_who_is_gone() {
+    who_is_gone_is_known();
+}
+
+#[test]
+fn iptables_legacy_trace_of_a_flush() {
+    rules_are_read_again_after_a_legacy_flush();
 }

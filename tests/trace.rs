@@ -11,6 +11,7 @@ use tracer::lab::{Outcome, plan};
 use tracer::rules::Mode;
 use tracer::rules::dump::Texts;
 use tracer::scenario::node::TestNode;
+use tracer::trace::changes::What;
 use tracer::trace::directory::Choice;
 use tracer::trace::journey::End;
 use tracer::trace::session::{Event, Options, Session};
@@ -28,7 +29,7 @@ pub(crate) fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
     LocalSet::new().block_on(&runtime, future)
 }
 
-fn node(mode: Mode) -> TestNode {
+pub(crate) fn node(mode: Mode) -> TestNode {
     let node = TestNode::build(10, 3).expect("a laboratory");
     on_one_thread(node.apply(mode)).expect("rules");
     node
@@ -197,10 +198,13 @@ pub fn a_flush_is_heard_and_what_it_breaks_is_seen() {
     };
     assert_eq!(change.by.name.as_deref(), Some("nft"));
     assert!(change.by.pid.is_some());
-    assert!(
-        change.tables["ip kube-proxy"].rules_deleted > 10,
-        "{change}"
-    );
+    let What::Nftables { tables, .. } = &change.what else {
+        panic!("{change}");
+    };
+    let delta = tables["ip kube-proxy"];
+    assert!(delta.rules_deleted > 10, "{change}");
+    assert_eq!(delta.rules, Some((delta.rules_deleted, 0)), "{change}");
+    assert!(change.took_ns().is_some_and(|ns| ns > 0), "{change}");
     assert!(!change.incomplete);
 
     let result = send(&node, 10, 2);

@@ -6,6 +6,7 @@ use std::net::UdpSocket;
 use std::process::Command;
 
 use tracer::kernel::netns::Netns;
+use tracer::probe::rule_changes::Way;
 use tracer::probe::trial;
 use tracer::rules::Mode;
 
@@ -140,4 +141,22 @@ fn ipvs_verdicts() {
 #[test]
 fn ipvs_trace() {
     tests::trace::every_flow_is_told_by_its_service(Mode::Ipvs);
+}
+
+#[test]
+fn changes_of_every_kind() {
+    for way in [Way::Functions, Way::SystemCalls] {
+        tests::changes::every_change_is_credited(Some(way));
+        tests::changes::every_change_of_ipvs_is_credited(Some(way));
+    }
+}
+
+#[test]
+fn changes_by_who_is_gone() {
+    tests::changes::who_is_gone_is_known();
+}
+
+#[test]
+fn changes_from_a_pod() {
+    tests::changes::the_pod_is_known();
 }

@@ -1,8 +1,9 @@
-//! `cargo xtask build-ebpf`: compiles the probes, and tells when the compiled object is stale.
+//! `cargo xtask build-ebpf`: compiles the probes, and tells when the compiled objects are stale.
 //!
-//! Users get the object with the sources and need no eBPF toolchain. The manifest beside it says
-//! which sources it came from.
+//! Users get the objects with the sources and need no eBPF toolchain. The manifest beside them says
+//! which sources they came from.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,8 @@ use crate::{Failure, workspace};
 const LINKER_VERSION: &str = "0.13.0";
 /// LLVM releases that this bpf-linker can be built with.
 const LINKER_LLVMS: [u32; 3] = [21, 22, 23];
+/// The programs of tracer-ebpf; each becomes an object of its name.
+const OBJECTS: [&str; 2] = ["probes", "rule_changes"];
 const REMEDY: &str = "run `cargo xtask build-ebpf` and commit tracer-ebpf/prebuilt";
 
 /// `cargo xtask build-ebpf`.
@@ -43,18 +46,18 @@ pub(crate) struct EbpfArgs {
     no_install: bool,
 }
 
-/// What stands beside the object.
+/// What stands beside the objects.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Manifest {
-    /// Of everything that the object is made of.
+    /// Of everything that the objects are made of.
     source_hash: String,
     /// The compiler's version.
     rustc: String,
     /// The linker's version.
     linker: String,
-    /// Of the object itself.
-    object_sha256: String,
+    /// Of each object itself, by its name.
+    objects_sha256: BTreeMap<String, String>,
 }
 
 /// Builds or checks; 0 when all is well.
@@ -68,15 +71,15 @@ pub(crate) fn main(args: &EbpfArgs) -> Result<u8> {
     Ok(0)
 }
 
-fn object_path(root: &Path) -> PathBuf {
-    root.join("tracer-ebpf/prebuilt/probes.bpf.o")
+fn object_path(root: &Path, name: &str) -> PathBuf {
+    root.join(format!("tracer-ebpf/prebuilt/{name}.bpf.o"))
 }
 
 fn manifest_path(root: &Path) -> PathBuf {
     root.join("tracer-ebpf/prebuilt/manifest.json")
 }
 
-/// Is the compiled object that of the sources?
+/// Are the compiled objects those of the sources?
 pub(crate) fn check() -> Result<()> {
     check_in(&workspace::root())
 }
@@ -86,20 +89,22 @@ fn check_in(root: &Path) -> Result<()> {
         .with_context(|| format!("there is no compiled eBPF object: {REMEDY}"))?;
     let manifest: Manifest = serde_json::from_slice(&text)
         .with_context(|| format!("tracer-ebpf/prebuilt/manifest.json is unreadable: {REMEDY}"))?;
-    let object = fs::read(object_path(root))
-        .with_context(|| format!("there is no compiled eBPF object: {REMEDY}"))?;
     ensure!(
         manifest.source_hash == source_hash(root)?,
-        "the compiled eBPF object is stale: its sources have changed since; {REMEDY}"
+        "the compiled eBPF objects are stale: their sources have changed since; {REMEDY}"
     );
-    ensure!(
-        manifest.object_sha256 == sha256_hex(&object),
-        "the compiled eBPF object is not the one its manifest describes; {REMEDY}"
-    );
+    for name in OBJECTS {
+        let object = fs::read(object_path(root, name))
+            .with_context(|| format!("there is no compiled eBPF object {name}: {REMEDY}"))?;
+        ensure!(
+            manifest.objects_sha256.get(name) == Some(&sha256_hex(&object)),
+            "the compiled eBPF object {name} is not the one its manifest describes; {REMEDY}"
+        );
+    }
     Ok(())
 }
 
-/// A hash of the object's sources: the crate's own and the versions of those it is linked with.
+/// A hash of the objects' sources: the crate's own and the versions of those it is linked with.
 fn source_hash(root: &Path) -> Result<String> {
     let package = root.join("tracer-ebpf");
     let mut sources = Vec::new();
@@ -133,7 +138,7 @@ fn rust_files(directory: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// The locked versions of the crates that end up in the object.
+/// The locked versions of the crates that end up in the objects.
 fn kernel_crates(lock: &str) -> Vec<(&str, &str)> {
     let mut crates = Vec::new();
     for block in lock.split("[[package]]") {
@@ -362,14 +367,7 @@ fn build(may_install: bool) -> Result<()> {
     let mut command = Command::new(&toolchain.cargo[0]);
     command
         .args(&toolchain.cargo[1..])
-        .args([
-            "build",
-            "--release",
-            "--package",
-            "tracer-ebpf",
-            "--bin",
-            "probes",
-        ])
+        .args(["build", "--release", "--package", "tracer-ebpf", "--bins"])
         .args(["--target", "bpfel-unknown-none", "-Z", "build-std=core"])
         .current_dir(&root)
         .env("CARGO_TARGET_DIR", &target)
@@ -392,35 +390,40 @@ fn build(may_install: bool) -> Result<()> {
         status.success(),
         "the probes do not build; cargo's errors are above"
     );
-    let built = target.join("bpfel-unknown-none/release/probes");
-    let object = object_path(&root);
-    fs::create_dir_all(object.parent().context("no directory")?)
+    let built = target.join("bpfel-unknown-none/release");
+    fs::create_dir_all(root.join("tracer-ebpf/prebuilt"))
         .context("cannot create tracer-ebpf/prebuilt")?;
-    run_quietly(
-        Command::new(objcopy)
-            .arg("--strip-debug")
-            .arg(&built)
-            .arg(&object),
-    )?;
-    let content = fs::read(&object).context("cannot read the compiled object")?;
-    ensure!(
-        content.windows(4).any(|window| window == b".BTF"),
-        "the compiled object has no BTF: does bpf-linker {LINKER_VERSION} or later link it?"
-    );
+    let mut objects_sha256 = BTreeMap::new();
+    for name in OBJECTS {
+        let object = object_path(&root, name);
+        let content = strip(&objcopy, &built.join(name), &object)?;
+        objects_sha256.insert(name.to_owned(), sha256_hex(&content));
+        eprintln!(
+            "wrote {}, {:.1} kB",
+            object.strip_prefix(&root).unwrap_or(&object).display(),
+            content.len() as f64 / 1000.0
+        );
+    }
     let manifest = Manifest {
         source_hash: source_hash(&root)?,
         rustc: toolchain.version,
         linker,
-        object_sha256: sha256_hex(&content),
+        objects_sha256,
     };
     let mut text = serde_json::to_string_pretty(&manifest)?;
     text.push('\n');
-    fs::write(manifest_path(&root), text).context("cannot write the manifest")?;
-    eprintln!(
-        "wrote tracer-ebpf/prebuilt/probes.bpf.o, {:.1} kB",
-        content.len() as f64 / 1000.0
+    fs::write(manifest_path(&root), text).context("cannot write the manifest")
+}
+
+/// Takes debugging information out of a linked object; what is left.
+fn strip(objcopy: &Path, from: &Path, to: &Path) -> Result<Vec<u8>> {
+    run_quietly(Command::new(objcopy).arg("--strip-debug").arg(from).arg(to))?;
+    let content = fs::read(to).context("cannot read the compiled object")?;
+    ensure!(
+        content.windows(4).any(|window| window == b".BTF"),
+        "the compiled object has no BTF: does bpf-linker {LINKER_VERSION} or later link it?"
     );
-    Ok(())
+    Ok(content)
 }
 
 #[cfg(test)]
@@ -485,17 +488,21 @@ mod tests {
                 refusal()
             );
             fs::create_dir_all(root.join("tracer-ebpf/prebuilt")).expect("writable");
-            fs::write(object_path(root), b"object").expect("writable");
+            let mut objects_sha256 = BTreeMap::new();
+            for name in OBJECTS {
+                fs::write(object_path(root, name), name).expect("writable");
+                objects_sha256.insert(name.to_owned(), sha256_hex(name.as_bytes()));
+            }
             let manifest = Manifest {
                 source_hash: source_hash(root).expect("readable"),
                 rustc: "rustc 1.96.0".to_owned(),
                 linker: "bpf-linker 0.13.0".to_owned(),
-                object_sha256: sha256_hex(b"object"),
+                objects_sha256,
             };
             let text = serde_json::to_vec(&manifest).expect("plain data");
             fs::write(manifest_path(root), text).expect("writable");
             check_in(root).expect("up to date");
-            fs::write(object_path(root), b"another").expect("writable");
+            fs::write(object_path(root, "rule_changes"), b"another").expect("writable");
             assert!(
                 refusal().contains("not the one its manifest describes"),
                 "{}",

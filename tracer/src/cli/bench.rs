@@ -229,12 +229,17 @@ fn printable(word: &str) -> String {
 fn ebpf_object() -> String {
     let manifest: serde_json::Value =
         serde_json::from_str(tracer::probe::MANIFEST).unwrap_or_default();
-    let field = |name: &str| manifest[name].as_str().unwrap_or("unknown").to_owned();
+    let field = |pointer| {
+        let value = manifest.pointer(pointer);
+        value
+            .and_then(serde_json::Value::as_str)
+            .unwrap_or("unknown")
+    };
     format!(
         "sha256 {}, {}, {}",
-        field("object_sha256"),
-        field("rustc"),
-        field("linker")
+        field("/objects_sha256/probes"),
+        field("/rustc"),
+        field("/linker")
     )
 }
 

@@ -32,7 +32,7 @@ use super::exit;
     sudo svcpath trace --netns /run/netns/node1 --node-port 30080\n\n\
     Services have the names that the node's own rules give them; the rules are read again after every\n\
     change. In IPVS mode rules hold no names: a Service is then its address and port. This tier (hooks)\n\
-    does not see changes of iptables-legacy, ipset and IPVS, nor which rule a packet met.\n\n\
+    does not see which rule a packet met.\n\n\
     Reads only. The exit code is that of the command after `--`, if there is one.")]
 pub(crate) struct Args {
     /// Only this Service; can be repeated, as --vip and --node-port can.
@@ -254,6 +254,7 @@ impl Screen {
                     "Ctrl-C ends it early"
                 }
             ));
+            exit::say(&format!("rule changes are heard {}", session.listening()));
         }
         Self {
             output: args.output,

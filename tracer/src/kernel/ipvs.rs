@@ -86,7 +86,7 @@ pub enum IpvsError {
     /// The kernel or its answer.
     #[error("cannot {what} the IPVS servers of namespace {namespace}: {source}")]
     Netlink {
-        /// `list` or `change`.
+        /// `list`, `change` or `look for`.
         what: &'static str,
         /// The namespace.
         namespace: String,
@@ -287,6 +287,25 @@ impl fmt::Display for ServerKey {
 }
 
 /// `AF_INET` and `AF_INET6` of Linux.
+/// The number of IPVS' generic netlink family; `None` if the kernel has not (yet) loaded IPVS. Asking for
+/// it by its name would load it, so all families are listed.
+pub fn generic_family(netns: &Netns) -> Result<Option<u16>, IpvsError> {
+    let request = Request::generic(GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_VERSION, NLM_F_DUMP);
+    let list = || {
+        Socket::generic()?.dump(&request, |found: &mut Option<u16>, family| {
+            if family.clone().find(CTRL_ATTR_FAMILY_NAME)? == Some(b"IPVS\0") {
+                *found = family.find_u16(CTRL_ATTR_FAMILY_ID)?;
+            }
+            Ok(())
+        })
+    };
+    netns.run(list)?.map_err(|source| IpvsError::Netlink {
+        what: "look for",
+        namespace: netns.name().to_owned(),
+        source,
+    })
+}
+
 const fn family_of(address: IpAddr) -> u16 {
     match address {
         IpAddr::V4(_) => 2,

@@ -5,7 +5,7 @@
 //! `netfilter/nfnetlink.h`.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -369,7 +369,7 @@ impl Socket {
     }
 }
 
-/// Hears what netfilter's subsystems announce. It stays in the network namespace in which it was opened.
+/// Hears what the kernel announces. It stays in the network namespace in which it was opened.
 #[derive(Debug)]
 pub struct Listener {
     fd: OwnedFd,
@@ -387,21 +387,47 @@ pub enum Heard {
     Overrun,
 }
 
+/// What the kernel announced.
+#[derive(Clone, Debug)]
+pub struct Announcement<'a> {
+    /// The message's type.
+    pub kind: u16,
+    /// The number of the request that made it so, if that is told.
+    pub sequence: u32,
+    /// The port of the socket that asked for it, or 0.
+    pub port: u32,
+    /// The fixed part.
+    pub header: &'a [u8],
+    /// What stands behind it.
+    pub attributes: Attributes<'a>,
+}
+
 impl Listener {
     /// Joins a group (`NFNLGRP_*`, `include/uapi/linux/netfilter/nfnetlink.h`) in this thread's
     /// network namespace. `room` is the memory in bytes for what nobody has listened to yet.
-    pub fn join(group: u32, room: usize) -> Result<Self, NetlinkError> {
+    pub fn netfilter(group: u32, room: usize) -> Result<Self, NetlinkError> {
+        Self::join(SockProtocol::NetlinkNetFilter, &[group], room)
+    }
+
+    /// Joins groups of links, addresses and routes (`RTNLGRP_*`, `include/uapi/linux/rtnetlink.h`).
+    pub fn route(groups: &[u32], room: usize) -> Result<Self, NetlinkError> {
+        Self::join(SockProtocol::NetlinkRoute, groups, room)
+    }
+
+    fn join(protocol: SockProtocol, groups: &[u32], room: usize) -> Result<Self, NetlinkError> {
         let fd = socket(
             AddressFamily::Netlink,
             SockType::Raw,
             SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-            SockProtocol::NetlinkNetFilter,
+            protocol,
         )?;
         // Past net.core.rmem_max if this process may, otherwise up to it.
         if setsockopt(&fd, sockopt::RcvBufForce, &room).is_err() {
             setsockopt(&fd, sockopt::RcvBuf, &room)?;
         }
-        let groups = 1_u32.checked_shl(group.wrapping_sub(1)).unwrap_or(0);
+        let groups = groups.iter().fold(0, |all, group| {
+            all | 1_u32.checked_shl(group.wrapping_sub(1)).unwrap_or(0)
+        });
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
         Ok(Self {
             fd,
@@ -409,20 +435,13 @@ impl Listener {
         })
     }
 
-    /// Waits at most `patience`, in milliseconds, and hands over every announcement: its type, the
-    /// fixed part of `header` bytes, and its attributes.
+    /// Hands over what has been announced, as far as one look brings it, without waiting; the fixed
+    /// part of each announcement is `header` bytes long.
     pub fn listen(
         &mut self,
-        patience: u16,
         header: usize,
-        mut each: impl FnMut(u16, &[u8], Attributes<'_>) -> Result<(), NetlinkError>,
+        mut each: impl FnMut(&Announcement<'_>) -> Result<(), NetlinkError>,
     ) -> Result<Heard, NetlinkError> {
-        let mut wait = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut wait, PollTimeout::from(patience)) {
-            Ok(0) | Err(Errno::EINTR) => return Ok(Heard::Nothing),
-            Ok(_) => {}
-            Err(error) => return Err(error.into()),
-        }
         match recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::empty()) {
             Err(Errno::EAGAIN | Errno::EINTR) => Ok(Heard::Nothing),
             Err(Errno::ENOBUFS) => Ok(Heard::Overrun),
@@ -431,8 +450,13 @@ impl Listener {
                 for message in messages(&self.buffer[..received]) {
                     let message = message?;
                     let (header, attributes) = message.parts(header)?;
-                    let kind = u16::try_from(message.kind).unwrap_or(u16::MAX);
-                    each(kind, header, attributes)?;
+                    each(&Announcement {
+                        kind: u16::try_from(message.kind).unwrap_or(u16::MAX),
+                        sequence: message.sequence,
+                        port: message.port,
+                        header,
+                        attributes,
+                    })?;
                 }
                 Ok(Heard::Something)
             }
@@ -440,12 +464,33 @@ impl Listener {
     }
 }
 
-/// One message of an answer.
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Waits until one of these is readable, at most `patience` milliseconds.
+pub fn wait(readable: &[BorrowedFd<'_>], patience: u16) -> Result<(), NetlinkError> {
+    let mut wait: Vec<PollFd<'_>> = readable
+        .iter()
+        .map(|fd| PollFd::new(*fd, PollFlags::POLLIN))
+        .collect();
+    match poll(&mut wait, PollTimeout::from(patience)) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// One message, of an answer or a request.
 #[derive(Debug)]
-struct Message<'a> {
-    kind: i32,
+pub struct Message<'a> {
+    /// Its type.
+    pub kind: i32,
     flags: u16,
-    sequence: u32,
+    /// The number that an answer has of its request.
+    pub sequence: u32,
+    port: u32,
     payload: &'a [u8],
 }
 
@@ -465,7 +510,7 @@ impl<'a> Message<'a> {
     }
 
     /// The fixed part, of this length, and the attributes behind it.
-    fn parts(&self, header: usize) -> Result<(&'a [u8], Attributes<'a>), NetlinkError> {
+    pub fn parts(&self, header: usize) -> Result<(&'a [u8], Attributes<'a>), NetlinkError> {
         self.payload
             .split_at_checked(header)
             .map(|(header, attributes)| (header, Attributes(attributes)))
@@ -473,8 +518,8 @@ impl<'a> Message<'a> {
     }
 }
 
-/// The messages of what one `recv` gave.
-fn messages(mut rest: &[u8]) -> impl Iterator<Item = Result<Message<'_>, NetlinkError>> {
+/// The messages of what one `recv` gave, or one `send` takes.
+pub fn messages(mut rest: &[u8]) -> impl Iterator<Item = Result<Message<'_>, NetlinkError>> {
     std::iter::from_fn(move || {
         if rest.is_empty() {
             return None;
@@ -494,6 +539,7 @@ fn messages(mut rest: &[u8]) -> impl Iterator<Item = Result<Message<'_>, Netlink
             kind: i32::from(u16::from_ne_bytes([message[4], message[5]])),
             flags: u16::from_ne_bytes([message[6], message[7]]),
             sequence: u32::from_ne_bytes([message[8], message[9], message[10], message[11]]),
+            port: u32::from_ne_bytes([message[12], message[13], message[14], message[15]]),
             payload: &message[HEADER..],
         }))
     })

@@ -1,20 +1,28 @@
-//! Counting the rules and elements of an nftables table, without the text that `nft list` makes of
+//! Counting the rules and elements of nftables tables, without the text that `nft list` makes of
 //! them.
 //!
 //! The numbers of messages and attributes are those of
 //! `include/uapi/linux/netfilter/nf_tables.h`.
 
-use super::netlink::{Attributes, NLM_F_DUMP, NetlinkError, Request, Socket};
+use std::collections::BTreeMap;
+
+use super::netlink::{Attributes, NLM_F_ACK, NLM_F_DUMP, NetlinkError, Request, Socket};
 use super::netns::{Netns, NetnsError};
 use crate::cluster::Family;
 
 const NFNL_SUBSYS_NFTABLES: u8 = 10;
+const NFT_MSG_GETTABLE: u8 = 1;
 const NFT_MSG_GETRULE: u8 = 7;
 const NFT_MSG_GETSET: u8 = 10;
 const NFT_MSG_GETSETELEM: u8 = 13;
+const NFT_MSG_GETGEN: u8 = 16;
+const NFPROTO_UNSPEC: u8 = 0;
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
 
+const NFTA_GEN_ID: u16 = 1;
+/// The table's name has this number in every message about a table or something in it.
+const NFTA_TABLE: u16 = 1;
 const NFTA_RULE_TABLE: u16 = 1;
 const NFTA_SET_TABLE: u16 = 1;
 const NFTA_SET_NAME: u16 = 2;
@@ -27,6 +35,9 @@ const NFTA_SET_ELEM_FLAGS: u16 = 3;
 
 /// Of a set: it belongs to a rule and has no name of its own.
 const NFT_SET_ANONYMOUS: u32 = 1;
+/// Of a set: its elements come and go by themselves, with time or with packets.
+const NFT_SET_TIMEOUT: u32 = 0x10;
+const NFT_SET_EVAL: u32 = 0x20;
 /// Of an element: it is the end of the interval that the element before it starts.
 const NFT_SET_ELEM_INTERVAL_END: u32 = 1;
 
@@ -57,6 +68,137 @@ pub struct TableCounts {
     pub rules: u64,
     /// Elements of its named sets and maps.
     pub elements: u64,
+}
+
+/// A family (`NFPROTO_*`) and a table's name.
+pub type TableKey = (u8, String);
+
+/// A table's rules, and the elements of those of its sets and maps that only rule changes change: not
+/// of anonymous ones, which belong to a rule, nor of those that packets fill or time empties.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Holdings {
+    /// Rules of all its chains.
+    pub rules: u64,
+    /// Elements by set.
+    pub sets: BTreeMap<String, u64>,
+}
+
+/// Everything that `nf_tables` holds in a namespace, at a generation.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ruleset {
+    /// How many transactions there have been.
+    pub generation: u32,
+    /// What each table holds.
+    pub tables: BTreeMap<TableKey, Holdings>,
+}
+
+/// How often everything is counted anew because it changed meanwhile.
+const COUNTS: u32 = 5;
+
+/// Counts everything in a namespace.
+///
+/// # Errors
+///
+/// The kernel's, or [`NetlinkError::Interrupted`]: it changed during each of several attempts.
+pub fn count_all(ns: &Netns) -> Result<Ruleset, NftError> {
+    let count = || {
+        let mut socket = Socket::netfilter()?;
+        for _ in 0..COUNTS {
+            let generation = generation(&mut socket)?;
+            let tables = count_tables(&mut socket)?;
+            if self::generation(&mut socket)? == generation {
+                return Ok(Ruleset { generation, tables });
+            }
+        }
+        Err(NetlinkError::Interrupted)
+    };
+    ns.run(count)?.map_err(|source| NftError::Netlink {
+        family: "of any family",
+        table: "(all)".to_owned(),
+        namespace: ns.name().to_owned(),
+        source,
+    })
+}
+
+fn generation(socket: &mut Socket) -> Result<u32, NetlinkError> {
+    let request = Request::new(
+        NFNL_SUBSYS_NFTABLES,
+        NFT_MSG_GETGEN,
+        NLM_F_ACK,
+        NFPROTO_UNSPEC,
+    );
+    let found = socket.dump(&request, |found: &mut Option<u32>, attributes| {
+        *found = attributes.find_be32(NFTA_GEN_ID)?;
+        Ok(())
+    })?;
+    found.ok_or(NetlinkError::Garbled("a generation without a number"))
+}
+
+fn count_tables(socket: &mut Socket) -> Result<BTreeMap<TableKey, Holdings>, NetlinkError> {
+    type Tables = BTreeMap<TableKey, Holdings>;
+    let all = |message| Request::new(NFNL_SUBSYS_NFTABLES, message, NLM_F_DUMP, NFPROTO_UNSPEC);
+    let mut tables = socket.dump_messages(
+        &all(NFT_MSG_GETTABLE),
+        |tables: &mut Tables, header, attributes| {
+            tables.entry(table_of(header, &attributes)?).or_default();
+            Ok(())
+        },
+    )?;
+    let rules = socket.dump_messages(
+        &all(NFT_MSG_GETRULE),
+        |rules: &mut BTreeMap<TableKey, u64>, header, attributes| {
+            *rules.entry(table_of(header, &attributes)?).or_default() += 1;
+            Ok(())
+        },
+    )?;
+    let sets = socket.dump_messages(
+        &all(NFT_MSG_GETSET),
+        |sets: &mut Vec<(TableKey, String)>, header, attributes| {
+            let table = table_of(header, &attributes)?;
+            sets.extend(lasting_set(&attributes)?.map(|set| (table, set)));
+            Ok(())
+        },
+    )?;
+    for (table, rules) in rules {
+        tables.entry(table).or_default().rules = rules;
+    }
+    for ((family, table), set) in sets {
+        let request = Request::new(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETSETELEM, NLM_F_DUMP, family)
+            .string(NFTA_SET_ELEM_LIST_TABLE, &table)?
+            .string(NFTA_SET_ELEM_LIST_SET, &set)?;
+        let elements = or_nothing(socket.dump(&request, |elements: &mut u64, message| {
+            *elements += count_elements(message)?;
+            Ok(())
+        }))?;
+        let holdings = tables.entry((family, table)).or_default();
+        holdings.sets.insert(set, elements);
+    }
+    Ok(tables)
+}
+
+/// The family and table that a message is about.
+fn table_of(header: &[u8], attributes: &Attributes<'_>) -> Result<TableKey, NetlinkError> {
+    let name = string(attributes, NFTA_TABLE)?;
+    match (header.first(), name) {
+        (Some(family), Some(name)) => Ok((*family, name)),
+        _ => Err(NetlinkError::Garbled("something in no table")),
+    }
+}
+
+/// The set's name, if it has one and its elements change by rule changes alone.
+pub fn lasting_set(set: &Attributes<'_>) -> Result<Option<String>, NetlinkError> {
+    let flags = set.clone().find_be32(NFTA_SET_FLAGS)?.unwrap_or(0);
+    if flags & (NFT_SET_TIMEOUT | NFT_SET_EVAL) != 0 {
+        return Ok(None);
+    }
+    named_set(set)
+}
+
+/// An attribute that is a string with its terminating zero.
+fn string(attributes: &Attributes<'_>, kind: u16) -> Result<Option<String>, NetlinkError> {
+    let value = attributes.clone().find(kind)?;
+    let text = value.and_then(|bytes| std::ffi::CStr::from_bytes_until_nul(bytes).ok());
+    Ok(text.map(|text| text.to_string_lossy().into_owned()))
 }
 
 /// Counts a table; one that does not exist holds nothing.
@@ -134,8 +276,8 @@ fn named_set(set: &Attributes<'_>) -> Result<Option<String>, NetlinkError> {
     Ok(Some(name.to_owned()))
 }
 
-/// The elements in one `NFT_MSG_NEWSETELEM`; an interval counts once.
-fn count_elements(message: Attributes<'_>) -> Result<u64, NetlinkError> {
+/// The elements in one `NFT_MSG_NEWSETELEM` or `NFT_MSG_DELSETELEM`; an interval counts once.
+pub fn count_elements(message: Attributes<'_>) -> Result<u64, NetlinkError> {
     let mut count = 0;
     // An empty set has an empty list, or none.
     let elements = message.find(NFTA_SET_ELEM_LIST_ELEMENTS)?.unwrap_or(&[]);

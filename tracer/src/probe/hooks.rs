@@ -356,7 +356,7 @@ impl HooksTier {
     }
 }
 
-fn missing(name: &'static str) -> ProbeError {
+pub(super) fn missing(name: &'static str) -> ProbeError {
     ProbeError::Map {
         name,
         source: aya::maps::MapError::InvalidName {
@@ -365,7 +365,7 @@ fn missing(name: &'static str) -> ProbeError {
     }
 }
 
-fn map_error(name: &'static str) -> impl Fn(aya::maps::MapError) -> ProbeError {
+pub(super) fn map_error(name: &'static str) -> impl Fn(aya::maps::MapError) -> ProbeError {
     move |source| ProbeError::Map { name, source }
 }
 

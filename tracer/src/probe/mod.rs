@@ -8,10 +8,11 @@ pub mod hooks;
 pub mod log;
 mod offsets;
 pub mod program;
+pub mod rule_changes;
 pub mod trial;
 
 /// The compiled programs, as committed beside their manifest.
 pub const OBJECT: &[u8] = aya::include_bytes_aligned!("../../../tracer-ebpf/prebuilt/probes.bpf.o");
 
-/// The manifest of [`OBJECT`]: the hash of its sources and who compiled it.
+/// The manifest of [`OBJECT`] and the other objects: the hash of their sources and who compiled them.
 pub const MANIFEST: &str = include_str!("../../../tracer-ebpf/prebuilt/manifest.json");

@@ -281,6 +281,11 @@ impl Programs {
         self.maps.get_mut(name)
     }
 
+    /// One of the object's maps, to keep: no function may be loaded after that.
+    pub(super) fn take_map(&mut self, name: &str) -> Option<Map> {
+        self.maps.remove(name)
+    }
+
     /// Loads a function with these constants.
     pub(super) fn load(
         &mut self,

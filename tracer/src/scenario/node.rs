@@ -12,6 +12,7 @@ use crate::cluster::{Cluster, Family};
 use crate::kernel::apply::{self, ApplyError};
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::clock::monotonic_ns;
+use crate::kernel::netns::Netns;
 use crate::kernel::nfacct;
 use crate::kernel::tool::{self, ToolError};
 use crate::lab::Outcome;
@@ -20,6 +21,7 @@ use crate::lab::sink::{SinkError, Sinks};
 use crate::lab::topology::{Lab, LabError, LabOptions};
 use crate::lab::traffic::{self, FlowRecord, TrafficError, TrafficPlan};
 use crate::probe::hooks::{HooksTier, ProbeError, TRACEPOINTS, Times, Watch};
+use crate::probe::rule_changes::RuleChangeProbes;
 use crate::record::evidence::Evidence;
 use crate::record::flows::{Seen, Sent};
 use crate::record::run::ProbeHealth;
@@ -368,7 +370,7 @@ pub fn examine() -> Vec<Check> {
         .into(),
         ..Watch::default()
     };
-    let probes = crate::kernel::netns::Netns::create("doctor")
+    let probes = Netns::create("doctor")
         .map_err(|e| e.to_string())
         .and_then(|node| {
             HooksTier::attach(&node, &watch)
@@ -395,6 +397,7 @@ pub fn examine() -> Vec<Check> {
             },
         },
     ];
+    checks.push(check_of_changes());
     for tool in LAB_TOOLS {
         let found = tool::find(tool);
         checks.push(Check {
@@ -417,6 +420,22 @@ pub fn examine() -> Vec<Check> {
         });
     }
     checks
+}
+
+/// How `svcpath trace` hears of rule changes here.
+fn check_of_changes() -> Check {
+    let probes = Netns::create("doctor")
+        .map_err(|error| error.to_string())
+        .and_then(|node| RuleChangeProbes::attach(&node).map_err(|error| error.to_string()));
+    Check {
+        what: "rule changes",
+        available: probes.is_ok(),
+        needed: false,
+        detail: match probes {
+            Ok(probes) => format!("heard at {}", probes.way().title()),
+            Err(error) => format!("only what the kernel announces: {error}"),
+        },
+    }
 }
 
 /// What the laboratory itself is built with.

@@ -9,7 +9,7 @@ use serde::Serialize;
 use tracer_ebpf::path::Target;
 use tracer_ebpf::record::Record;
 
-use super::changes::{ChangesError, RuleChange, Watcher};
+use super::changes::{ChangesError, Listening, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
 use super::flows::{Back, Decided, Flows};
 use super::journey::Journey;
@@ -194,6 +194,11 @@ impl Session {
         self.probes.links()
     }
 
+    /// How rule changes are heard of.
+    pub fn listening(&self) -> Listening {
+        self.watcher.listening()
+    }
+
     /// The Services.
     pub const fn directory(&self) -> &Directory {
         &self.directory
@@ -213,8 +218,10 @@ impl Session {
     pub fn poll(&mut self) -> Result<Vec<Event>, TraceError> {
         let mut events = Vec::new();
         for change in self.watcher.drain()? {
-            self.changed = Some(Instant::now());
-            self.changed_ns = change.time_ns;
+            if !change.is_refused() {
+                self.changed = Some(Instant::now());
+                self.changed_ns = self.changed_ns.max(change.time_ns);
+            }
             self.changes.push(change.clone());
             events.push(Event::RuleChange(change));
         }
@@ -310,6 +317,7 @@ impl Session {
 
     /// Ends the session: what is left in the ring is counted, the probes are detached.
     pub fn finish(mut self) -> Result<(Vec<Event>, Summary), TraceError> {
+        self.watcher.stop();
         let mut events = self.poll()?;
         // Rules that changed a moment ago are read before the last flows are judged by them.
         if self.changed.take().is_some() && self.reading.is_none() {
@@ -341,7 +349,7 @@ impl Session {
             &self.tallies,
             self.timeline,
             stages,
-            self.changes,
+            (self.changes, self.watcher.listening()),
             Health::new(stats, self.others, cost),
         );
         Ok((events, summary))

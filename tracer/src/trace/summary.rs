@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use tracer_ebpf::record::Stats;
 
-use super::changes::RuleChange;
+use super::changes::{Listening, RuleChange};
 use super::directory::Directory;
 use super::journey::End;
 use super::tally::Tally;
@@ -186,6 +186,8 @@ pub struct Summary {
     pub timeline: Timeline,
     /// Who changed rules.
     pub rule_changes: Vec<RuleChange>,
+    /// How they were heard of.
+    pub listening: Listening,
     /// How the probes did.
     pub probes: Health,
 }
@@ -197,7 +199,7 @@ impl Summary {
         tallies: &[Tally],
         timeline: Timeline,
         paths: BTreeMap<&'static str, PathTimes>,
-        rule_changes: Vec<RuleChange>,
+        (rule_changes, listening): (Vec<RuleChange>, Listening),
         probes: Health,
     ) -> Self {
         let mut services: Vec<ServiceSummary> = directory
@@ -253,6 +255,7 @@ impl Summary {
                 .collect(),
             timeline,
             rule_changes,
+            listening,
             probes,
         }
     }
@@ -361,6 +364,7 @@ impl fmt::Display for Summary {
             probes.slot_collisions,
             probes.unpaired,
         )?;
+        writeln!(f, "changes {}", self.listening)?;
         if let Some(cost) = probes.cost
             && cost.probe_runs > 0
         {

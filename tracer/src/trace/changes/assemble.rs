@@ -1,0 +1,947 @@
+//! Changes made of requests, refusals and announcements, in whatever order they are read.
+//!
+//! Times are `CLOCK_MONOTONIC`, ns; what waits for something else, waits by the clock that it is given.
+
+use std::collections::{BTreeMap, HashMap};
+
+use nix::errno::Errno;
+use tracer_ebpf::change::{Begin, End, Refusal, subsystem};
+
+use super::actor::Actor;
+use super::addresses::{Addresses, Explanation, Heard, Wanted};
+use super::nftables::Announced;
+use super::requests::{self, Address, Ask, Asked, ServerChange, SetChange};
+use super::{AddressDelta, RuleChange, ServerDelta, SetDelta, What};
+
+/// Requests of one process and kind are one change until it pauses for so long: kube-proxy writes its
+/// servers and sets one by one.
+const PAUSE: u64 = 50_000_000;
+/// After so long a change is told even if it goes on.
+const LONGEST: u64 = 1_000_000_000;
+/// How long a request and its announcement, which are read one after the other, wait for each other.
+const PATIENCE: u64 = 200_000_000;
+/// How long a refusal waits for its request to be told.
+const MEMORY: u64 = 5_000_000_000;
+
+/// A request under way.
+#[derive(Debug)]
+struct Open {
+    begin: Begin,
+    by: Actor,
+    asked: Asked,
+    /// See [`requests::sequence_of_batch`].
+    sequence: Option<u32>,
+}
+
+/// A transaction that has returned and may have been announced.
+#[derive(Debug)]
+struct Transaction {
+    begin_ns: u64,
+    end_ns: u64,
+    thread: u32,
+    port: u32,
+    sequence: Option<u32>,
+    by: Actor,
+}
+
+/// Requests of one process and kind, one soon after the other.
+#[derive(Debug)]
+struct Group {
+    process: u32,
+    subsystem: u32,
+    begin_ns: u64,
+    end_ns: u64,
+    by: Actor,
+    asks: Vec<Sent>,
+    more: bool,
+}
+
+/// Something asked for, in a request that has returned.
+#[derive(Debug)]
+struct Sent {
+    id: u64,
+    port: u32,
+    sequence: u32,
+    ask: Ask,
+    /// What it returned; negative is an errno.
+    result: i64,
+}
+
+/// Makes changes.
+#[derive(Debug, Default)]
+pub(super) struct Assembler {
+    open: HashMap<u64, Open>,
+    transactions: Vec<Transaction>,
+    announced: Vec<Announced>,
+    groups: Vec<Group>,
+    /// By port and number: the error, when it was read, and how often.
+    refusals: HashMap<(u32, u32), (i32, u64, u32)>,
+    /// The addresses of the node's links.
+    pub(super) addresses: Addresses,
+    /// How many asks there have been.
+    asks: u64,
+    /// Were announcements of transactions lost lately? Until when that explains missing ones.
+    lost_until: u64,
+    ready: Vec<RuleChange>,
+}
+
+impl Assembler {
+    /// A request enters the kernel.
+    pub(super) fn begin(&mut self, begin: Begin, bytes: &[u8], ipvs: Option<u16>, by: Actor) {
+        let open = Open {
+            asked: requests::read(&begin, bytes, ipvs),
+            sequence: requests::sequence_of_batch(bytes),
+            begin,
+            by,
+        };
+        self.open.insert(begin.thread, open);
+    }
+
+    /// A thread's request is done.
+    pub(super) fn end(&mut self, end: &End) {
+        let Some(open) = self.open.remove(&end.thread) else {
+            return;
+        };
+        match open.begin.subsystem {
+            subsystem::NFTABLES => self.transactions.push(Transaction {
+                begin_ns: open.begin.time,
+                end_ns: end.time,
+                thread: low(end.thread),
+                port: end.port,
+                sequence: open.sequence,
+                by: open.by,
+            }),
+            subsystem::LEGACY => self.ready.extend(legacy(open, end)),
+            // A generic family other than IPVS' has asked for nothing.
+            _ if open.asked.asks.is_empty() && !open.asked.more => {}
+            _ => self.gather(open, end),
+        }
+    }
+
+    /// The kernel refused something.
+    pub(super) fn refuse(&mut self, refusal: &Refusal, now: u64) {
+        let key = (refusal.port, refusal.sequence);
+        let known = self.refusals.entry(key).or_default();
+        *known = (refusal.error, now, known.2 + 1);
+    }
+
+    /// A transaction was announced.
+    pub(super) fn announce(&mut self, announced: Announced) {
+        self.announced.push(announced);
+    }
+
+    /// Announcements of transactions were lost.
+    pub(super) fn lose(&mut self, now: u64) {
+        self.lost_until = now + PATIENCE;
+    }
+
+    /// An address was announced.
+    pub(super) fn hear(&mut self, heard: Heard) {
+        if let Some((id, address)) = self.addresses.hear(heard) {
+            self.also(id, address);
+        }
+    }
+
+    /// Is anything waiting for something else?
+    pub(super) fn is_waiting(&self) -> bool {
+        !(self.transactions.is_empty()
+            && self.announced.is_empty()
+            && self.groups.is_empty()
+            && self.open.is_empty())
+            || self.addresses.is_waiting()
+    }
+
+    /// What is complete by now, in the order in which it ended. Everything that came before has to have
+    /// been taken in.
+    pub(super) fn settle(&mut self, now: u64) -> Vec<RuleChange> {
+        self.join_transactions(now);
+        self.settle_groups(now);
+        let heard = self.addresses.unexplained(now, PATIENCE);
+        self.ready.extend(self.by_unknown(&heard));
+        self.refusals
+            .retain(|_, (_, read, _)| now.saturating_sub(*read) < MEMORY);
+        let mut ready = std::mem::take(&mut self.ready);
+        ready.sort_by_key(|change| change.time_ns);
+        ready
+    }
+
+    fn join_transactions(&mut self, now: u64) {
+        let transactions = std::mem::take(&mut self.transactions);
+        for transaction in transactions {
+            if let Some(at) = self.announcement_of(&transaction) {
+                let announced = self.announced.remove(at);
+                self.ready.push(committed(announced, Some(transaction)));
+            } else if let Some(error) = self.refusal_of(transaction.port) {
+                self.ready.push(not_committed(transaction, error));
+            } else if now.saturating_sub(transaction.end_ns) < PATIENCE {
+                self.transactions.push(transaction);
+            } else if now < self.lost_until.saturating_add(PATIENCE) {
+                self.ready.push(unheard(transaction));
+            }
+            // Otherwise it was empty: nothing is announced of a transaction that does nothing.
+        }
+        for announced in std::mem::take(&mut self.announced) {
+            let waits =
+                now.saturating_sub(announced.read_ns) < PATIENCE || self.is_open(announced.thread);
+            if waits && now != u64::MAX {
+                self.announced.push(announced);
+            } else {
+                self.ready.push(committed(announced, None));
+            }
+        }
+    }
+
+    fn announcement_of(&self, transaction: &Transaction) -> Option<usize> {
+        self.announced.iter().position(|announced| {
+            announced.thread == Some(transaction.thread)
+                && transaction.sequence == Some(announced.sequence)
+        })
+    }
+
+    /// Is this thread still in the kernel?
+    fn is_open(&self, thread: Option<u32>) -> bool {
+        self.open.keys().any(|open| Some(low(*open)) == thread)
+    }
+
+    /// Whatever message of a batch is refused, the batch is.
+    fn refusal_of(&mut self, port: u32) -> Option<i32> {
+        let key = *self.refusals.keys().find(|key| key.0 == port)?;
+        let error = self.refusals.remove(&key).map(|(error, ..)| error);
+        self.refusals.retain(|key, _| key.0 != port);
+        error
+    }
+
+    /// Was this message refused? Some senders number all their messages alike: a refusal is of one.
+    fn answer_to(&mut self, port: u32, sequence: u32) -> Option<i32> {
+        let (error, _, times) = self.refusals.get_mut(&(port, sequence))?;
+        *times = times.checked_sub(1)?;
+        Some(*error)
+    }
+
+    /// Puts a request with those that its process made just before.
+    fn gather(&mut self, open: Open, end: &End) {
+        let process = high(end.thread);
+        let kind = match open.begin.subsystem {
+            subsystem::IPVS_OPTION => subsystem::IPVS,
+            other => other,
+        };
+        let fits = |group: &Group| {
+            group.process == process
+                && group.subsystem == kind
+                && open.begin.time.saturating_sub(group.end_ns) < PAUSE
+                && open.begin.time.saturating_sub(group.begin_ns) < LONGEST
+        };
+        let at = self.groups.iter().rposition(fits).unwrap_or_else(|| {
+            self.groups.push(Group {
+                process,
+                subsystem: kind,
+                begin_ns: open.begin.time,
+                end_ns: end.time,
+                by: open.by,
+                asks: Vec::new(),
+                more: false,
+            });
+            self.groups.len() - 1
+        });
+        let mut more = Vec::new();
+        for (sequence, ask) in open.asked.asks {
+            self.asks += 1;
+            let id = self.asks;
+            let request = (end.port, sequence);
+            more.extend(
+                self.explain(id, end.time, request, &ask)
+                    .map(|more| (id, more)),
+            );
+            if let Some(group) = self.groups.get_mut(at) {
+                group.asks.push(Sent {
+                    id,
+                    port: end.port,
+                    sequence,
+                    ask,
+                    result: end.result,
+                });
+            }
+        }
+        if let Some(group) = self.groups.get_mut(at) {
+            group.end_ns = group.end_ns.max(end.time);
+            group.more |= open.asked.more;
+        }
+        for (id, address) in more {
+            self.also(id, address);
+        }
+    }
+
+    /// What was heard of addresses that this request explains without having named it.
+    fn explain(
+        &mut self,
+        id: u64,
+        end_ns: u64,
+        request: (u32, u32),
+        ask: &Ask,
+    ) -> impl Iterator<Item = Address> + use<> {
+        let asked = match ask {
+            Ask::Address(address) => Some(Wanted::Address(*address)),
+            Ask::NoLink(link) => Some(Wanted::NoLink(self.addresses.index_of(link))),
+            _ => None,
+        };
+        let more = asked.map(|asked| {
+            self.addresses.explain(Explanation {
+                id,
+                end_ns,
+                request,
+                asked,
+                confirmed: false,
+            })
+        });
+        more.into_iter().flatten()
+    }
+
+    /// The request with this id changed this address too. If it has been told already, nobody did.
+    fn also(&mut self, id: u64, address: Address) {
+        for group in &mut self.groups {
+            if let Some(sent) = group.asks.iter().find(|sent| sent.id == id) {
+                let sent = Sent {
+                    // Announced as it is: it needs no confirmation.
+                    id: 0,
+                    port: sent.port,
+                    sequence: sent.sequence,
+                    ask: Ask::Address(address),
+                    result: sent.result,
+                };
+                group.asks.push(sent);
+                return;
+            }
+        }
+    }
+
+    fn settle_groups(&mut self, now: u64) {
+        for group in std::mem::take(&mut self.groups) {
+            let quiet = now.saturating_sub(group.end_ns) >= PAUSE;
+            if quiet {
+                let told = self.tell(group);
+                self.ready.extend(told);
+            } else {
+                self.groups.push(group);
+            }
+        }
+    }
+
+    /// The change that a group of requests is; `None` if it turns out to be none.
+    fn tell(&mut self, group: Group) -> Option<RuleChange> {
+        let mut refused = BTreeMap::new();
+        let mut incomplete = group.more;
+        let mut done = Vec::new();
+        for sent in group.asks {
+            let answer = self.answer_to(sent.port, sent.sequence);
+            // A socket option returns its error; netlink answers, and returns only what went wrong before.
+            let error =
+                answer.or_else(|| i32::try_from(sent.result).ok().filter(|result| *result < 0));
+            if let Some(error) = error {
+                *refused.entry(reason(error)).or_default() += 1;
+                incomplete |= holds_many(&sent.ask);
+            } else if !matches!(sent.ask, Ask::Address(_))
+                || sent.id == 0
+                || self.addresses.is_confirmed(sent.id)
+            {
+                done.push(sent.ask);
+            }
+        }
+        let what = match group.subsystem {
+            subsystem::IPSET => sets(&done),
+            subsystem::IPVS => servers(&done),
+            _ => self.links(&done),
+        };
+        if done.is_empty() && refused.is_empty() && !incomplete {
+            return None;
+        }
+        // A link that went without addresses is no change of rules.
+        if matches!(&what, What::Addresses { links } if links.is_empty())
+            && refused.is_empty()
+            && !incomplete
+        {
+            return None;
+        }
+        Some(RuleChange {
+            time_ns: group.end_ns,
+            begin_ns: Some(group.begin_ns),
+            by: group.by,
+            what,
+            refused,
+            incomplete,
+        })
+    }
+
+    fn links(&self, asks: &[Ask]) -> What {
+        let addresses = asks.iter().filter_map(|ask| match ask {
+            Ask::Address(address) => Some(address),
+            _ => None,
+        });
+        self.links_of(addresses)
+    }
+
+    fn links_of<'a>(&self, addresses: impl Iterator<Item = &'a Address>) -> What {
+        let mut links: BTreeMap<String, AddressDelta> = BTreeMap::new();
+        for address in addresses {
+            let name = self.addresses.name_of(address.link);
+            let virtual_ips = Addresses::is_virtual(&name);
+            let delta = links.entry(name).or_default();
+            delta.virtual_ips = virtual_ips;
+            let text = format!("{}/{}", address.ip, address.prefix);
+            if address.added {
+                delta.added.insert(text);
+            } else {
+                delta.deleted.insert(text);
+            }
+        }
+        What::Addresses { links }
+    }
+
+    /// Addresses that changed without a request that was seen.
+    fn by_unknown(&self, heard: &[Heard]) -> Option<RuleChange> {
+        let last = heard.last()?;
+        Some(RuleChange {
+            time_ns: last.read_ns,
+            begin_ns: None,
+            by: Actor::default(),
+            what: self.links_of(heard.iter().map(|heard| &heard.address)),
+            refused: BTreeMap::new(),
+            incomplete: false,
+        })
+    }
+}
+
+/// Process and thread, as `bpf_get_current_pid_tgid` packs them.
+pub(super) const fn high(thread: u64) -> u32 {
+    (thread >> 32) as u32
+}
+
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the lower half is what is wanted"
+)]
+const fn low(thread: u64) -> u32 {
+    thread as u32
+}
+
+fn legacy(open: Open, end: &End) -> Option<RuleChange> {
+    let (_, ask) = open.asked.asks.into_iter().next()?;
+    let Ask::Legacy {
+        family,
+        table,
+        before,
+        after,
+    } = ask
+    else {
+        return None;
+    };
+    let error = i32::try_from(end.result).ok().filter(|result| *result < 0);
+    Some(RuleChange {
+        time_ns: end.time,
+        begin_ns: Some(open.begin.time),
+        by: open.by,
+        what: What::IptablesLegacy {
+            family,
+            table,
+            before,
+            after,
+        },
+        refused: error.into_iter().map(|error| (reason(error), 1)).collect(),
+        incomplete: false,
+    })
+}
+
+fn committed(announced: Announced, transaction: Option<Transaction>) -> RuleChange {
+    let (begin_ns, time_ns, by) = match transaction {
+        Some(seen) => (Some(seen.begin_ns), seen.end_ns, seen.by),
+        None => (None, announced.read_ns, announced.by),
+    };
+    RuleChange {
+        time_ns,
+        begin_ns,
+        by,
+        what: What::Nftables {
+            generation: Some(announced.generation),
+            tables: announced.tables,
+        },
+        refused: BTreeMap::new(),
+        incomplete: announced.incomplete,
+    }
+}
+
+fn of_transaction(transaction: Transaction) -> RuleChange {
+    RuleChange {
+        time_ns: transaction.end_ns,
+        begin_ns: Some(transaction.begin_ns),
+        by: transaction.by,
+        what: What::Nftables {
+            generation: None,
+            tables: BTreeMap::new(),
+        },
+        refused: BTreeMap::new(),
+        incomplete: false,
+    }
+}
+
+fn not_committed(transaction: Transaction, error: i32) -> RuleChange {
+    RuleChange {
+        refused: [(reason(error), 1)].into(),
+        ..of_transaction(transaction)
+    }
+}
+
+/// A transaction whose announcement was lost with others.
+fn unheard(transaction: Transaction) -> RuleChange {
+    RuleChange {
+        incomplete: true,
+        ..of_transaction(transaction)
+    }
+}
+
+/// What a negative errno says. ipset has numbers of its own above 4096 (`enum ipset_errno`,
+/// `include/uapi/linux/netfilter/ipset/ip_set.h`).
+fn reason(error: i32) -> String {
+    const IPSET: i32 = 4096;
+    match error.wrapping_neg() {
+        4103 => "ipset: the entry is there already, or is not".to_owned(),
+        own if own > IPSET => format!("ipset error {own}"),
+        errno => Errno::from_raw(errno).desc().to_owned(),
+    }
+}
+
+/// Several entries in one message: those before the one that failed are in.
+const fn holds_many(ask: &Ask) -> bool {
+    matches!(
+        ask,
+        Ask::Set {
+            change: SetChange::Add(2..) | SetChange::Delete(2..),
+            ..
+        }
+    )
+}
+
+fn sets(asks: &[Ask]) -> What {
+    let mut sets: BTreeMap<String, SetDelta> = BTreeMap::new();
+    for ask in asks {
+        let Ask::Set { set, change } = ask else {
+            continue;
+        };
+        let name = set.as_deref().unwrap_or("all sets");
+        let delta = sets.entry(name.to_owned()).or_default();
+        match change {
+            SetChange::Create => delta.created += 1,
+            SetChange::Destroy => delta.destroyed += 1,
+            SetChange::Flush => delta.flushed += 1,
+            SetChange::Rename => delta.renamed += 1,
+            SetChange::Add(count) => delta.added += count,
+            SetChange::Delete(count) => delta.deleted += count,
+        }
+    }
+    What::Ipset { sets }
+}
+
+fn servers(asks: &[Ask]) -> What {
+    let mut delta = ServerDelta::default();
+    for ask in asks {
+        let Ask::Server { server, change } = ask else {
+            continue;
+        };
+        delta.servers.extend(server.clone());
+        *match change {
+            ServerChange::Add => &mut delta.servers_added,
+            ServerChange::Edit => &mut delta.servers_edited,
+            ServerChange::Delete => &mut delta.servers_deleted,
+            ServerChange::AddReal => &mut delta.reals_added,
+            ServerChange::EditReal => &mut delta.reals_edited,
+            ServerChange::DeleteReal => &mut delta.reals_deleted,
+            ServerChange::Flush => &mut delta.flushed,
+            ServerChange::Other => &mut delta.others,
+        } += 1;
+    }
+    What::Ipvs(delta)
+}
+
+#[cfg(test)]
+mod tests {
+    use tracer_ebpf::change::kind;
+
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+    const KUBE_PROXY: u64 = process(812, 812);
+
+    const fn process(process: u64, thread: u64) -> u64 {
+        (process << 32) + thread
+    }
+
+    fn begin(subsystem: u32, thread: u64, time: u64) -> Begin {
+        Begin {
+            kind: kind::BEGIN,
+            subsystem,
+            time,
+            thread,
+            cgroup: 1,
+            parent: 1,
+            detail: 2,
+            length: 0,
+            stored: 0,
+            name: [0; 16],
+            parent_name: [0; 16],
+            argument: [0; 64],
+        }
+    }
+
+    fn end(thread: u64, time: u64, port: u32, result: i64) -> End {
+        End {
+            kind: kind::END,
+            port,
+            time,
+            thread,
+            result,
+        }
+    }
+
+    fn by(thread: u64) -> Actor {
+        Actor {
+            pid: Some(high(thread)),
+            name: Some("kube-proxy".to_owned()),
+            parent: Some((1, "init".to_owned())),
+            ..Actor::default()
+        }
+    }
+
+    /// A netlink message with this number.
+    fn message(kind: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(16 + body.len()).expect("short");
+        [
+            &length.to_ne_bytes()[..],
+            &kind.to_ne_bytes(),
+            &[5, 0],
+            &sequence.to_ne_bytes(),
+            &[0; 4],
+            body,
+        ]
+        .concat()
+    }
+
+    /// `ipset add`, to the set `a`.
+    fn add(sequence: u32) -> Vec<u8> {
+        message(0x0609, sequence, &[2, 0, 0, 0, 6, 0, 2, 0, b'a', 0, 0, 0])
+    }
+
+    fn batch(sequence: u32) -> Vec<u8> {
+        [
+            message(0x10, 0, &[0, 0, 0, 10]),
+            message(0x0a06, sequence, &[2, 0, 0, 0]),
+        ]
+        .concat()
+    }
+
+    fn request(assembler: &mut Assembler, begin: Begin, bytes: &[u8], end: &End) {
+        let begin = Begin {
+            length: u32::try_from(bytes.len()).expect("short"),
+            stored: u32::try_from(bytes.len()).expect("short"),
+            ..begin
+        };
+        assembler.begin(begin, bytes, Some(30), by(begin.thread));
+        assembler.end(end);
+    }
+
+    fn announced(thread: u32, sequence: u32, generation: u32, read_ns: u64) -> Announced {
+        Announced {
+            read_ns,
+            generation,
+            sequence,
+            thread: Some(thread),
+            by: Actor::default(),
+            tables: BTreeMap::new(),
+            incomplete: false,
+        }
+    }
+
+    #[test]
+    fn many_requests_of_one_process_are_one_change_until_it_pauses() {
+        let mut assembler = Assembler::default();
+        for i in 0..900 {
+            let at = u64::from(i) * MS;
+            let begin = begin(subsystem::IPSET, KUBE_PROXY, at);
+            request(
+                &mut assembler,
+                begin,
+                &add(i),
+                &end(KUBE_PROXY, at + MS / 2, 5, 40),
+            );
+        }
+        // Somebody else meanwhile.
+        let other = process(9, 10);
+        let its = begin(subsystem::IPSET, other, 7 * MS);
+        request(&mut assembler, its, &add(1), &end(other, 8 * MS, 6, 40));
+        let first = assembler.settle(899 * MS + PAUSE);
+        assert_eq!(first.len(), 1, "{first:#?}");
+        assert_eq!(
+            (first[0].begin_ns, first[0].time_ns),
+            (Some(7 * MS), 8 * MS)
+        );
+        let rest = assembler.settle(900 * MS + PAUSE);
+        let [change] = &rest[..] else {
+            panic!("{rest:#?}");
+        };
+        assert_eq!(
+            (change.begin_ns, change.time_ns),
+            (Some(0), 899 * MS + MS / 2)
+        );
+        let What::Ipset { sets } = &change.what else {
+            panic!("{change}");
+        };
+        assert_eq!(sets["a"].added, 900);
+        assert_eq!(
+            change.to_string(),
+            "kube-proxy (pid 812, parent init, pid 1) changed 1 ipset in 899.5 ms: a +900"
+        );
+        assert!(!assembler.is_waiting());
+    }
+
+    #[test]
+    fn a_pause_and_a_long_time_end_a_change() {
+        let mut assembler = Assembler::default();
+        let mut ask = |at: u64| {
+            let begin = begin(subsystem::IPSET, KUBE_PROXY, at);
+            request(&mut assembler, begin, &add(1), &end(KUBE_PROXY, at, 5, 40));
+        };
+        ask(0);
+        ask(PAUSE);
+        // From here on without a pause, for longer than one change is.
+        for i in 0..60 {
+            ask(10 * LONGEST + i * 20 * MS);
+        }
+        assert_eq!(assembler.settle(u64::MAX).len(), 4);
+    }
+
+    #[test]
+    fn refusals_are_not_changes() {
+        let mut assembler = Assembler::default();
+        let begin_at = |at| begin(subsystem::IPSET, KUBE_PROXY, at);
+        request(
+            &mut assembler,
+            begin_at(0),
+            &add(1),
+            &end(KUBE_PROXY, 1, 5, 40),
+        );
+        let refusal = |sequence, error| Refusal {
+            kind: kind::REFUSAL,
+            port: 5,
+            sequence,
+            error,
+        };
+        assembler.refuse(&refusal(1, -4103), 2);
+        request(
+            &mut assembler,
+            begin_at(3),
+            &add(2),
+            &end(KUBE_PROXY, 4, 5, 40),
+        );
+        let changes = assembler.settle(u64::MAX);
+        let said = changes[0].to_string();
+        assert!(
+            said.ends_with("a +1; refused: ipset: the entry is there already, or is not"),
+            "{said}"
+        );
+        assert!(!changes[0].is_refused());
+
+        request(
+            &mut assembler,
+            begin_at(5),
+            &add(3),
+            &end(KUBE_PROXY, 6, 5, 40),
+        );
+        assembler.refuse(&refusal(3, -1), 7);
+        let changes = assembler.settle(u64::MAX);
+        assert!(changes[0].is_refused());
+        let said = changes[0].to_string();
+        assert!(
+            said.ends_with("could not change ipsets: Operation not permitted"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn a_legacy_table_is_told_at_once() {
+        let mut assembler = Assembler::default();
+        let mut bytes = b"nat".to_vec();
+        bytes.resize(36, 0);
+        bytes.extend(4113_u32.to_ne_bytes());
+        bytes.resize(84, 0);
+        bytes.extend(12_u32.to_ne_bytes());
+        let begin = begin(subsystem::LEGACY, KUBE_PROXY, 1000);
+        request(
+            &mut assembler,
+            begin,
+            &bytes,
+            &end(KUBE_PROXY, 4_101_000, 0, 0),
+        );
+        let changes = assembler.settle(4_101_000);
+        assert_eq!(
+            changes[0].to_string(),
+            "kube-proxy (pid 812, parent init, pid 1) committed nat: 12 → 4,113 entries in 4.1 ms"
+        );
+        let refused = end(KUBE_PROXY, 4_101_000, 0, -22);
+        request(&mut assembler, begin, &bytes, &refused);
+        let changes = assembler.settle(0);
+        assert_eq!(
+            changes[0].to_string(),
+            "kube-proxy (pid 812, parent init, pid 1) could not commit nat (12 → 4,113 entries): Invalid argument"
+        );
+    }
+
+    #[test]
+    fn transactions_and_their_announcements_find_each_other_in_any_order() {
+        let mut assembler = Assembler::default();
+        let begin_at = |at| begin(subsystem::NFTABLES, KUBE_PROXY, at);
+        // Refused; announced before it returned; announced after it returned.
+        request(
+            &mut assembler,
+            begin_at(1),
+            &batch(1),
+            &end(KUBE_PROXY, 2, 5, 1),
+        );
+        let refusal = Refusal {
+            kind: kind::REFUSAL,
+            port: 5,
+            sequence: 1,
+            error: -2,
+        };
+        assembler.refuse(&refusal, 2);
+        let refused = assembler.settle(3);
+        assert_eq!(refused.len(), 1);
+        assert!(refused[0].is_refused());
+
+        assembler.announce(announced(812, 2, 7, 4));
+        assert!(assembler.settle(4).is_empty());
+        request(
+            &mut assembler,
+            begin_at(3),
+            &batch(2),
+            &end(KUBE_PROXY, 5, 5, 1),
+        );
+        request(
+            &mut assembler,
+            begin_at(6),
+            &batch(3),
+            &end(KUBE_PROXY, 8, 5, 1),
+        );
+        let told = assembler.settle(9);
+        assert_eq!(told.len(), 1);
+        assert_eq!((told[0].begin_ns, told[0].time_ns), (Some(3), 5));
+        assembler.announce(announced(812, 3, 8, 10));
+        let told = assembler.settle(11);
+        assert_eq!(told.len(), 1);
+        assert_eq!((told[0].begin_ns, told[0].time_ns), (Some(6), 8));
+        assert_eq!(told[0].by.name.as_deref(), Some("kube-proxy"));
+        assert!(!assembler.is_waiting());
+    }
+
+    #[test]
+    fn a_transaction_without_the_other_half_is_told_when_it_did_something() {
+        let mut assembler = Assembler::default();
+        // Nobody saw the request.
+        assembler.announce(announced(7, 1, 3, MS));
+        assert!(assembler.settle(2 * MS).is_empty());
+        let told = assembler.settle(MS + PATIENCE);
+        assert_eq!((told[0].begin_ns, told[0].time_ns), (None, MS));
+        // A batch that holds nothing is not announced, unless announcements were lost.
+        let begin = begin(subsystem::NFTABLES, KUBE_PROXY, 0);
+        request(&mut assembler, begin, &batch(1), &end(KUBE_PROXY, 1, 5, 1));
+        assert!(assembler.settle(u64::MAX).is_empty());
+        assembler.lose(MS);
+        request(&mut assembler, begin, &batch(1), &end(KUBE_PROXY, 1, 5, 1));
+        let told = assembler.settle(MS + PATIENCE);
+        assert!(told[0].incomplete, "{told:#?}");
+    }
+
+    fn address(last: u8, added: bool) -> (Vec<u8>, Address) {
+        let kind = if added { 20 } else { 21 };
+        let body = [2, 32, 0, 0, 3, 0, 0, 0, 8, 0, 2, 0, 10, 96, 0, last];
+        let address = Address {
+            link: 3,
+            ip: std::net::IpAddr::from([10, 96, 0, last]),
+            prefix: 32,
+            added,
+        };
+        (message(kind, u32::from(last), &body), address)
+    }
+
+    fn heard(address: Address, request: (u32, u32)) -> Heard {
+        Heard {
+            read_ns: 10,
+            request,
+            address,
+        }
+    }
+
+    #[test]
+    fn addresses_are_credited_to_whose_request_it_was() {
+        let mut assembler = Assembler::default();
+        assembler.addresses.name(3, "kube-ipvs0".to_owned());
+        let ask = |assembler: &mut Assembler, bytes: &[u8]| {
+            let begin = begin(subsystem::ADDRESSES, KUBE_PROXY, 5);
+            request(assembler, begin, bytes, &end(KUBE_PROXY, 6, 5, 40));
+        };
+        // Announced after the request was read, and before; the latter once more, as IPv6 does.
+        let (bytes, one) = address(1, true);
+        ask(&mut assembler, &bytes);
+        assembler.hear(heard(one, (5, 1)));
+        let (bytes, two) = address(2, true);
+        assembler.hear(heard(two, (0, 0)));
+        ask(&mut assembler, &bytes);
+        assembler.hear(heard(two, (0, 0)));
+        // Asked for, but it was there before.
+        ask(&mut assembler, &address(2, true).0);
+        let told = assembler.settle(MS + PAUSE);
+        assert_eq!(
+            told[0].to_string(),
+            "kube-proxy (pid 812, parent init, pid 1) changed addresses in 1 ns: kube-ipvs0 (Services' \
+             addresses) +2 (10.96.0.1/32, 10.96.0.2/32)"
+        );
+        assert_eq!(told.len(), 1);
+
+        // The link goes, and takes the addresses along.
+        let no_link = message(17, 9, &[0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assembler.hear(heard(address(1, false).1, (0, 0)));
+        ask(&mut assembler, &no_link);
+        assembler.hear(heard(address(2, false).1, (0, 0)));
+        let told = assembler.settle(u64::MAX);
+        let What::Addresses { links } = &told[0].what else {
+            panic!("{told:#?}");
+        };
+        assert_eq!((told.len(), links["kube-ipvs0"].deleted.len()), (1, 2));
+
+        // Nobody asked.
+        assembler.hear(heard(address(4, true).1, (0, 0)));
+        assert!(assembler.settle(20).is_empty() && assembler.is_waiting());
+        let told = assembler.settle(10 + PATIENCE);
+        assert_eq!(
+            told[0].to_string(),
+            "unknown process changed addresses: kube-ipvs0 (Services' addresses) +1 (10.96.0.4/32)"
+        );
+    }
+
+    #[test]
+    fn requests_that_changed_nothing_are_no_changes() {
+        let mut assembler = Assembler::default();
+        // An address that is there, a link without addresses, another generic family.
+        let (bytes, there) = address(1, true);
+        assembler.addresses.know(&there);
+        for (kind, bytes) in [
+            (subsystem::ADDRESSES, bytes),
+            (
+                subsystem::ADDRESSES,
+                message(17, 9, &[0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+            ),
+            (subsystem::IPVS, message(31, 9, &[1, 1, 0, 0])),
+        ] {
+            let begin = begin(kind, KUBE_PROXY, 5);
+            request(&mut assembler, begin, &bytes, &end(KUBE_PROXY, 6, 5, 40));
+            let told = assembler.settle(u64::MAX);
+            assert!(told.is_empty(), "{told:#?}");
+        }
+    }
+}
