@@ -440,7 +440,8 @@ fn finish(
 /// The table, as wide as the terminal.
 pub(crate) fn terminal_table(run: &Run, colour: bool) -> String {
     let columns = std::env::var("COLUMNS").ok().and_then(|c| c.parse().ok());
-    report::terminal::render(run, columns.unwrap_or(110), colour)
+    let blocks = report::blocks::summary(run);
+    report::terminal::render(&blocks, columns.unwrap_or(110), colour)
 }
 
 /// The bar counts in whole numbers.

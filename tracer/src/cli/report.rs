@@ -56,7 +56,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             &run,
             args.file.is_none() && std::io::stdout().is_terminal(),
         ),
-        Output::Markdown => tracer::report::markdown::render(&run),
+        Output::Markdown => {
+            tracer::report::markdown::render(&tracer::report::blocks::summary(&run))
+        }
         Output::Html => tracer::report::html::render(&run),
         Output::Json => serde_json::to_string_pretty(&run)? + "\n",
     };

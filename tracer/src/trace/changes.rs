@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::netlink::{Attributes, Heard, Listener, NetlinkError};
@@ -42,7 +42,8 @@ const NFTA_GEN_PROC_PID: u16 = 2;
 const NFTA_GEN_PROC_NAME: u16 = 3;
 
 /// One transaction.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct RuleChange {
     /// When its announcement was read, which is after its commit (`CLOCK_MONOTONIC`, ns).
     pub time_ns: u64,
@@ -57,7 +58,8 @@ pub struct RuleChange {
 }
 
 /// What a transaction did to a table.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Delta {
     /// Rules added.
     pub rules_added: u64,
@@ -72,7 +74,8 @@ pub struct Delta {
 }
 
 /// A process that changed rules.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Actor {
     /// Its id, in the init pid namespace of the reader; `None` if the kernel did not tell.
     pub pid: Option<u32>,

@@ -8,6 +8,7 @@ pub mod changes;
 pub mod directory;
 pub mod journey;
 pub mod pcapng;
+pub mod run;
 pub mod session;
 pub mod summary;
 pub mod timeline;

@@ -1,11 +1,9 @@
 //! What a session found.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
-use std::fmt;
 use std::net::SocketAddr;
 
-use comfy_table::{CellAlignment, Table, presets};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tracer_ebpf::histogram::{CELLS, bounds_of, cell_of};
 use tracer_ebpf::record::Stats;
 
@@ -14,10 +12,8 @@ use super::directory::Directory;
 use super::journey::{End, Journey};
 use super::timeline::Timeline;
 use crate::probe::hooks::RunTime;
-use crate::record::run::{Clock, Histogram, PacketState};
+use crate::record::run::{Clock, Histogram, PacketState, StageHistogram};
 use crate::record::times::PathTimes;
-use crate::report::quantile::quantile;
-use crate::report::units;
 
 /// New flows that a Service's tally remembers, to know a repeated first packet when it comes.
 const REMEMBERED: usize = 4096;
@@ -85,19 +81,27 @@ impl Tally {
 
     /// New flows whose first packet went where it should.
     pub fn good(&self) -> u64 {
-        let healthy = |end: &&End| matches!(end, End::Sent | End::Delivered);
-        let ends = self.ends.iter().filter(|(end, _)| healthy(end));
+        let ends = self.ends.iter().filter(|(end, _)| end.is_good());
         ends.map(|(_, count)| count).sum()
+    }
+
+    /// Packets that the kernel dropped, of new flows and of established ones.
+    pub fn drops(&self) -> u64 {
+        let ends = self.ends.iter().chain(&self.later_drops);
+        let drops = ends.filter(|(end, _)| matches!(end, End::Dropped { .. }));
+        drops.map(|(_, count)| count).sum()
     }
 }
 
 /// One `ServicePort` in a summary.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
 pub struct ServiceSummary {
     /// `ns/name:port`.
     pub name: String,
     /// The mode whose rules serve it.
-    pub mode: &'static str,
+    pub mode: String,
     /// IP protocol number.
     pub protocol: u8,
     /// Endpoints that the rules name.
@@ -116,8 +120,22 @@ pub struct ServiceSummary {
     pub node: Histogram,
 }
 
+impl ServiceSummary {
+    /// New flows whose first packet did not go where it should.
+    pub fn wrong(&self) -> u64 {
+        wrong(&self.ends)
+    }
+}
+
+/// How many of these ends are none of a healthy Service.
+pub fn wrong(ends: &[Count]) -> u64 {
+    let bad = ends.iter().filter(|count| !count.end.is_good());
+    bad.map(|count| count.count).fold(0, u64::saturating_add)
+}
+
 /// How often something happened.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Count {
     /// What.
     #[serde(flatten)]
@@ -136,18 +154,21 @@ fn counts(ends: &BTreeMap<End, u64>) -> Vec<Count> {
 }
 
 /// What was timed on one path, over all Services that were traced.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
 pub struct PathSummary {
     /// `pod→ClusterIP`, ...
-    pub path: &'static str,
+    pub path: String,
     /// Each stage, in a packet's order, by packet state.
-    pub stages: Vec<crate::record::run::StageHistogram>,
+    pub stages: Vec<StageHistogram>,
     /// The whole node, by packet state.
     pub node: BTreeMap<PacketState, Histogram>,
 }
 
 /// How the probes did.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Health {
     /// Journeys that began.
     pub journeys: u64,
@@ -177,7 +198,8 @@ pub struct Health {
 }
 
 /// What the probes cost.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Cost {
     /// How often probes ran: at every boundary that any packet passed.
     pub probe_runs: u64,
@@ -213,7 +235,9 @@ impl Health {
 }
 
 /// What a session found.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
 pub struct Summary {
     /// The clock of every time in it.
     pub clock: Clock,
@@ -222,7 +246,7 @@ pub struct Summary {
     /// When they were (`CLOCK_MONOTONIC`, ns): the zero of all times that are told since the begin.
     pub started_ns: u64,
     /// The probe tier.
-    pub tier: &'static str,
+    pub tier: String,
     /// Services to which there were flows, most flows first.
     pub services: Vec<ServiceSummary>,
     /// Services that were watched without a flow.
@@ -254,7 +278,7 @@ impl Summary {
             .filter(|(_, tally)| tally.flows + tally.repeated > 0 || !tally.later_drops.is_empty())
             .map(|(known, tally)| ServiceSummary {
                 name: known.name.clone(),
-                mode: known.mode,
+                mode: known.mode.to_owned(),
                 protocol: known.protocol,
                 endpoints: known.endpoints.len(),
                 there: known.there,
@@ -270,13 +294,13 @@ impl Summary {
             clock: Clock::of_this_machine(),
             duration_ns: ended_ns.saturating_sub(started_ns),
             started_ns,
-            tier: "hooks",
+            tier: "hooks".to_owned(),
             silent: directory.services().len() - services.len(),
             services,
             paths: paths
                 .into_iter()
                 .map(|(path, times)| PathSummary {
-                    path,
+                    path: path.to_owned(),
                     stages: times.stages,
                     node: times.node,
                 })
@@ -286,145 +310,27 @@ impl Summary {
             probes,
         }
     }
-}
 
-/// Half and the last hundredth of a histogram, as a person reads them.
-fn half_and_tail(clock: Clock, histogram: &Histogram) -> String {
-    match (quantile(histogram, 0.5), quantile(histogram, 0.99)) {
-        (Some(half), Some(tail)) => format!(
-            "{} / {}",
-            units::cost_u64(clock, half),
-            units::cost_u64(clock, tail)
-        ),
-        _ => "-".to_owned(),
+    /// Time since the session began, ns, of a time on its clock.
+    pub const fn since(&self, time_ns: u64) -> u64 {
+        time_ns.saturating_sub(self.started_ns)
     }
-}
 
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.force_no_tty();
-    table.set_header(header);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
+    /// New flows of all Services.
+    pub fn flows(&self) -> u64 {
+        let flows = self.services.iter().map(|service| service.flows);
+        flows.fold(0, u64::saturating_add)
     }
-    table
-}
 
-fn write_rows(f: &mut fmt::Formatter<'_>, rows: &Table) -> fmt::Result {
-    for line in rows.lines() {
-        writeln!(f, " {}", line.trim_end())?;
-    }
-    Ok(())
-}
-
-/// `3 leaked, 1 dropped at ...`; nothing for what went well.
-fn troubles(ends: &[Count]) -> String {
-    let bad = ends.iter().filter(|count| count.end.advice().is_some());
-    let bad: Vec<String> = bad.map(|c| format!("{} {}", c.count, c.end)).collect();
-    bad.join(", ")
-}
-
-impl fmt::Display for Summary {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "\n{} with flows, {} without, in {} ({} tier: answers are not seen; times are a packet's on this node, without the probes' own)",
-            units::plural(self.services.len() as u64, "Service", "Services"),
-            self.silent,
-            units::time_u64(self.duration_ns),
-            self.tier,
-        )?;
-        let mut rows = table(&[
-            "Service",
-            "mode",
-            "endpoints",
-            "new flows",
-            "repeated",
-            "p50 / p99",
-        ]);
-        for service in &self.services {
-            let gone = if service.there { "" } else { " (gone)" };
-            rows.add_row([
-                format!("{}{gone}", service.name),
-                service.mode.to_owned(),
-                service.endpoints.to_string(),
-                units::count(service.flows),
-                units::count(service.repeated),
-                half_and_tail(self.clock, &service.node),
-            ]);
-        }
-        if !self.services.is_empty() {
-            write_rows(f, &rows)?;
-        }
-        self.write_troubles(f)?;
-        for path in &self.paths {
-            let new = |stage: &&crate::record::run::StageHistogram| stage.state == PacketState::New;
-            let mut rows = table(&[path.path, "new, p50 / p99", "packets"]);
-            for stage in path.stages.iter().filter(new) {
-                rows.add_row([
-                    format!("{} {}", stage.hook, stage.stage),
-                    half_and_tail(self.clock, &stage.histogram),
-                    units::count(stage.histogram.count),
-                ]);
-            }
-            if let Some(node) = path.node.get(&PacketState::New) {
-                rows.add_row([
-                    "whole node".to_owned(),
-                    half_and_tail(self.clock, node),
-                    units::count(node.count),
-                ]);
-            }
-            writeln!(f)?;
-            write_rows(f, &rows)?;
-        }
-        let probes = &self.probes;
-        writeln!(
-            f,
-            "\nprobes  {} journeys: {} left by a device, {} reached a socket, {} dropped, {} unfinished; {} other packets; lost: {} records, {} collisions, {} unpaired",
-            units::count(probes.journeys),
-            units::count(probes.transmitted),
-            units::count(probes.delivered_locally),
-            units::count(probes.dropped),
-            units::count(probes.unfinished),
-            units::count(probes.other_packets),
-            probes.ring_lost,
-            probes.slot_collisions,
-            probes.unpaired,
-        )?;
-        if let Some(cost) = probes.cost
-            && cost.probe_runs > 0
-        {
-            writeln!(
-                f,
-                "cost    {} runs of probes, {:.0} ns each ({} in all), by the kernel's own account",
-                units::count(cost.probe_runs),
-                cost.probe_ns as f64 / cost.probe_runs as f64,
-                units::time_u64(cost.probe_ns),
-            )?;
-        }
-        Ok(())
-    }
-}
-
-impl Summary {
-    fn write_troubles(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for service in &self.services {
-            let new = troubles(&service.ends);
-            if !new.is_empty() {
-                writeln!(f, "{}: of {} new flows {new}", service.name, service.flows)?;
-            }
-            let later = troubles(&service.later_drops);
-            if !later.is_empty() {
-                writeln!(f, "{}: of established flows {later}", service.name)?;
-            }
-            let ends = service.ends.iter().chain(&service.later_drops);
-            let mut advice: Vec<&str> = ends.filter_map(|count| count.end.advice()).collect();
-            advice.dedup();
-            for advice in advice {
-                writeln!(f, "  {advice}")?;
+    /// New flows of all Services that went wrong, by how.
+    pub fn troubles(&self) -> BTreeMap<&End, u64> {
+        let mut troubles: BTreeMap<&End, u64> = BTreeMap::new();
+        for count in self.services.iter().flat_map(|service| &service.ends) {
+            if !count.end.is_good() {
+                let sum = troubles.entry(&count.end).or_default();
+                *sum = sum.saturating_add(count.count);
             }
         }
-        Ok(())
+        troubles
     }
 }

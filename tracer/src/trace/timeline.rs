@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::journey::Journey;
 use crate::record::run::Bin;
@@ -13,7 +13,9 @@ const NARROWEST_NS: u64 = 20_000_000;
 pub const BINS: usize = 512;
 
 /// New flows by when they came, as bins of one width.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
 pub struct Timeline {
     /// A bin's width, ns.
     pub bin_ns: u64,
@@ -52,7 +54,7 @@ impl Timeline {
             bins.resize(index + 1, Bin::default());
         }
         bins[index].sent += 1;
-        bins[index].lost += u64::from(journey.end.advice().is_some());
+        bins[index].lost += u64::from(!journey.end.is_good());
     }
 
     fn widen(&mut self) {
