@@ -6,6 +6,7 @@
 
 pub mod changes;
 pub mod directory;
+pub mod hints;
 pub mod journey;
 pub mod pcapng;
 pub mod run;

@@ -11,6 +11,7 @@ use tracer_ebpf::record::{Record, kind};
 
 use super::changes::{ChangesError, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
+use super::hints;
 use super::journey::{End, Journey};
 use super::summary::{Health, Summary, Tally};
 use super::timeline::Timeline;
@@ -49,13 +50,22 @@ pub enum TraceError {
     #[error(transparent)]
     Unreadable(#[from] Unreadable),
     /// There is nothing to trace.
-    #[error("no rules of kube-proxy are here: is this the node's network namespace (--netns)?")]
+    #[error(
+        "no rules of kube-proxy are in this network namespace: name the node's with --netns (that of kube-proxy is \
+         /proc/PID/ns/net), or see why kube-proxy has written none; other proxies leave no rules that can be read"
+    )]
     NoServices,
     /// Nothing of what was asked for is there.
     #[error(
-        "the rules name no such Service (of {0} that they name): `svcpath rules parse --live` lists them"
+        "the rules name no such Service (of {services} that they name): {}; `svcpath rules parse --live` lists them",
+        unmatched.join("; ")
     )]
-    NoSuchService(usize),
+    NoSuchService {
+        /// How many the rules name.
+        services: usize,
+        /// Each choice, and what is nearest to it.
+        unmatched: Vec<String>,
+    },
     /// The probes.
     #[error(transparent)]
     Probe(#[from] ProbeError),
@@ -114,6 +124,7 @@ impl Event {
 pub struct Session {
     ns: Netns,
     options: Options,
+    hints: Vec<String>,
     probes: HooksTier,
     watcher: Watcher,
     reasons: Reasons,
@@ -141,7 +152,10 @@ impl Session {
         let local = addresses::of_node(ns)?;
         directory.learn(&found, &local);
         if directory.services().is_empty() {
-            return Err(TraceError::NoSuchService(found.services.len()));
+            return Err(TraceError::NoSuchService {
+                services: found.services.len(),
+                unmatched: hints::unmatched(&options.choices, &found),
+            });
         }
         let mut probes = HooksTier::attach(ns, &watch(&directory, local, &options))?;
         if options.cost {
@@ -150,6 +164,10 @@ impl Session {
         let started_ns = monotonic_ns();
         Ok(Self {
             ns: ns.clone(),
+            hints: hints::mixed(&found)
+                .into_iter()
+                .chain(hints::unmatched(&options.choices, &found))
+                .collect(),
             options,
             probes,
             watcher,
@@ -168,6 +186,11 @@ impl Session {
     /// When the probes were attached (`CLOCK_MONOTONIC`, ns).
     pub const fn started_ns(&self) -> u64 {
         self.started_ns
+    }
+
+    /// What is worth saying at the start: choices that match nothing, rules of several modes.
+    pub fn hints(&self) -> &[String] {
+        &self.hints
     }
 
     /// Number of netfilter links.
