@@ -112,7 +112,7 @@ impl Recorder {
         self.kept.failure.is_none()
     }
 
-    /// Writes the rest: trace.json and the page, both or none. Returns the page's path.
+    /// Writes the rest: trace.json, then the page, which can be made of it again. Returns the page's path.
     pub fn finish(
         self,
         mut environment: TraceEnvironment,
@@ -139,10 +139,11 @@ impl Recorder {
             run,
             wrong: Some(self.wrong),
         });
-        let mut staged = Staged::default();
-        staged.add(&self.dir, HTML_FILE, page.as_bytes())?;
-        staged.add(&self.dir, TRACE_FILE, &bytes)?;
-        staged.publish()?;
+        for (name, bytes) in [(TRACE_FILE, &bytes[..]), (HTML_FILE, page.as_bytes())] {
+            let mut staged = Staged::default();
+            staged.add(&self.dir, name, bytes)?;
+            staged.publish()?;
+        }
         Ok(self.dir.join(HTML_FILE))
     }
 

@@ -3,6 +3,7 @@
 use comfy_table::{CellAlignment, ContentArrangement, Table as Grid, presets};
 
 use super::blocks::{Block, Table, Tone};
+use super::write::printable;
 
 const BOLD: &str = "\u{1b}[1m";
 const DIM: &str = "\u{1b}[2m";
@@ -22,9 +23,10 @@ pub fn render(blocks: &[Block], width: u16, colour: bool) -> String {
             Block::Table(table) => grid(&mut out, table, width, colour),
             Block::Lines(lines) => {
                 for (tone, line) in lines {
+                    let line = printable(line);
                     let (paint, text) = match tone {
-                        Tone::Plain => ("", line.clone()),
-                        Tone::Quiet => (DIM, line.clone()),
+                        Tone::Plain => ("", line),
+                        Tone::Quiet => (DIM, line),
                         Tone::Alarm => (RED, format!("warning: {line}")),
                     };
                     for (n, part) in wrapped(&text, width).iter().enumerate() {
@@ -67,7 +69,7 @@ fn grid(out: &mut String, table: &Table, width: usize, colour: bool) {
         }
     }
     for line in grid.lines() {
-        out.push_str(line.trim_end());
+        out.push_str(printable(&line).trim_end());
         out.push('\n');
     }
 }

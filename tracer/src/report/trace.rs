@@ -337,9 +337,13 @@ pub(super) fn cost(probes: &Health) -> Option<String> {
     ))
 }
 
-/// `+0.040271 s`: since the session began.
+/// When it was since the session began, as [`seconds`] writes it.
 pub fn since(summary: &Summary, time_ns: u64) -> String {
-    let ns = summary.since(time_ns);
+    seconds(summary.since(time_ns))
+}
+
+/// `+0.040271 s`: nanoseconds since the session began.
+pub fn seconds(ns: u64) -> String {
     format!("+{}.{:06} s", ns / 1_000_000_000, ns % 1_000_000_000 / 1000)
 }
 
