@@ -1,6 +1,7 @@
 //! End-to-end on this machine's kernel, in namespaces of our own: iptables and nftables modes.
 //! Needs root. IPVS runs in `vm.rs`, where every kernel has it.
 
+use tests::faces::{a_flush_is_in_the_kept_trace, a_trace_is_kept_and_read_back};
 use tests::oracle::walk_agrees_with_the_kernel;
 use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
 use tests::trace::{
@@ -125,4 +126,19 @@ fn nftables_trace_of_a_flush() {
 #[test]
 fn nftables_trace_of_one_service() {
     only_what_is_chosen_is_traced();
+}
+
+#[test]
+fn iptables_nft_trace_is_kept() {
+    a_trace_is_kept_and_read_back(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_trace_is_kept() {
+    a_trace_is_kept_and_read_back(Mode::Nftables);
+}
+
+#[test]
+fn nftables_trace_of_a_flush_is_kept() {
+    a_flush_is_in_the_kept_trace();
 }

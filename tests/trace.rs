@@ -27,13 +27,13 @@ fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
     LocalSet::new().block_on(&runtime, future)
 }
 
-fn node(mode: Mode) -> TestNode {
+pub(crate) fn node(mode: Mode) -> TestNode {
     let node = TestNode::build(10, 3).expect("a laboratory");
     on_one_thread(node.apply(mode)).expect("rules");
     node
 }
 
-fn send(node: &TestNode, flows: u32, seed: u64) -> TrafficResult {
+pub(crate) fn send(node: &TestNode, flows: u32, seed: u64) -> TrafficResult {
     let streams = Path::SERVICE.into_iter().map(|path| Stream {
         path,
         per_second: 500.0,
@@ -53,7 +53,7 @@ fn send(node: &TestNode, flows: u32, seed: u64) -> TrafficResult {
     .expect("traffic")
 }
 
-fn options(choices: Vec<Choice>) -> Options {
+pub(crate) fn options(choices: Vec<Choice>) -> Options {
     Options {
         choices,
         pod_cidrs: vec![plan::NODE_POD_CIDR],
@@ -140,7 +140,11 @@ pub fn every_flow_is_told_by_its_service(mode: Mode) {
         assert!(good && service.repeated == 0, "{service:#?}");
         assert_eq!(service.mode, mode.name());
     }
-    let paths: Vec<&str> = summary.paths.iter().map(|path| path.path).collect();
+    let paths: Vec<&str> = summary
+        .paths
+        .iter()
+        .map(|path| path.path.as_str())
+        .collect();
     assert_eq!(
         paths,
         ["external→NodePort", "host→ClusterIP", "pod→ClusterIP"]

@@ -1,7 +1,7 @@
 //! `svcpath report`: a run or a trace as text, Markdown, HTML or JSON.
 
 use std::io::IsTerminal as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::ValueEnum;
@@ -59,10 +59,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         let run = read::recorded(path)?;
         if args.runs.len() > 1 {
             let gap = if text.is_empty() { "" } else { "\n" };
-            text += &match args.output {
-                Output::Markdown => format!("{gap}## {}\n\n", path.display()),
-                _ => format!("{gap}== {} ==\n", path.display()),
-            };
+            text += gap;
+            text += &title(path, args.output);
         }
         text += &shown(&run, args.output, colour)?;
     }
@@ -72,6 +70,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     write::write_file(&file, text.as_bytes(), args.force)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What stands above one of several runs.
+fn title(path: &Path, output: Output) -> String {
+    match output {
+        Output::Markdown => format!("## {}\n\n", path.display()),
+        _ => format!("== {} ==\n", path.display()),
+    }
 }
 
 fn shown(run: &Recorded, output: Output, colour: bool) -> anyhow::Result<String> {

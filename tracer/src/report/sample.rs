@@ -612,12 +612,13 @@ pub(crate) fn trace() -> Trace {
             })
             .collect()
     };
-    let mut timeline = Timeline::new(0);
-    timeline.bin_ns = 1_000_000_000;
-    timeline.paths = BTreeMap::from([
-        (Path::SERVICE[2].title().to_owned(), bins(20, 10)),
-        (Path::SERVICE[0].title().to_owned(), bins(60, 30)),
-    ]);
+    let timeline = Timeline {
+        bin_ns: 1_000_000_000,
+        paths: BTreeMap::from([
+            (Path::SERVICE[2].title().to_owned(), bins(20, 10)),
+            (Path::SERVICE[0].title().to_owned(), bins(60, 30)),
+        ]),
+    };
     let wrong = |time_ns, end| {
         let journey = Journey {
             time_ns: started_ns + time_ns,
@@ -658,6 +659,7 @@ pub(crate) fn trace() -> Trace {
                     change(2_100_000_000, 8, 0, 51),
                     change(3_000_000_001, 9, 51, 0),
                 ],
+                rule_changes_left_out: 0,
                 probes: Health {
                     journeys: 1602,
                     transmitted: 1590,

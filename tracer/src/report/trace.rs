@@ -357,11 +357,11 @@ pub fn changes(summary: &Summary, most: usize) -> Vec<String> {
             format!("rule change {} at {at}: {change}", i + 1)
         })
         .collect();
-    let more = summary.rule_changes.len().saturating_sub(most);
+    let more = summary.changes().saturating_sub(lines.len() as u64);
     if more > 0 {
         lines.push(format!(
             "and {} more",
-            units::plural(more as u64, "rule change", "rule changes")
+            units::plural(more, "rule change", "rule changes")
         ));
     }
     lines
@@ -493,21 +493,24 @@ pub fn journeys(run: &TraceRun, journeys: &[KeptJourney], most: usize) -> Table 
 
 /// Which journeys are kept.
 pub fn kept(kept: &Kept, beside: bool) -> String {
-    let mut line = format!(
-        "journeys.jsonl holds {} that went well and {} that went wrong (at most {} of each); {} and {} are left out",
+    let failure = kept
+        .failure
+        .as_ref()
+        .map(|failure| format!(": it could not be written to the end ({failure})"))
+        .unwrap_or_default();
+    let missing = if beside {
+        ""
+    } else {
+        "; it is not beside trace.json"
+    };
+    format!(
+        "journeys.jsonl holds {} that went well and {} that went wrong (at most {} of each); {} and {} are left out{failure}{missing}",
         units::count(kept.good),
         units::count(kept.wrong),
         units::count(kept.limit),
         units::count(kept.good_left_out),
         units::count(kept.wrong_left_out),
-    );
-    if let Some(failure) = &kept.failure {
-        line += &format!(": it could not be written to the end ({failure})");
-    }
-    if !beside {
-        line += "; it is not beside trace.json";
-    }
-    line
+    )
 }
 
 /// The mode of all Services that had flows, if it is one.

@@ -31,6 +31,8 @@ use crate::rules::services::{self, Found};
 
 /// Room for Services that come while a session lasts, as addresses and endpoints of each family.
 const SPARE: u32 = 16 << 10;
+/// Rule changes that a summary tells one by one; the others are counted.
+const CHANGES: usize = 10_000;
 /// How long the rules must have been left alone before they are read again.
 const SETTLED: Duration = Duration::from_millis(500);
 
@@ -132,6 +134,7 @@ pub struct Session {
     tallies: Vec<Tally>,
     timeline: Timeline,
     changes: Vec<RuleChange>,
+    more_changes: u64,
     changed: Option<Instant>,
     reading: Option<Receiver<Result<Found, TraceError>>>,
     /// Records about packets to no Service: to an endpoint itself, or answers.
@@ -161,7 +164,6 @@ impl Session {
         if options.cost {
             probes.count_run_time()?;
         }
-        let started_ns = monotonic_ns();
         Ok(Self {
             ns: ns.clone(),
             hints: hints::mixed(&found)
@@ -175,11 +177,12 @@ impl Session {
             tallies: vec![Tally::default(); directory.services().len()],
             directory,
             changes: Vec::new(),
+            more_changes: 0,
             changed: None,
             reading: None,
             others: 0,
-            timeline: Timeline::new(started_ns),
-            started_ns,
+            timeline: Timeline::default(),
+            started_ns: monotonic_ns(),
         })
     }
 
@@ -218,14 +221,18 @@ impl Session {
         let mut events = Vec::new();
         for change in self.watcher.drain()? {
             self.changed = Some(Instant::now());
-            self.changes.push(change.clone());
+            if self.changes.len() < CHANGES {
+                self.changes.push(change.clone());
+            } else {
+                self.more_changes += 1;
+            }
             events.push(Event::RuleChange(change));
         }
         for record in self.probes.drain()? {
             match self.judge(&record) {
                 Some((index, journey)) => {
                     if self.tallies[index].add(&journey) {
-                        self.timeline.add(&journey);
+                        self.timeline.add(self.started_ns, &journey);
                     }
                     events.push(Event::Journey(journey));
                 }
@@ -344,7 +351,7 @@ impl Session {
             &self.tallies,
             self.timeline,
             stages,
-            self.changes,
+            (self.changes, self.more_changes),
             Health::new(stats, self.others, cost),
         );
         Ok((events, summary))

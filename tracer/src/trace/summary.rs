@@ -257,6 +257,8 @@ pub struct Summary {
     pub timeline: Timeline,
     /// Who changed rules.
     pub rule_changes: Vec<RuleChange>,
+    /// Later rule changes, of which only the number is kept.
+    pub rule_changes_left_out: u64,
     /// How the probes did.
     pub probes: Health,
 }
@@ -268,7 +270,7 @@ impl Summary {
         tallies: &[Tally],
         timeline: Timeline,
         paths: BTreeMap<&'static str, PathTimes>,
-        rule_changes: Vec<RuleChange>,
+        (rule_changes, rule_changes_left_out): (Vec<RuleChange>, u64),
         probes: Health,
     ) -> Self {
         let mut services: Vec<ServiceSummary> = directory
@@ -307,6 +309,7 @@ impl Summary {
                 .collect(),
             timeline,
             rule_changes,
+            rule_changes_left_out,
             probes,
         }
     }
@@ -314,6 +317,12 @@ impl Summary {
     /// Time since the session began, ns, of a time on its clock.
     pub const fn since(&self, time_ns: u64) -> u64 {
         time_ns.saturating_sub(self.started_ns)
+    }
+
+    /// Rule changes, those that were left out among them.
+    pub fn changes(&self) -> u64 {
+        self.rule_changes_left_out
+            .saturating_add(self.rule_changes.len() as u64)
     }
 
     /// New flows of all Services.

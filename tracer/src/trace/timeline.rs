@@ -22,23 +22,21 @@ pub struct Timeline {
     /// By path (`pod→ClusterIP`): new flows, and of them those whose first packet went wrong. At most
     /// [`BINS`] each, from the session's begin; empty ones at the end are left out.
     pub paths: BTreeMap<String, Vec<Bin>>,
-    #[serde(skip)]
-    started_ns: u64,
 }
 
-impl Timeline {
-    /// An empty one that begins at this time (`CLOCK_MONOTONIC`, ns).
-    pub const fn new(started_ns: u64) -> Self {
+impl Default for Timeline {
+    fn default() -> Self {
         Self {
             bin_ns: NARROWEST_NS,
             paths: BTreeMap::new(),
-            started_ns,
         }
     }
+}
 
-    /// Counts a new flow.
-    pub fn add(&mut self, journey: &Journey) {
-        let since = journey.time_ns.saturating_sub(self.started_ns);
+impl Timeline {
+    /// Counts a new flow of a session that began at this time (`CLOCK_MONOTONIC`, ns).
+    pub fn add(&mut self, started_ns: u64, journey: &Journey) {
+        let since = journey.time_ns.saturating_sub(started_ns);
         while since / self.bin_ns >= BINS as u64 {
             self.widen();
         }
@@ -86,12 +84,12 @@ mod tests {
 
     #[test]
     fn flows_fall_into_the_bin_of_their_time() {
-        let mut timeline = Timeline::new(1_000);
-        timeline.add(&journey(1_000, End::Sent));
-        timeline.add(&journey(1_000 + NARROWEST_NS, End::Leaked));
-        timeline.add(&journey(999 + 2 * NARROWEST_NS, End::Sent));
+        let mut timeline = Timeline::default();
+        timeline.add(1_000, &journey(1_000, End::Sent));
+        timeline.add(1_000, &journey(1_000 + NARROWEST_NS, End::Leaked));
+        timeline.add(1_000, &journey(999 + 2 * NARROWEST_NS, End::Sent));
         // The clock is read before the probes are attached: not before the begin, but who knows.
-        timeline.add(&journey(0, End::Sent));
+        timeline.add(1_000, &journey(0, End::Sent));
         let bins = &timeline.paths["pod→ClusterIP"];
         assert_eq!(
             bins[..],
@@ -101,16 +99,16 @@ mod tests {
 
     #[test]
     fn a_long_session_has_wide_bins_and_loses_no_flow() {
-        let mut timeline = Timeline::new(0);
+        let mut timeline = Timeline::default();
         let day_ns = 86_400_000_000_000;
         for i in 0..1_000 {
-            timeline.add(&journey(i * day_ns / 1_000, End::Leaked));
+            timeline.add(0, &journey(i * day_ns / 1_000, End::Leaked));
         }
         let bins = &timeline.paths["pod→ClusterIP"];
         assert!((BINS / 2..=BINS).contains(&bins.len()), "{}", bins.len());
         let sum = |pick: fn(&Bin) -> u64| bins.iter().map(pick).sum::<u64>();
         assert_eq!((sum(|bin| bin.sent), sum(|bin| bin.lost)), (1_000, 1_000));
-        timeline.add(&journey(u64::MAX, End::Sent));
+        timeline.add(0, &journey(u64::MAX, End::Sent));
         assert!(timeline.paths["pod→ClusterIP"].len() <= BINS);
     }
 }

@@ -205,7 +205,7 @@ struct Column {
 const COLUMNS: [Column; 6] = [
     Column {
         title: "mode",
-        width: 15,
+        width: 17,
         cell: |row, _| row.mode.clone(),
     },
     Column {
@@ -263,7 +263,9 @@ fn render(view: &View, width: usize, height: usize) -> Vec<String> {
     };
     let rows = &view.rows[..view.rows.len().min(shown)];
     let longest = rows.iter().map(|row| length(&row.service)).max();
-    let name = longest.unwrap_or(0).clamp(NAME.0, NAME.1);
+    // Two fifths of the width leave room for figures.
+    let most = (width * 2 / 5).clamp(NAME.0, NAME.1);
+    let name = longest.unwrap_or(0).clamp(NAME.0, most);
     let mut columns = [true; COLUMNS.len()];
     let taken = |columns: &[bool]| -> usize {
         let kept = COLUMNS.iter().zip(columns).filter(|(_, kept)| **kept);
@@ -280,23 +282,23 @@ fn render(view: &View, width: usize, height: usize) -> Vec<String> {
             .zip(columns)
             .filter_map(|(c, kept)| kept.then_some(c))
     };
-    let mut header = format!("{:<name$}", "Service");
-    for column in kept() {
-        header += &format!("{:>1$}", column.title, column.width);
-    }
-    lines.push(cut(&(header + "  went wrong"), width));
+    let joined = |service: &str, cell: &dyn Fn(&Column) -> String, wrong: &str| {
+        let cells: Vec<String> = kept()
+            .map(|column| format!("{:>1$}", cell(column), column.width))
+            .collect();
+        let line = format!("{:<name$}{}  {wrong}", cut(service, name), cells.concat());
+        cut(line.trim_end(), width)
+    };
+    let titles = |column: &Column| column.title.to_owned();
+    lines.push(joined("Service", &titles, "went wrong"));
     for row in rows {
-        let mut line = format!("{:<name$}", cut(&row.service, name));
-        for column in kept() {
-            line += &format!("{:>1$}", (column.cell)(row, view.clock), column.width);
-        }
         let wrong: Vec<String> = row
             .wrong
             .iter()
             .map(|(word, count)| format!("{} {word}", units::count(*count)))
             .collect();
-        line = format!("{line}  {}", wrong.join(", "));
-        lines.push(cut(line.trim_end(), width));
+        let cells = |column: &Column| (column.cell)(row, view.clock);
+        lines.push(joined(&row.service, &cells, &wrong.join(", ")));
     }
     if view.rows.len() > rows.len() {
         let more = format!("and {} more", view.rows.len() - rows.len());

@@ -1,5 +1,7 @@
 //! How figures were measured, in the words that every page uses.
 
+use std::collections::BTreeSet;
+
 use crate::record::run::{Clock, StageHistogram};
 
 /// What a nanosecond of this clock is.
@@ -44,11 +46,14 @@ pub(super) const QUANTILES: &str = "of histograms whose buckets are at most 1.6 
 
 /// What the stages hold that these histograms are of.
 pub(super) fn stages<'a>(
-    seen: impl Iterator<Item = &'a StageHistogram> + Clone,
+    seen: impl Iterator<Item = &'a StageHistogram>,
 ) -> Vec<(&'static str, String)> {
+    let names: BTreeSet<&str> = seen
+        .flat_map(|stage| [stage.stage.as_str(), stage.hook.as_str()])
+        .collect();
     STAGES
         .into_iter()
-        .filter(|(name, _)| seen.clone().any(|s| s.stage == *name || s.hook == *name))
+        .filter(|(name, _)| names.contains(name))
         .map(|(name, contains)| (name, contains.to_owned()))
         .collect()
 }

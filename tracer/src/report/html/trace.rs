@@ -180,11 +180,7 @@ impl Page<'_> {
             desc: format!(
                 "{}; {}.",
                 trace::outcome(self.summary),
-                units::plural(
-                    self.summary.rule_changes.len() as u64,
-                    "rule change",
-                    "rule changes"
-                )
+                units::plural(self.summary.changes(), "rule change", "rule changes")
             ),
             mode: self.mode,
             duration_ns: self.summary.duration_ns,
@@ -216,6 +212,8 @@ impl Page<'_> {
         if self.summary.rule_changes.is_empty() {
             return;
         }
+        let shown = self.summary.rule_changes.len().min(MOST) as u64;
+        let more = self.summary.changes().saturating_sub(shown);
         self.sheet.out.push_str("<ol class=\"changes\">");
         for change in self.summary.rule_changes.iter().take(MOST) {
             let _ = write!(
@@ -226,6 +224,10 @@ impl Page<'_> {
             );
         }
         self.sheet.out.push_str("</ol>\n");
+        if more > 0 {
+            let more = units::plural(more, "later one is", "later ones are");
+            self.sheet.paragraph(&format!("{more} not listed."));
+        }
         self.sheet.folded(&[trace::periods(self.summary, MOST)]);
     }
 
@@ -365,7 +367,7 @@ fn sentences(summary: &Summary) -> Vec<String> {
             most.unwrap_or_default()
         ));
     }
-    let changes = summary.rule_changes.len() as u64;
+    let changes = summary.changes();
     if changes > 0 {
         sentences.push(format!(
             "Rules were changed {} meanwhile.",

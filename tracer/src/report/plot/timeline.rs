@@ -107,7 +107,7 @@ impl Timeline<'_> {
                     units::tick(crate::record::run::Clock::Wall, self.bin_ns as f64)
                 ),
                 sign: Box::new(|svg: &mut Svg, x, y| {
-                    svg.rect("sent", (x, y - 6.0), (SIGN, 12.0), "")
+                    svg.rect("sent", (x, y - 6.0), (SIGN, 12.0), "");
                 }),
             },
             Entry {
