@@ -634,6 +634,7 @@ pub(crate) fn trace() -> Trace {
             environment: TraceEnvironment {
                 started: "2026-11-20T17:02:11Z".to_owned(),
                 version: "0.1.0".to_owned(),
+                realtime_offset_ns: 1_795_000_000_000_000_000,
                 host: "worker-0".to_owned(),
                 namespace: Some("/run/netns/node1".to_owned()),
                 kernel: "6.12.117+deb12-cloud-amd64".to_owned(),

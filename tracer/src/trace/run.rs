@@ -34,6 +34,8 @@ pub struct TraceRun {
 pub struct TraceEnvironment {
     /// RFC 3339, UTC.
     pub started: String,
+    /// What must be added to any `time_ns` to get nanoseconds since 1970, as of the begin.
+    pub realtime_offset_ns: i64,
     /// svcpath's version.
     pub version: String,
     /// The machine's name.

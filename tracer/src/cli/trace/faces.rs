@@ -46,19 +46,23 @@ impl Faces {
         }
         let clock = Clock::of_this_machine();
         let plain_table = args.output == Output::Text && !args.journeys && args.command.is_empty();
+        let offset_ns = clock::realtime_offset_ns();
         let faces = Self {
             output: args.output,
             journeys: args.journeys,
             clock,
             started_ns: session.started_ns(),
             live: (plain_table && std::io::stdout().is_terminal()).then(Live::new),
-            encoder: Encoder::new(clock, clock::realtime_offset_ns()),
+            encoder: Encoder::new(clock, offset_ns),
             recorder: args.dir.as_ref().map(|dir| {
                 let (recorder, began) = Recorder::start(dir, args.keep);
                 goes_on(began);
                 recorder
             }),
-            environment: environment(args, session),
+            environment: TraceEnvironment {
+                realtime_offset_ns: offset_ns,
+                ..environment(args, session)
+            },
             ns: ns.clone(),
         };
         if faces.output == Output::Pcapng {

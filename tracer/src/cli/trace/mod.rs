@@ -74,7 +74,8 @@ pub(crate) struct Args {
     /// Overwrite a trace that is there.
     #[arg(long, requires = "dir")]
     force: bool,
-    /// Journeys that -o keeps: so many that went well, and so many that went wrong. About 400 bytes each.
+    /// Journeys that -o keeps: so many that went well, and so many that went wrong. About 300 bytes each, without
+    /// stages.
     #[arg(long, value_name = "N", default_value_t = 50_000, requires = "dir")]
     keep: u64,
     /// Made once the probes are attached: traffic after that is seen.
@@ -91,8 +92,8 @@ enum Output {
     Text,
     /// One object a line, of which the last is the summary.
     Json,
-    /// Every journey as a packet with a comment, for Wireshark; a rule change is a packet that is only a
-    /// comment. The summary goes to standard error.
+    /// Every journey as a packet with a comment, for Wireshark; a rule change is a packet of text. The
+    /// summary goes to standard error.
     Pcapng,
 }
 
