@@ -198,7 +198,7 @@ pub fn every_change_is_credited(way: Option<Way>) {
 
     assert_credited(replaced, legacy, "iptables-legacy-restore");
     let legacy_table = |before, after| What::IptablesLegacy {
-        family: "IPv4",
+        family: "IPv4".to_owned(),
         table: "nat".to_owned(),
         before,
         after,

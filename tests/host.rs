@@ -4,6 +4,7 @@
 use tests::changes::{
     every_change_is_credited, rules_are_read_again_after_a_legacy_flush, who_is_gone_is_known,
 };
+use tests::faces::{a_flush_is_in_the_kept_trace, a_trace_is_kept_and_read_back};
 use tests::oracle::walk_agrees_with_the_kernel;
 use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
 use tests::trace::{
@@ -169,4 +170,19 @@ fn changes_by_who_is_gone() {
 #[test]
 fn iptables_legacy_trace_of_a_flush() {
     rules_are_read_again_after_a_legacy_flush();
+}
+
+#[test]
+fn iptables_nft_trace_is_kept() {
+    a_trace_is_kept_and_read_back(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_trace_is_kept() {
+    a_trace_is_kept_and_read_back(Mode::Nftables);
+}
+
+#[test]
+fn nftables_trace_of_a_flush_is_kept() {
+    a_flush_is_in_the_kept_trace();
 }

@@ -2,6 +2,7 @@
 //! this machine, `vm.rs` in a virtual machine with every mode.
 
 pub mod changes;
+pub mod faces;
 pub mod oracle;
 pub mod rules;
 pub mod trace;

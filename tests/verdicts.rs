@@ -149,8 +149,11 @@ pub fn prepared_faults_are_told(mode: Mode) {
 /// What each Service's flow has to be told as.
 fn wanted(node: &TestNode) -> Vec<(usize, Vec<Verdict>)> {
     let by = Who::Node;
-    let how = "port unreachable";
-    let rejected = Verdict::Rejected { by, how };
+    let how = "port unreachable".to_owned();
+    let rejected = Verdict::Rejected {
+        by,
+        how: how.clone(),
+    };
     let dropped = |stage: &str| Verdict::Dropped {
         reason: "NETFILTER_DROP".to_owned(),
         stage: stage.to_owned(),

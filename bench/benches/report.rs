@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bench::run;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use tracer::report::{html, json, markdown};
+use tracer::report::{blocks, html, json, markdown};
 
 fn writing(criterion: &mut Criterion) {
     let run = run();
@@ -13,8 +13,10 @@ fn writing(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("report");
     group.throughput(bytes(html::render(&run).len()));
     group.bench_function("html", |b| b.iter(|| html::render(black_box(&run))));
-    group.throughput(bytes(markdown::render(&run).len()));
-    group.bench_function("markdown", |b| b.iter(|| markdown::render(black_box(&run))));
+    group.throughput(bytes(markdown::render(&blocks::summary(&run)).len()));
+    group.bench_function("markdown", |b| {
+        b.iter(|| markdown::render(&blocks::summary(black_box(&run))));
+    });
     group.throughput(bytes(json::to_bytes(&run).expect("serializes").len()));
     group.bench_function("json", |b| b.iter(|| json::to_bytes(black_box(&run))));
     group.finish();

@@ -15,13 +15,14 @@ use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tracer::record::run::{Clock, Environment, FORMAT, Measurements, Place, Run};
 use tracer::report;
+use tracer::report::blocks::Block;
 use tracer::rules::Mode;
 use tracer::scenario::assemble::{assemble, join};
 use tracer::scenario::job::{self, Part, PartFile};
 use tracer::scenario::matrix::{Job, Load, Matrix, MatrixError};
 use tracer::scenario::node;
 
-use super::exit;
+use super::{environment, exit};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
@@ -212,35 +213,15 @@ impl Known {
             kernel,
             host_kernel,
             cpus,
-            ebpf: ebpf_object(),
+            ebpf: environment::ebpf_object(),
             tools,
-            command: command.iter().map(|word| printable(word)).collect(),
+            command: command
+                .iter()
+                .map(|word| report::write::printable(word))
+                .collect(),
             notes,
         }
     }
-}
-
-/// Words as they were typed may hold what a terminal would take for commands.
-fn printable(word: &str) -> String {
-    word.replace(char::is_control, "\u{fffd}")
-}
-
-/// Which eBPF object this program carries, and who compiled it.
-fn ebpf_object() -> String {
-    let manifest: serde_json::Value =
-        serde_json::from_str(tracer::probe::MANIFEST).unwrap_or_default();
-    let field = |pointer| {
-        let value = manifest.pointer(pointer);
-        value
-            .and_then(serde_json::Value::as_str)
-            .unwrap_or("unknown")
-    };
-    format!(
-        "sha256 {}, {}, {}",
-        field("/objects_sha256/probes"),
-        field("/rustc"),
-        field("/linker")
-    )
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
@@ -371,7 +352,7 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
     exit::require_root("svcpath bench run")?;
     report::write::check_target(dir, force)?;
     let started = Instant::now();
-    let started_at = now_utc();
+    let started_at = environment::now_utc();
     let jobs = matrix.jobs();
     // What the last job lacks should not be found out after hours.
     node::require(&matrix.modes)?;
@@ -413,8 +394,7 @@ fn run_here(matrix: &Matrix, dir: &Path, force: bool) -> anyhow::Result<ExitCode
         place: Place::Host,
         kernel: kernel.clone(),
         host_kernel: kernel,
-        cpus: std::thread::available_parallelism()
-            .map_or(1, |n| u32::try_from(n.get()).unwrap_or(1)),
+        cpus: environment::cpus(),
         tools: BTreeMap::new(),
         command: std::env::args().collect(),
         notes: Vec::new(),
@@ -436,16 +416,21 @@ fn finish(
         measurements,
     };
     report::write::write_all(&run, dir, force)?;
-    let table = terminal_table(&run, std::io::stdout().is_terminal());
+    let table = terminal(
+        &report::blocks::summary(&run),
+        std::io::stdout().is_terminal(),
+    );
     let page = dir.join(report::write::HTML_FILE);
     exit::print(&format!("{table}report  {}\n", page.display()))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// The table, as wide as the terminal.
-pub(crate) fn terminal_table(run: &Run, colour: bool) -> String {
-    let columns = std::env::var("COLUMNS").ok().and_then(|c| c.parse().ok());
-    report::terminal::render(run, columns.unwrap_or(110), colour)
+/// Tables and lines, as wide as the terminal.
+pub(crate) fn terminal(blocks: &[Block], colour: bool) -> String {
+    let said = std::env::var("COLUMNS").ok().and_then(|c| c.parse().ok());
+    let shown = || terminal_size::terminal_size_of(std::io::stdout()).map(|(width, _)| width.0);
+    let columns = said.or_else(shown).filter(|columns| *columns > 0);
+    report::terminal::render(blocks, columns.unwrap_or(110), colour)
 }
 
 /// The bar counts in whole numbers.
@@ -466,34 +451,6 @@ fn progress_bar(weight: f64) -> ProgressBar {
         bar.set_style(style);
     }
     bar
-}
-
-/// Now, RFC 3339 in UTC.
-fn now_utc() -> String {
-    let seconds = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs());
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    // Civil date from days since 1970-01-01 (proleptic Gregorian, era of 400 years).
-    let z = days + 719_468;
-    let (era, day_of_era) = (z / 146_097, z % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_index = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_index + 2) / 5 + 1;
-    let month = if month_index < 10 {
-        month_index + 3
-    } else {
-        month_index - 9
-    };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",
-        rest / 3600,
-        rest / 60 % 60,
-        rest % 60
-    )
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use tracer::scenario::assemble::AssembleError;
 use tracer::scenario::job::PartError;
 use tracer::scenario::matrix::MatrixError;
 use tracer::scenario::node::NodeError;
+use tracer::trace::session::TraceError;
 
 /// Something failed.
 pub(crate) const FAILURE: u8 = 1;
@@ -73,6 +74,9 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(code) = cause.downcast_ref().and_then(code_of_node) {
         return Some(code);
     }
+    if let Some(code) = cause.downcast_ref().and_then(code_of_trace) {
+        return Some(code);
+    }
     // Last, because many errors above have one of these as their cause.
     let io = cause.downcast_ref::<std::io::Error>()?;
     (io.kind() == ErrorKind::PermissionDenied).then_some(NOT_PERMITTED)
@@ -87,6 +91,16 @@ fn code_of_node(error: &NodeError) -> Option<u8> {
         NodeError::Lacks { .. }
         | NodeError::Btf(_)
         | NodeError::Probe(ProbeError::Btf(_) | ProbeError::Program(_)) => Some(KERNEL_LACKS),
+        _ => None,
+    }
+}
+
+fn code_of_trace(error: &TraceError) -> Option<u8> {
+    match error {
+        TraceError::NoSuchService { .. } => Some(USAGE),
+        TraceError::Btf(_) | TraceError::Probe(ProbeError::Btf(_) | ProbeError::Program(_)) => {
+            Some(KERNEL_LACKS)
+        }
         _ => None,
     }
 }
@@ -121,8 +135,13 @@ impl Stdout {
 
 /// Writes to standard output; unlike `print!` without a panic when its reader has gone away.
 pub(crate) fn print(text: &str) -> Result<(), Stdout> {
+    print_bytes(text.as_bytes())
+}
+
+/// The same for what need not be text.
+pub(crate) fn print_bytes(bytes: &[u8]) -> Result<(), Stdout> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())
+    out.write_all(bytes)
         .and_then(|()| out.flush())
         .map_err(Stdout)
 }
@@ -130,6 +149,11 @@ pub(crate) fn print(text: &str) -> Result<(), Stdout> {
 /// Says something on standard error. Nobody may be listening, which is no reason to stop.
 pub(crate) fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "svcpath: {line}");
+}
+
+/// Says lines that are whole already.
+pub(crate) fn say_lines(lines: &str) {
+    let _ = std::io::stderr().write_all(lines.as_bytes());
 }
 
 /// A signal asked to stop.

@@ -2,6 +2,7 @@
 
 mod bench;
 mod doctor;
+mod environment;
 mod exit;
 mod lab;
 mod report;
@@ -34,7 +35,7 @@ struct Cli {
 enum Command {
     /// Compare modes and sizes: costs of every stage, and what faults lose.
     Bench(bench::Args),
-    /// Show a run as terminal table, Markdown, HTML or JSON.
+    /// Show a run or a trace as text, Markdown, HTML or JSON.
     Report(report::Args),
     /// Compile a cluster to rules; check, read and walk the rules of a node.
     Rules(rules::Args),

@@ -3,25 +3,28 @@
 //! The answer first, then one plot a question with its table folded away, then how it was measured
 //! and where.
 
+mod method;
+mod sheet;
+pub mod trace;
+
 use std::fmt::Write as _;
 
+use self::sheet::Sheet;
 use super::blocks::{self, MISSING, Table, services};
 use super::plot::bars::{Bar, BarPlot, Kind, Segment};
 use super::plot::dots::{DotPlot, Group, Pair};
 use super::plot::lines::{Axis, LinePlot, Series};
-use super::plot::{self, escape, linear_ticks, log_ticks, timeline};
+use super::plot::{escape, linear_ticks, log_ticks, timeline};
 use super::quantile::{mean, quantile};
 use super::{answer, figures, units};
 use crate::record::run::{
     Cell, Clock, Fault, FaultKind, Histogram, PacketState, Place, ProbeHealth, Run,
 };
 
-const CSS: &str = include_str!("page.css");
-
 /// The whole page.
 pub fn render(run: &Run) -> String {
     let mut page = Page {
-        out: String::new(),
+        sheet: Sheet::new("svcpath: what Services cost on a node"),
         run,
         clock: run.measurements.clock,
     };
@@ -35,72 +38,16 @@ pub fn render(run: &Run) -> String {
     page.method();
     page.health();
     page.environment();
-    page.out.push_str("</main></body></html>\n");
-    page.out
+    page.sheet.finish()
 }
 
 struct Page<'a> {
-    out: String,
+    sheet: Sheet,
     run: &'a Run,
     clock: Clock,
 }
 
 impl Page<'_> {
-    fn heading(&mut self, id: &str, text: &str) {
-        let _ = writeln!(self.out, "<h2 id=\"{id}\">{}</h2>", escape(text));
-    }
-
-    fn subheading(&mut self, text: &str) {
-        let _ = writeln!(self.out, "<h3>{}</h3>", escape(text));
-    }
-
-    fn paragraph(&mut self, text: &str) {
-        let _ = writeln!(self.out, "<p>{}</p>", escape(text));
-    }
-
-    /// A plot in both widths; the page shows the one that fits.
-    fn figure(&mut self, draw: &dyn Fn(f64) -> String) {
-        let _ = writeln!(
-            self.out,
-            "<figure><div class=\"wide\">{}</div><div class=\"narrow\">{}</div></figure>",
-            draw(plot::WIDE),
-            draw(plot::NARROW)
-        );
-    }
-
-    fn folded(&mut self, tables: &[Table]) {
-        self.out
-            .push_str("<details><summary>The figures as a table</summary>");
-        for table in tables {
-            self.table(table);
-        }
-        self.out.push_str("</details>\n");
-    }
-
-    fn table(&mut self, table: &Table) {
-        let _ = write!(
-            self.out,
-            "<div class=\"scroll\"><table><caption>{}</caption><thead><tr>",
-            escape(&table.title)
-        );
-        for name in &table.header {
-            let _ = write!(self.out, "<th scope=\"col\">{}</th>", escape(name));
-        }
-        self.out.push_str("</tr></thead><tbody>");
-        for row in &table.rows {
-            self.out.push_str("<tr>");
-            for (i, cell) in row.iter().enumerate() {
-                let _ = if i == 0 {
-                    write!(self.out, "<th scope=\"row\">{}</th>", escape(cell))
-                } else {
-                    write!(self.out, "<td>{}</td>", escape(cell))
-                };
-            }
-            self.out.push_str("</tr>");
-        }
-        self.out.push_str("</tbody></table></div>\n");
-    }
-
     fn cost(&self, ns: f64) -> String {
         units::cost(self.clock, ns)
     }
@@ -144,11 +91,6 @@ impl Page<'_> {
 
     fn head(&mut self) {
         let run = self.run;
-        let title = "svcpath: what Services cost on a node";
-        let _ = write!(
-            self.out,
-            "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/><meta name=\"color-scheme\" content=\"light dark\"/><title>{title}</title><style>\n{CSS}</style></head>\n<body><main><h1>{title}</h1>\n"
-        );
         let modes: Vec<String> = figures::modes(run)
             .iter()
             .map(|mode| mode.name().to_owned())
@@ -166,23 +108,16 @@ impl Page<'_> {
                 units::list(&sizes)
             )
         };
-        let _ = writeln!(
-            self.out,
-            "<p class=\"quiet\">{}<span class=\"whole\">{}</span> · <span class=\"whole\">{}</span> · <span class=\"whole\">kernel {}</span></p>",
-            escape(&measured),
-            escape(&run.environment.started),
-            escape(figures::clock_words(self.clock)),
-            escape(&run.environment.kernel)
+        self.sheet.origin(
+            &measured,
+            &[
+                &run.environment.started,
+                figures::clock_words(self.clock),
+                &format!("kernel {}", run.environment.kernel),
+            ],
         );
-        let sentences = answer::sentences(run);
-        self.out.push_str("<div class=\"answer\">");
-        if sentences.is_empty() {
-            self.paragraph("This run holds no measurements.");
-        }
-        for sentence in &sentences {
-            self.paragraph(sentence);
-        }
-        self.out.push_str("</div>\n");
+        self.sheet
+            .answer(&answer::sentences(run), "This run holds no measurements.");
         let caution = match self.clock {
             Clock::Virtual => {
                 "Costs are counts of guest instructions: exact and repeatable, but blind to caches, branch prediction and contention between CPUs. They compare modes; they are not latencies of real hardware."
@@ -191,16 +126,8 @@ impl Page<'_> {
                 "Costs are wall-clock times of this machine and this run: differences smaller than those between repeated runs are no findings."
             }
         };
-        let _ = writeln!(self.out, "<p class=\"note\">{caution}</p>");
-        let alarms = blocks::alarms(run);
-        if !alarms.is_empty() {
-            self.out
-                .push_str("<div class=\"alarm\" role=\"note\"><strong>Read with care</strong><ul>");
-            for alarm in &alarms {
-                let _ = write!(self.out, "<li>{}</li>", escape(alarm));
-            }
-            self.out.push_str("</ul></div>\n");
-        }
+        self.sheet.note(caution);
+        self.sheet.alarms(&blocks::alarms(run));
     }
 
     /// Cost against number of Services.
@@ -209,14 +136,14 @@ impl Page<'_> {
             return;
         };
         let title = figures::path_title(path);
-        self.heading(
+        self.sheet.heading(
             "growth",
             "How does the cost grow with the number of Services?",
         );
-        self.subheading(&format!(
+        self.sheet.subheading(&format!(
             "First packet of a flow, {title}: the translating stage"
         ));
-        self.paragraph("The stage that turns the Service’s address into an endpoint’s: dnat, in ipvs mode its own stage. A straight line that rises pays for every further Service; a level one does not. Lines are medians, shades reach from p1 to p99.");
+        self.sheet.paragraph("The stage that turns the Service’s address into an endpoint’s: dnat, in ipvs mode its own stage. A straight line that rises pays for every further Service; a level one does not. Lines are medians, shades reach from p1 to p99.");
         let first = self.growth_plot(
             "growth-new",
             &title,
@@ -224,7 +151,7 @@ impl Page<'_> {
             true,
             &|cell| figures::translated(cell, path, PacketState::New),
         );
-        self.figure(&|width| first.draw(width));
+        self.sheet.figure(&|width| first.draw(width));
         let mut tables = vec![blocks::first_packets(self.run, path)];
         for other in figures::paths(self.run)
             .into_iter()
@@ -232,10 +159,11 @@ impl Page<'_> {
         {
             tables.push(blocks::first_packets(self.run, other));
         }
-        self.folded(&tables);
+        self.sheet.folded(&tables);
 
-        self.subheading(&format!("Later packets of a flow, {title}: the whole node"));
-        self.paragraph("Later packets are translated from what conntrack, or IPVS, remembers of the flow. As far as that spares them the rules, the lines are level.");
+        self.sheet
+            .subheading(&format!("Later packets of a flow, {title}: the whole node"));
+        self.sheet.paragraph("Later packets are translated from what conntrack, or IPVS, remembers of the flow. As far as that spares them the rules, the lines are level.");
         let later = self.growth_plot(
             "growth-established",
             &title,
@@ -243,7 +171,7 @@ impl Page<'_> {
             false,
             &|cell| figures::node(cell, path, PacketState::Established),
         );
-        self.figure(&|width| later.draw(width));
+        self.sheet.figure(&|width| later.draw(width));
         let tables: Vec<Table> = figures::paths(self.run)
             .into_iter()
             .map(|id| {
@@ -253,7 +181,7 @@ impl Page<'_> {
                 )
             })
             .collect();
-        self.folded(&tables);
+        self.sheet.folded(&tables);
     }
 
     /// A table of modes by number of Services.
@@ -366,8 +294,9 @@ impl Page<'_> {
             return;
         };
         let title = figures::path_title(path);
-        self.heading("spread", "How much does it vary from flow to flow?");
-        self.paragraph(&format!(
+        self.sheet
+            .heading("spread", "How much does it vary from flow to flow?");
+        self.sheet.paragraph(&format!(
             "First packets, {title}, translating stage, {}. Read it from the right: at 99, one flow in a hundred pays more than this.",
             self.at_size()
         ));
@@ -452,12 +381,12 @@ impl Page<'_> {
             },
             series,
         };
-        self.figure(&|width| spread.draw(width));
+        self.sheet.figure(&|width| spread.draw(width));
         let tables: Vec<Table> = figures::paths(self.run)
             .into_iter()
             .filter_map(|id| self.percentiles(id))
             .collect();
-        self.folded(&tables);
+        self.sheet.folded(&tables);
     }
 
     fn percentiles(&self, id: &str) -> Option<Table> {
@@ -495,24 +424,25 @@ impl Page<'_> {
         if ids.is_empty() {
             return;
         }
-        self.heading("stages", "Where does one packet’s time go?");
-        self.paragraph(&format!(
+        self.sheet
+            .heading("stages", "Where does one packet’s time go?");
+        self.sheet.paragraph(&format!(
             "Mean of each stage for {}, over all packets of the path, so that the parts add up to the mean of the whole node. What a mode does for Services comes first, in its colour.",
             self.at_size()
         ));
         let (main, folded): (Vec<&str>, Vec<&str>) =
             ids.into_iter().partition(|id| !figures::is_floor(id));
         for id in main {
-            self.subheading(&figures::path_title(id));
+            self.sheet.subheading(&figures::path_title(id));
             self.stages_of(id);
         }
         if !folded.is_empty() {
-            self.out.push_str("<details><summary>The same for traffic straight to a pod, which is no Service’s</summary>");
+            self.sheet.out.push_str("<details><summary>The same for traffic straight to a pod, which is no Service’s</summary>");
             for id in folded {
-                self.subheading(&figures::path_title(id));
+                self.sheet.subheading(&figures::path_title(id));
                 self.stages_of(id);
             }
-            self.out.push_str("</details>\n");
+            self.sheet.out.push_str("</details>\n");
         }
     }
 
@@ -539,7 +469,7 @@ impl Page<'_> {
                     let largest = largest
                         .map(|s| format!(", most of it {} {}", s.name, s.written))
                         .unwrap_or_default();
-                    format!("{} {}{largest}", bar.mode, bar.total)
+                    format!("{} {}{largest}", bar.label, bar.total)
                 })
                 .collect();
             let drawn = BarPlot {
@@ -552,10 +482,11 @@ impl Page<'_> {
                 bars,
             };
             let clock = self.clock;
-            self.figure(&|width| drawn.draw(width, &|value| units::tick(clock, value)));
+            self.sheet
+                .figure(&|width| drawn.draw(width, &|value| units::tick(clock, value)));
             tables.push(self.stage_table(id, state, words));
         }
-        self.folded(&tables);
+        self.sheet.folded(&tables);
     }
 
     /// A mode's bar: stages of one name together, whatever the hook.
@@ -579,7 +510,7 @@ impl Page<'_> {
                 None => segments.push(Segment {
                     name: stage.stage.clone(),
                     value,
-                    kind: Kind::of(&stage.stage, cell.mode),
+                    kind: Kind::of(&stage.stage, Some(cell.mode)),
                     written: String::new(),
                 }),
             }
@@ -593,7 +524,7 @@ impl Page<'_> {
         segments.sort_by_key(|segment| segment.kind);
         let total: f64 = segments.iter().map(|segment| segment.value).sum();
         Some(Bar {
-            mode: cell.mode,
+            mode: Some(cell.mode),
             label: cell.mode.name().to_owned(),
             segments,
             total: self.cost(total),
@@ -668,11 +599,11 @@ impl Page<'_> {
         if figures::main_path(self.run).is_none() {
             return;
         }
-        self.heading(
+        self.sheet.heading(
             "node",
             "What does the whole node cost, and what without a Service?",
         );
-        self.paragraph(&format!(
+        self.sheet.paragraph(&format!(
             "Compared at {}. Hollow marks are the same origin sending straight to a pod’s address. Where the hollow mark lies to the right of the filled one, a packet that goes to no Service pays more than one that does: where rules are looked at one by one, it passes them all and matches none.",
             self.at_size()
         ));
@@ -695,7 +626,7 @@ impl Page<'_> {
             if groups.is_empty() {
                 continue;
             }
-            self.subheading(words);
+            self.sheet.subheading(words);
             let values = || {
                 groups
                     .iter()
@@ -733,9 +664,9 @@ impl Page<'_> {
                 ticks: self.ticks(ticks),
                 groups,
             };
-            self.figure(&|width| drawn.draw(width));
+            self.sheet.figure(&|width| drawn.draw(width));
             let table = self.node_table(state, words);
-            self.folded(&[table]);
+            self.sheet.folded(&[table]);
         }
     }
 
@@ -795,11 +726,11 @@ impl Page<'_> {
         if self.run.measurements.faults.is_empty() {
             return;
         }
-        self.heading(
+        self.sheet.heading(
             "faults",
             "What do users lose when rules are flushed or switched?",
         );
-        self.paragraph("New flows by the time at which they were meant to start; what was lost stands in the mode’s colour. Shaded bands are rule changes, numbered as in the list below the plot. An outage reaches from the start of the first flow that failed to the start of the next that succeeded.");
+        self.sheet.paragraph("New flows by the time at which they were meant to start; what was lost stands in the mode’s colour. Shaded bands are rule changes, numbered as in the list below the plot. An outage reaches from the start of the first flow that failed to the start of the next that succeeded.");
         for (i, fault) in self.run.measurements.faults.iter().enumerate() {
             self.fault(i, fault);
         }
@@ -807,8 +738,8 @@ impl Page<'_> {
 
     fn fault(&mut self, i: usize, fault: &Fault) {
         let title = figures::fault_title(fault);
-        self.subheading(&capital(&title));
-        self.paragraph(&format!(
+        self.sheet.subheading(&capital(&title));
+        self.sheet.paragraph(&format!(
             "{}: {}.",
             blocks::fault_setting(fault),
             blocks::fault_outcome(fault)
@@ -816,17 +747,18 @@ impl Page<'_> {
         let nothing =
             fault.kind == FaultKind::Control && figures::new_flows(fault).lost_count() == 0;
         if nothing {
-            self.out.push_str("<details><summary>Nothing was done and no new flow was lost: the plot of it</summary>");
+            self.sheet.out.push_str("<details><summary>Nothing was done and no new flow was lost: the plot of it</summary>");
         }
-        self.figure(&|width| timeline::draw(&format!("fault-{i}"), fault, width));
+        self.sheet
+            .figure(&|width| timeline::draw(&format!("fault-{i}"), fault, width));
         if nothing {
-            self.out.push_str("</details>\n");
+            self.sheet.out.push_str("</details>\n");
         }
         if !fault.changes.is_empty() {
-            self.out.push_str("<ol class=\"changes\">");
+            self.sheet.out.push_str("<ol class=\"changes\">");
             for change in &fault.changes {
                 let _ = write!(
-                    self.out,
+                    self.sheet.out,
                     "<li>at {}, {} long: <code>{}</code>, {} → {} rules, elements and servers</li>",
                     escape(&format!("{:.3} s", change.start_ns as f64 / 1e9)),
                     escape(&units::time_u64(
@@ -837,7 +769,7 @@ impl Page<'_> {
                     units::count(change.after)
                 );
             }
-            self.out.push_str("</ol>\n");
+            self.sheet.out.push_str("</ol>\n");
         }
         let mut rows = Vec::new();
         for path in &fault.paths {
@@ -882,7 +814,7 @@ impl Page<'_> {
             .to_vec(),
             rows,
         };
-        self.folded(&[table]);
+        self.sheet.folded(&[table]);
     }
 
     /// Apply time and number of rules.
@@ -890,8 +822,9 @@ impl Page<'_> {
         if self.run.measurements.cells.is_empty() {
             return;
         }
-        self.heading("rules", "What does it take to put the rules there?");
-        self.subheading("Time to apply all rules");
+        self.sheet
+            .heading("rules", "What does it take to put the rules there?");
+        self.sheet.subheading("Time to apply all rules");
         let clock = self.clock;
         let apply = self.cells_plot(
             "apply",
@@ -900,8 +833,8 @@ impl Page<'_> {
             &|cell| cell.apply_ns as f64,
             &|value| units::tick(clock, value),
         );
-        self.figure(&|width| apply.draw(width));
-        self.subheading("What is in the kernel then");
+        self.sheet.figure(&|width| apply.draw(width));
+        self.sheet.subheading("What is in the kernel then");
         let rules = self.cells_plot(
             "rules-count",
             "rules, elements and servers in the kernel",
@@ -909,7 +842,7 @@ impl Page<'_> {
             &|cell| cell.rules.total() as f64,
             &|value| units::tick(Clock::Virtual, value),
         );
-        self.figure(&|width| rules.draw(width));
+        self.sheet.figure(&|width| rules.draw(width));
         let apply = self.by_size("Time to apply all rules", &|cell| {
             units::cost_u64(self.clock, cell.apply_ns)
         });
@@ -947,7 +880,7 @@ impl Page<'_> {
             .to_vec(),
             rows,
         };
-        self.folded(&[apply, counts]);
+        self.sheet.folded(&[apply, counts]);
     }
 
     fn cells_plot(
@@ -1009,64 +942,29 @@ impl Page<'_> {
         }
     }
 
-    fn definitions(&mut self, pairs: &[(&str, String)]) {
-        self.out.push_str("<dl>");
-        for (term, text) in pairs {
-            let _ = write!(
-                self.out,
-                "<dt>{}</dt><dd>{}</dd>",
-                escape(term),
-                escape(text)
-            );
-        }
-        self.out.push_str("</dl>\n");
-    }
-
     fn method(&mut self) {
         let measured = &self.run.measurements;
-        self.heading("method", "How it was measured");
-        let clock = match measured.clock {
-            Clock::Virtual => {
-                "virtual: the measured node runs in an emulator that advances its clock by 1 ns for each guest instruction and jumps ahead when idle. Figures are instruction counts; the same seed gives the same figures. They know nothing of caches, branch misses or contention between CPUs."
-            }
-            Clock::Wall => {
-                "wall: real nanoseconds of the machine named below, with everything that disturbs it."
-            }
-        };
-        let tier = match measured.tier.as_str() {
-            "hooks" => "hooks: BPF programs linked at netfilter hooks, just before and just after the priority at which a kernel component is registered, and tracepoints where packets enter and leave. No rule is inserted and no function is traced.".to_owned(),
-            other => other.to_owned(),
-        };
-        let seen = |stage: &str| {
-            let mut all = measured
-                .cells
-                .iter()
-                .flat_map(|cell| &cell.paths)
-                .flat_map(|path| &path.stages);
-            all.any(|s| s.stage == stage || s.hook == stage)
-        };
-        let stages: Vec<(&str, String)> = STAGES
-            .into_iter()
-            .filter(|(stage, _)| seen(stage))
-            .map(|(stage, contains)| (stage, contains.to_owned()))
-            .collect();
-        self.definitions(&[
-            ("clock", clock.to_owned()),
-            ("probe tier", tier),
+        self.sheet.heading("method", "How it was measured");
+        let seen = measured
+            .cells
+            .iter()
+            .flat_map(|cell| &cell.paths)
+            .flat_map(|path| &path.stages);
+        let stages = method::stages(seen);
+        self.sheet.definitions(&[
+            ("clock", method::clock(measured.clock).to_owned()),
+            ("probe tier", method::tier(&measured.tier)),
             ("seed", measured.seed.to_string()),
-            ("stage", "the time between two boundaries that a packet passes one after the other, named after the hook and the component between them: PREROUTING dnat is what runs at PREROUTING from just before to just after the priority of destination NAT. ".to_owned()),
-            ("whole node", "the sum of a packet’s stages on this node. The probes’ own time is left out.".to_owned()),
-            ("new, established", "what conntrack says of the packet: no reply seen yet, or a later packet in the flow’s original direction.".to_owned()),
-            ("median, p99", "of histograms whose buckets are at most 1.6 % wide; the middle of the bucket is shown, so a figure is off by at most 0.8 %. Means are exact.".to_owned()),
+            ("stage", method::STAGE.to_owned()),
+            ("whole node", method::NODE.to_owned()),
+            ("new, established", method::STATES.to_owned()),
+            ("median, p99", method::QUANTILES.to_owned()),
             ("per Service", "the difference of two medians, at a mode’s largest and smallest number of Services, divided by the difference in Services.".to_owned()),
-            ("not seen", match measured.tier.as_str() {
-                "hooks" => "what happens inside a stage (which rule matched, how long one rule took), work outside netfilter hooks other than as the time between two of them, the time of the network card and of the other end, and packets of other network namespaces. A packet that is queued or handed to another component inside a stage is timed until it is next seen.".to_owned(),
-                _ => "what this tier cannot see is said by svcpath doctor.".to_owned(),
-            }),
+            ("not seen", method::not_seen(&measured.tier).to_owned()),
         ]);
         if !stages.is_empty() {
-            self.subheading("What each stage holds");
-            self.definitions(&stages);
+            self.sheet.subheading("What each stage holds");
+            self.sheet.definitions(&stages);
         }
     }
 
@@ -1087,19 +985,20 @@ impl Page<'_> {
         if all.is_empty() {
             return;
         }
-        self.heading("probes", "Did the probes see everything?");
+        self.sheet
+            .heading("probes", "Did the probes see everything?");
         let missed = |health: &ProbeHealth| {
             health.unfinished + health.ring_lost + health.slot_collisions + health.unpaired
         };
         let total: u64 = all.iter().map(|(_, health)| missed(health)).sum();
         let journeys: u64 = all.iter().map(|(_, health)| health.journeys).sum();
         if total == 0 {
-            self.paragraph(&format!(
+            self.sheet.paragraph(&format!(
                 "Yes: {} journeys, none unfinished, no record lost, nothing unpaired.",
                 units::count(journeys)
             ));
         } else {
-            self.paragraph(&format!(
+            self.sheet.paragraph(&format!(
                 "Not quite: of {} journeys, {} events were missed; the table says where.",
                 units::count(journeys),
                 units::count(total)
@@ -1128,7 +1027,7 @@ impl Page<'_> {
                 row
             })
             .collect();
-        self.folded(&[Table {
+        self.sheet.folded(&[Table {
             title: "Journeys and what became of them".to_owned(),
             header: [
                 "cell or fault",
@@ -1152,7 +1051,7 @@ impl Page<'_> {
 
     fn environment(&mut self) {
         let e = &self.run.environment;
-        self.heading("environment", "Where it was measured");
+        self.sheet.heading("environment", "Where it was measured");
         let place = match e.place {
             Place::Host => "network namespaces of this machine",
             Place::Vm => "network namespaces in a virtual machine",
@@ -1175,60 +1074,9 @@ impl Page<'_> {
             ("command", e.command.join(" ")),
         ];
         rows.extend(e.notes.iter().map(|note| ("note", note.clone())));
-        self.definitions(&rows);
+        self.sheet.definitions(&rows);
     }
 }
-
-/// What lies between the boundaries of each stage of the hooks tier.
-const STAGES: [(&str, &str); 17] = [
-    (
-        "receive",
-        "from the device’s receive path to the first hook",
-    ),
-    ("raw", "the raw table"),
-    ("conntrack", "connection tracking: look-up, or a new entry"),
-    ("mangle", "the mangle table"),
-    (
-        "pre-dnat",
-        "filter chains before dnat: kube-proxy’s firewall check in nftables mode",
-    ),
-    (
-        "dnat",
-        "the nat table, for first packets of flows; at OUTPUT in ipvs mode IPVS as well, which sits directly behind it",
-    ),
-    (
-        "routing",
-        "the rest of PREROUTING, and the routing decision",
-    ),
-    (
-        "filter",
-        "the filter and security tables; at OUTPUT also the way to POSTROUTING",
-    ),
-    (
-        "ipvs",
-        "in ipvs mode IPVS, to the sending of a packet that it takes; at INPUT also nat for packets it leaves; nearly empty in other modes",
-    ),
-    ("output", "the way from FORWARD to POSTROUTING"),
-    (
-        "snat",
-        "the nat table: masquerade, for first packets of flows",
-    ),
-    ("helper", "conntrack helpers"),
-    (
-        "confirm",
-        "conntrack helpers, and confirmation of the entry",
-    ),
-    ("deliver", "the way to the socket"),
-    (
-        "egress",
-        "confirmation of the entry, neighbour, queue and driver",
-    ),
-    (
-        "OUTPUT-ipvs",
-        "as a hook: OUTPUT as a packet passes it that IPVS sends on, from within INPUT or, for the node’s own packets, a second time",
-    ),
-    ("-", "as a hook: before the first hook"),
-];
 
 /// The text with its first letter large.
 fn capital(text: &str) -> String {
@@ -1314,6 +1162,60 @@ mod tests {
             fs::create_dir_all(folder()).expect("a folder");
             fs::write(folder().join(name), page).expect("written");
         }
+    }
+
+    #[test]
+    fn the_page_of_a_trace_is_well_formed() {
+        let mut trace = sample::trace();
+        let page = trace::render(&trace);
+        check(&page);
+        for words in ["shop/web:http", "stages-new", "id=\"time-w", "generation 9"] {
+            assert!(page.contains(words), "{words}");
+        }
+        fs::create_dir_all(folder()).expect("a folder");
+        fs::write(folder().join("trace.html"), page).expect("written");
+        let summary = &mut trace.run.summary;
+        summary.services[0].mode = "ipvs".to_owned();
+        summary.timeline.paths.clear();
+        check(&trace::render(&trace));
+        let summary = &mut trace.run.summary;
+        summary.services.clear();
+        summary.paths.clear();
+        summary.rule_changes.clear();
+        trace.wrong = None;
+        let page = trace::render(&trace);
+        check(&page);
+        assert!(page.contains("No new flow to a Service was seen."));
+    }
+
+    #[test]
+    fn text_of_a_trace_is_never_markup() {
+        let mut trace = sample::trace();
+        let evil = "\"><script>alert('x')</script>".to_owned();
+        trace.run.environment.host.clone_from(&evil);
+        trace.run.environment.command = vec![evil.clone()];
+        let summary = &mut trace.run.summary;
+        summary.tier.clone_from(&evil);
+        for service in &mut summary.services {
+            service.name.clone_from(&evil);
+            service.mode.clone_from(&evil);
+        }
+        for path in &mut summary.paths {
+            path.path.push_str(&evil);
+            for stage in &mut path.stages {
+                stage.hook.clone_from(&evil);
+            }
+        }
+        for change in &mut summary.rule_changes {
+            change.by.name = Some(evil.clone());
+        }
+        let bins = summary.timeline.paths.pop_first().expect("a path").1;
+        summary.timeline.paths.insert(evil.clone(), bins);
+        for journey in trace.wrong.iter_mut().flatten() {
+            journey.service.clone_from(&evil);
+            journey.path.clone_from(&evil);
+        }
+        assert!(!trace::render(&trace).contains("<script"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! run.json's layout: indented, keys in the model's order, a histogram's buckets on one line.
+//! The layout of run.json and trace.json: indented, keys in the model's order, a histogram's buckets on one line.
 //!
 //! A run holds tens of thousands of buckets; with each on five lines nobody could read the rest.
 
@@ -7,10 +7,8 @@ use std::io;
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
-use crate::record::run::Run;
-
-/// The run as the bytes of run.json, ending in a newline. The same run gives the same bytes.
-pub fn to_bytes(run: &Run) -> serde_json::Result<Vec<u8>> {
+/// A run as the bytes of its file, ending in a newline. The same run gives the same bytes.
+pub fn to_bytes(run: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     let mut out = Vec::new();
     run.serialize(&mut Serializer::with_formatter(&mut out, Layout::default()))?;
     out.push(b'\n');
@@ -112,6 +110,7 @@ impl Formatter for Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::run::Run;
     use crate::report::sample;
 
     #[test]

@@ -2,13 +2,12 @@
 
 use std::fmt::Write as _;
 
-use super::blocks::{Block, Table, Tone, summary};
-use crate::record::run::Run;
+use super::blocks::{Block, Table, Tone};
 
-/// The run's tables and findings as Markdown. Ends in a newline.
-pub fn render(run: &Run) -> String {
+/// A run's tables and findings as Markdown. Ends in a newline.
+pub fn render(blocks: &[Block]) -> String {
     let mut out = String::new();
-    for (i, block) in summary(run).iter().enumerate() {
+    for (i, block) in blocks.iter().enumerate() {
         if i > 0 {
             out.push('\n');
         }
@@ -70,17 +69,18 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::blocks::summary;
     use crate::report::sample;
 
     #[test]
     fn the_whole_comparison() {
-        insta::assert_snapshot!(render(&sample::run()));
+        insta::assert_snapshot!(render(&summary(&sample::run())));
     }
 
     #[test]
     fn markup_is_text() {
         let mut run = sample::run();
         run.environment.notes = vec!["a | b\n<script>".to_owned()];
-        assert!(render(&run).contains("- note: a \\| b \\<script\\>\n"));
+        assert!(render(&summary(&run)).contains("- note: a \\| b \\<script\\>\n"));
     }
 }

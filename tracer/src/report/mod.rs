@@ -1,8 +1,9 @@
 //! What a run says, for people and for programs.
 //!
-//! Reads only the run model ([`crate::record::run`]): `run.json` in, and out of it the terminal's
-//! tables, Markdown, a self-contained HTML page and `HdrHistogram` logs. Nothing is measured or
-//! guessed here: a figure that a run lacks is shown as missing.
+//! Reads only what was recorded: a comparison ([`crate::record::run`], `run.json`) or a trace
+//! ([`crate::trace::run`], `trace.json`). Both become the same blocks, which the terminal and Markdown
+//! show, and pages made of the same parts. Nothing is measured or guessed here: a figure that a run
+//! lacks is shown as missing.
 
 pub mod answer;
 pub mod blocks;
@@ -14,14 +15,18 @@ pub mod markdown;
 pub mod plot;
 pub mod quantile;
 pub mod read;
+pub mod recorder;
 #[cfg(test)]
 pub(crate) mod sample;
 pub mod terminal;
+pub mod trace;
 pub mod units;
 pub mod write;
 
-pub use read::{Invalid, ReadError, read, validate};
+pub use read::{Invalid, ReadError, Recorded, read, validate};
 pub use write::{WriteError, Written, write_all};
 
 /// The JSON schema of `run.json`.
 pub const SCHEMA: &str = include_str!("../../schema/run.schema.json");
+/// The JSON schema of `trace.json`.
+pub const TRACE_SCHEMA: &str = include_str!("../../schema/trace.schema.json");

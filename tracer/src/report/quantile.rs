@@ -19,7 +19,8 @@ pub fn quantile(histogram: &Histogram, q: f64) -> Option<u64> {
 
 /// The bounds of the bucket that holds quantile `q`.
 pub fn bucket_at(histogram: &Histogram, q: f64) -> Option<(u64, u64)> {
-    let total: u64 = histogram.buckets.iter().map(|bucket| bucket[2]).sum();
+    let counts = histogram.buckets.iter().map(|bucket| u128::from(bucket[2]));
+    let total: u128 = counts.sum();
     if total == 0 {
         return None;
     }
@@ -30,7 +31,7 @@ pub fn bucket_at(histogram: &Histogram, q: f64) -> Option<(u64, u64)> {
         reason = "clamped to 0..=1000000"
     )]
     let millionths = (q.clamp(0.0, 1.0) * 1e6).round() as u128;
-    let rank = (millionths * u128::from(total)).div_ceil(1_000_000).max(1);
+    let rank = (millionths * total).div_ceil(1_000_000).max(1);
     let mut seen = 0_u128;
     for &[low, high, count] in &histogram.buckets {
         seen += u128::from(count);
@@ -51,7 +52,7 @@ pub fn mean(histogram: &Histogram) -> Option<f64> {
 pub fn merge<'a>(histograms: impl IntoIterator<Item = &'a Histogram>) -> Histogram {
     let mut merged = Histogram::default();
     for histogram in histograms {
-        merged.count += histogram.count;
+        merged.count = merged.count.saturating_add(histogram.count);
         merged.sum_ns = merged.sum_ns.saturating_add(histogram.sum_ns);
         merged.buckets.extend_from_slice(&histogram.buckets);
     }
@@ -59,7 +60,7 @@ pub fn merge<'a>(histograms: impl IntoIterator<Item = &'a Histogram>) -> Histogr
     merged.buckets.dedup_by(|next, kept| {
         let same = next[..2] == kept[..2];
         if same {
-            kept[2] += next[2];
+            kept[2] = kept[2].saturating_add(next[2]);
         }
         same
     });

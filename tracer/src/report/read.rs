@@ -1,22 +1,33 @@
-//! Loads run.json and says in one line what is wrong with one that cannot be trusted.
+//! Loads run.json and trace.json and says in one line what is wrong with one that cannot be trusted.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io::{self, BufRead as _, BufReader, Read as _};
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeOwned, Deserializer, MapAccess, SeqAccess, Visitor};
 
+use super::blocks::{self, Block};
+use super::trace::Trace;
+use super::write::{JOURNEYS_FILE, RUN_FILE, TRACE_FILE};
+use super::{html, trace as of_trace};
 use crate::record::run::{
     Cell, FORMAT, Fault, FaultKind, FaultPath, Histogram, Ledger, PacketState, PathResult,
     ProbeHealth, Run,
 };
+use crate::trace::run::{FORMAT as TRACE_FORMAT, Kept, KeptJourney, TraceRun};
+use crate::trace::summary::ServiceSummary;
+use crate::trace::timeline::BINS;
 
 /// No run is larger: the largest that can be measured takes a few MiB.
 const LARGEST: u64 = 256 << 20;
+/// No line of journeys.jsonl is longer: a journey with every stage takes 4 KiB.
+const LONGEST_LINE: u64 = 64 << 10;
+/// Journeys that went wrong and are kept to be shown.
+const SHOWN: usize = 1000;
 
 /// Why a run could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -54,12 +65,20 @@ pub enum ReadError {
         column: usize,
     },
     /// JSON of another program or version.
-    #[error("{}: format is '{found}', this svcpath reads '{FORMAT}': use the svcpath that wrote it, or measure again", file.display())]
+    #[error("{}: format is '{found}', this svcpath reads {}: use the svcpath that wrote it, or measure again", file.display(), readable(reads))]
     Format {
         /// Which.
         file: PathBuf,
         /// What it says it is.
         found: String,
+        /// What could have been read here.
+        reads: &'static [&'static str],
+    },
+    /// A folder without a run.
+    #[error("{} holds neither {RUN_FILE} nor {TRACE_FILE}: is it the folder that was given to -o?", dir.display())]
+    Nothing {
+        /// Which.
+        dir: PathBuf,
     },
     /// JSON, but not a run: a field is missing, unknown or of another type.
     #[error("{}: not a run: {what} at line {line}, column {column}", file.display())]
@@ -87,7 +106,7 @@ impl ReadError {
     /// The program's exit code: 5 for a run that is invalid, 1 for a file that cannot be read.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::File { .. } => 1,
+            Self::File { .. } | Self::Nothing { .. } => 1,
             Self::Kind { .. }
             | Self::Size { .. }
             | Self::Syntax { .. }
@@ -108,11 +127,94 @@ pub struct Invalid {
     pub problem: String,
 }
 
-/// Reads and validates one run.
+fn readable(formats: &[&str]) -> String {
+    let quoted: Vec<String> = formats.iter().map(|format| format!("'{format}'")).collect();
+    super::units::list(&quoted)
+}
+
+/// A run of either kind.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Recorded {
+    /// What `svcpath bench` measured.
+    Comparison(Box<Run>),
+    /// What `svcpath trace` saw.
+    Trace(Box<Trace>),
+}
+
+impl Recorded {
+    /// As tables and lines.
+    pub fn blocks(&self) -> Vec<Block> {
+        match self {
+            Self::Comparison(run) => blocks::summary(run),
+            Self::Trace(trace) => of_trace::blocks(trace),
+        }
+    }
+
+    /// As a page.
+    pub fn html(&self) -> String {
+        match self {
+            Self::Comparison(run) => html::render(run),
+            Self::Trace(trace) => html::trace::render(trace),
+        }
+    }
+
+    /// As it was recorded, indented; without the journeys beside a trace.
+    pub fn json(&self) -> serde_json::Result<String> {
+        let json = match self {
+            Self::Comparison(run) => serde_json::to_string_pretty(run),
+            Self::Trace(trace) => serde_json::to_string_pretty(&trace.run),
+        };
+        Ok(json? + "\n")
+    }
+}
+
+/// Reads and validates a run of either kind: its file, or the folder that it is in. With a trace, what
+/// is kept of its journeys beside it.
+pub fn recorded(path: impl AsRef<Path>) -> Result<Recorded, ReadError> {
+    let path = path.as_ref();
+    let file = if path.is_dir() {
+        let mut files = [RUN_FILE, TRACE_FILE]
+            .map(|name| path.join(name))
+            .into_iter();
+        files
+            .find(|file| file.exists())
+            .ok_or_else(|| ReadError::Nothing {
+                dir: path.to_owned(),
+            })?
+    } else {
+        path.to_owned()
+    };
+    let text = text(&file)?;
+    let format = format(&file, &text)?;
+    if format == FORMAT {
+        return Ok(Recorded::Comparison(Box::new(run(&file, &text)?)));
+    }
+    if format != TRACE_FORMAT {
+        return Err(ReadError::Format {
+            file,
+            found: format,
+            reads: &[FORMAT, TRACE_FORMAT],
+        });
+    }
+    let run = trace(&file, &text)?;
+    let beside = file.with_file_name(JOURNEYS_FILE);
+    let wrong = if beside.is_file() {
+        Some(journeys(&beside, &run.journeys)?)
+    } else {
+        None
+    };
+    Ok(Recorded::Trace(Box::new(Trace { run, wrong })))
+}
+
+/// Reads and validates one comparison.
 pub fn read(path: impl AsRef<Path>) -> Result<Run, ReadError> {
     let file = path.as_ref();
+    parse(file, &text(file)?)
+}
+
+fn text(file: &Path) -> Result<String, ReadError> {
     let bytes = bytes(file, LARGEST)?;
-    let text = String::from_utf8(bytes).map_err(|error| {
+    String::from_utf8(bytes).map_err(|error| {
         let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let lines = || valid.split(|byte| *byte == b'\n');
         ReadError::Syntax {
@@ -121,8 +223,7 @@ pub fn read(path: impl AsRef<Path>) -> Result<Run, ReadError> {
             line: lines().count(),
             column: 1 + lines().next_back().map_or(0, <[u8]>::len),
         }
-    })?;
-    parse(file, &text)
+    })
 }
 
 /// All of a file or pipe that is no larger than it may be.
@@ -211,22 +312,103 @@ struct Head {
 }
 
 fn parse(file: &Path, text: &str) -> Result<Run, ReadError> {
-    // Before anything of it is shown, be it in an error.
-    serde_json::from_str::<Plain>(text).map_err(|error| json_error(file, &error))?;
-    // Then the format: fields of another version are no mistakes of that version.
-    let head: Head = serde_json::from_str(text).map_err(|error| json_error(file, &error))?;
-    if head.format != FORMAT {
+    let found = format(file, text)?;
+    if found != FORMAT {
         return Err(ReadError::Format {
             file: file.to_owned(),
-            found: head.format,
+            found,
+            reads: &[FORMAT],
         });
     }
-    let run: Run = serde_json::from_str(text).map_err(|error| json_error(file, &error))?;
+    run(file, text)
+}
+
+/// What it says it is.
+fn format(file: &Path, text: &str) -> Result<String, ReadError> {
+    // Before anything of it is shown, be it in an error.
+    model::<Plain>(file, text)?;
+    // Then the format: fields of another version are no mistakes of that version.
+    model::<Head>(file, text).map(|head| head.format)
+}
+
+fn model<T: DeserializeOwned>(file: &Path, text: &str) -> Result<T, ReadError> {
+    serde_json::from_str(text).map_err(|error| json_error(file, &error))
+}
+
+fn run(file: &Path, text: &str) -> Result<Run, ReadError> {
+    let run: Run = model(file, text)?;
     validate(&run).map_err(|source| ReadError::Invalid {
         file: file.to_owned(),
         source,
     })?;
     Ok(run)
+}
+
+fn trace(file: &Path, text: &str) -> Result<TraceRun, ReadError> {
+    let run: TraceRun = model(file, text)?;
+    validate_trace(&run).map_err(|source| ReadError::Invalid {
+        file: file.to_owned(),
+        source,
+    })?;
+    Ok(run)
+}
+
+/// Reads the journeys that are kept beside a trace; returns those that went wrong, the first of them.
+fn journeys(file: &Path, kept: &Kept) -> Result<Vec<KeptJourney>, ReadError> {
+    let failed = |source| ReadError::File {
+        file: file.to_owned(),
+        source,
+    };
+    let disagrees = |found: u64| ReadError::Invalid {
+        file: file.to_owned(),
+        source: invalid(
+            JOURNEYS_FILE,
+            format!(
+                "holds {found} journeys, {TRACE_FILE} says {}: the two are not of one trace, or it was cut off",
+                kept.lines()
+            ),
+        ),
+    };
+    let mut content = BufReader::new(File::open(file).map_err(failed)?);
+    let mut wrong = Vec::new();
+    let (mut number, mut line) = (0_u64, Vec::new());
+    loop {
+        line.clear();
+        let room = &mut content.by_ref().take(LONGEST_LINE);
+        if room.read_until(b'\n', &mut line).map_err(failed)? == 0 {
+            break;
+        }
+        if number == kept.lines() {
+            // What could not be written to its end may end in half a line.
+            if kept.failure.is_some() {
+                break;
+            }
+            return Err(disagrees(number + 1));
+        }
+        number += 1;
+        let journey = journey(&line).map_err(|what| ReadError::Shape {
+            file: file.to_owned(),
+            what,
+            line: usize::try_from(number).unwrap_or(usize::MAX),
+            column: 1,
+        })?;
+        if !journey.end.is_good() && wrong.len() < SHOWN {
+            wrong.push(journey);
+        }
+    }
+    if number < kept.lines() {
+        return Err(disagrees(number));
+    }
+    Ok(wrong)
+}
+
+/// One line of journeys.jsonl, or what is wrong with it.
+fn journey(line: &[u8]) -> Result<KeptJourney, String> {
+    if line.last() != Some(&b'\n') {
+        return Err("a line is cut off or too long".to_owned());
+    }
+    serde_json::from_slice::<Plain>(line).map_err(|error| error.to_string())?;
+    serde_json::from_slice(line).map_err(|error| error.to_string())
 }
 
 fn json_error(file: &Path, error: &serde_json::Error) -> ReadError {
@@ -283,6 +465,69 @@ pub fn validate(run: &Run) -> Result<(), Invalid> {
             each.services
         );
         fault(&place, each)?;
+    }
+    Ok(())
+}
+
+/// Does the trace agree with itself? Called on what was read and before anything is written.
+pub fn validate_trace(run: &TraceRun) -> Result<(), Invalid> {
+    if run.format != TRACE_FORMAT {
+        return Err(invalid(
+            "format",
+            format!("is '{}', not '{TRACE_FORMAT}'", run.format),
+        ));
+    }
+    let summary = &run.summary;
+    summary.services.iter().try_for_each(service)?;
+    for path in &summary.paths {
+        for stage in &path.stages {
+            let state = super::figures::state_name(stage.state);
+            let place = format!(
+                "{}, stage {} {} {state}",
+                path.path, stage.hook, stage.stage
+            );
+            histogram(&place, &stage.histogram)?;
+        }
+        for (state, h) in &path.node {
+            let state = super::figures::state_name(*state);
+            histogram(&format!("{}, node {state}", path.path), h)?;
+        }
+    }
+    if summary.timeline.bin_ns == 0 {
+        return Err(invalid("timeline", "bin_ns is 0"));
+    }
+    for (path, bins) in &summary.timeline.paths {
+        let place = format!("timeline of {path}");
+        if bins.len() > BINS {
+            return Err(invalid(&place, format!("has more than {BINS} bins")));
+        }
+        if let Some(bin) = bins.iter().find(|bin| bin.lost > bin.sent) {
+            return Err(invalid(
+                &place,
+                format!("{} of {} new flows went wrong", bin.lost, bin.sent),
+            ));
+        }
+    }
+    let mut times = summary.rule_changes.iter().map(|change| change.time_ns);
+    if !times.by_ref().is_sorted() {
+        return Err(invalid("rule changes", "are not in the order of time"));
+    }
+    let kept = &run.journeys;
+    if kept.good.max(kept.wrong) > kept.limit {
+        return Err(invalid("journeys", "more are kept than may be"));
+    }
+    Ok(())
+}
+
+fn service(service: &ServiceSummary) -> Result<(), Invalid> {
+    histogram(&format!("{}, node", service.name), &service.node)?;
+    histogram(&format!("{}, answered", service.name), &service.answered)?;
+    let ends = sum(service.verdicts.iter().map(|count| count.count));
+    if ends > u128::from(service.flows) {
+        return Err(invalid(
+            &service.name,
+            format!("{ends} new flows ended, of {} that began", service.flows),
+        ));
     }
     Ok(())
 }
@@ -542,6 +787,8 @@ pub const fn unaccounted(probes: &ProbeHealth) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::record::run::{Loss, Outage, Verdict};
     use crate::report::{json, sample};
@@ -822,6 +1069,172 @@ mod tests {
         assert!(message.contains("the series holds"), "{message}");
     }
 
+    fn trace_text() -> String {
+        serde_json::to_string(&sample::trace().run).expect("serialize")
+    }
+
+    fn trace_contradiction(breaking: impl FnOnce(&mut TraceRun)) -> String {
+        let mut run = sample::trace().run;
+        breaking(&mut run);
+        let text = serde_json::to_string(&run).expect("serialize");
+        let error = trace(Path::new("some/trace.json"), &text).expect_err("must be refused");
+        assert_eq!(error.exit_code(), 5);
+        let message = error.to_string();
+        assert!(
+            message.starts_with("some/trace.json: run invalid: ") && !message.contains('\n'),
+            "{message}"
+        );
+        message
+    }
+
+    #[test]
+    fn the_sample_trace_is_read_as_it_was_written() {
+        let read = trace(Path::new("trace.json"), &trace_text()).expect("valid");
+        assert_eq!(read, sample::trace().run);
+    }
+
+    #[test]
+    fn traces_that_contradict_themselves() {
+        type Breaking = fn(&mut TraceRun);
+        let cases: [(Breaking, &str); 7] = [
+            (
+                |run| run.summary.services[0].flows = 1,
+                "new flows ended, of 1 that began",
+            ),
+            (
+                |run| run.summary.services[0].node.count += 1,
+                "values, its count is",
+            ),
+            (
+                |run| run.summary.paths[0].stages[0].histogram.sum_ns = 0,
+                "stage",
+            ),
+            (|run| run.summary.timeline.bin_ns = 0, "bin_ns is 0"),
+            (
+                |run| {
+                    let bins = run.summary.timeline.paths.values_mut().next();
+                    bins.expect("a path")[0].lost = u64::MAX;
+                },
+                "new flows went wrong",
+            ),
+            (|run| run.summary.rule_changes.reverse(), "order of time"),
+            (|run| run.journeys.limit = 0, "more are kept than may be"),
+        ];
+        for (breaking, words) in cases {
+            let message = trace_contradiction(breaking);
+            assert!(message.contains(words), "{message}");
+        }
+    }
+
+    #[test]
+    fn either_kind_is_found_in_its_folder() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let error = recorded(dir.path()).expect_err("empty");
+        assert_eq!(error.exit_code(), 1);
+        assert!(
+            error
+                .to_string()
+                .contains("neither run.json nor trace.json"),
+            "{error}"
+        );
+
+        let file = dir.path().join(TRACE_FILE);
+        fs::write(&file, trace_text()).expect("written");
+        let Recorded::Trace(read) = recorded(dir.path()).expect("valid") else {
+            panic!("a trace was written");
+        };
+        assert_eq!((&read.run, &read.wrong), (&sample::trace().run, &None));
+
+        fs::write(
+            &file,
+            trace_text().replacen(TRACE_FORMAT, "svcpath.trace/9", 1),
+        )
+        .expect("written");
+        let error = recorded(&file).expect_err("another version").to_string();
+        assert!(
+            error.contains(
+                "'svcpath.trace/9', this svcpath reads 'svcpath.run/1' and 'svcpath.trace/1'"
+            ),
+            "{error}"
+        );
+        fs::write(&file, text()).expect("written");
+        let read = recorded(&file).expect("the name does not matter");
+        assert_eq!(read, Recorded::Comparison(Box::new(sample::run())));
+    }
+
+    /// What reading journeys says of these bytes, of which so many lines should be good.
+    fn beside(bytes: &[u8], good: u64, failure: Option<&str>) -> Result<usize, String> {
+        let dir = tempfile::tempdir().expect("a folder");
+        let file = dir.path().join(JOURNEYS_FILE);
+        fs::write(&file, bytes).expect("written");
+        let kept = Kept {
+            limit: 10,
+            good,
+            failure: failure.map(str::to_owned),
+            ..Kept::default()
+        };
+        journeys(&file, &kept)
+            .map(|wrong| wrong.len())
+            .map_err(|error| {
+                assert_eq!(error.exit_code(), 5);
+                error.to_string()
+            })
+    }
+
+    #[test]
+    fn damaged_journeys_are_told_with_their_line() {
+        let line =
+            serde_json::to_string(&crate::trace::journey::Journey::sample()).expect("JSON") + "\n";
+        let leaked = line.replace("sent", "leaked");
+        let two = format!("{line}{leaked}");
+        assert_eq!(beside(two.as_bytes(), 2, None), Ok(1));
+        assert_eq!(beside(b"", 0, None), Ok(0));
+        let refused = |bytes: &[u8], good, failure| {
+            beside(bytes, good, failure).expect_err("must be refused")
+        };
+        let cut = &two.as_bytes()[..two.len() - 9];
+        assert!(refused(cut, 2, None).contains("a line is cut off or too long at line 2"));
+        assert!(refused(two.as_bytes(), 1, None).contains("holds 2 journeys, trace.json says 1"));
+        assert!(refused(two.as_bytes(), 3, None).contains("holds 2 journeys, trace.json says 3"));
+        assert_eq!(beside(cut, 1, Some("disk full")), Ok(0));
+        assert!(refused(cut, 2, Some("disk full")).contains("line 2"));
+        let odd = two.replace("leaked", "evaporated");
+        assert!(refused(odd.as_bytes(), 2, None).contains("evaporated"));
+        let command = two.replace("shop/web", "\\u001b[2J");
+        let message = refused(command.as_bytes(), 2, None);
+        assert!(
+            message.contains("control characters") && !message.contains('\u{1b}'),
+            "{message}"
+        );
+        assert!(refused(&[0xff, b'\n'], 1, None).contains("line 1"));
+        let endless = vec![b' '; 2 * usize::try_from(LONGEST_LINE).expect("small")];
+        assert!(refused(&endless, 1, None).contains("too long"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_damage_makes_reading_panic(
+            place in 0_usize..8192,
+            length in 0_usize..64,
+            bytes in proptest::collection::vec(any::<u8>(), 0..16),
+        ) {
+            let mut damaged = trace_text().into_bytes();
+            let place = place * damaged.len() / 8192;
+            let end = damaged.len().min(place + length);
+            damaged.splice(place..end, bytes);
+            if let Ok(text) = String::from_utf8(damaged)
+                && format(Path::new("trace.json"), &text).is_ok()
+                && let Ok(run) = trace(Path::new("trace.json"), &text)
+            {
+                // What was not noticed must still be shown.
+                let trace = Trace { run, wrong: None };
+                let shown = Recorded::Trace(Box::new(trace));
+                prop_assert!(!shown.blocks().is_empty());
+                prop_assert!(shown.html().ends_with("</html>\n"));
+            }
+        }
+    }
+
     #[test]
     fn strings_that_would_command_a_terminal() {
         for (from, to) in [
@@ -861,17 +1274,23 @@ mod tests {
     }
 
     #[test]
-    fn the_schema_is_current() {
-        let generated =
-            serde_json::to_string_pretty(&schemars::schema_for!(Run)).expect("serialize") + "\n";
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("schema/run.schema.json");
+    fn the_schemas_are_current() {
+        is_current(&schemars::schema_for!(Run), "run.schema.json");
+        is_current(&schemars::schema_for!(TraceRun), "trace.schema.json");
+    }
+
+    fn is_current(schema: &schemars::Schema, name: &str) {
+        let generated = serde_json::to_string_pretty(schema).expect("serialize") + "\n";
+        let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("schema")
+            .join(name);
         if std::env::var_os("SVCPATH_UPDATE_SCHEMA").is_some() {
             fs::write(&file, &generated).expect("write the schema");
         }
         let kept = fs::read_to_string(&file).expect("the schema is kept in the repository");
         assert!(
             kept == generated,
-            "tracer/schema/run.schema.json is stale: run the tests once with SVCPATH_UPDATE_SCHEMA=1"
+            "tracer/schema/{name} is stale: run the tests once with SVCPATH_UPDATE_SCHEMA=1"
         );
     }
 }

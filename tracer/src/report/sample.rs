@@ -11,7 +11,16 @@ use crate::record::run::{
     Measurements, Outage, PacketState, PathResult, Place, ProbeHealth, RuleChange, Run,
     StageHistogram, Verdict,
 };
+use crate::report::trace::Trace;
 use crate::rules::{Mode, RuleCounts};
+use crate::trace::changes;
+use crate::trace::journey::{End, Journey};
+use crate::trace::run::{Kept, KeptJourney, TraceEnvironment, TraceRun};
+use crate::trace::summary::{
+    Cost, Count, Health, PathSummary, ServiceSummary, Summary, VerdictCount,
+};
+use crate::trace::timeline::Timeline;
+use crate::trace::verdict::Verdict as Fate;
 
 /// New flows a path and cell.
 const FLOWS: u64 = 1000;
@@ -503,4 +512,201 @@ fn switch(from: Mode, to: Mode) -> Fault {
     ];
     fault.paths[1] = fault_path(Path::SERVICE[1], &[(19, 7), (20, 5)], &verdicts, 0);
     fault
+}
+
+/// A trace of a node whose rules are flushed and put back.
+pub(crate) fn trace() -> Trace {
+    let started_ns = 5_000_000_000;
+    let change = |after_ns: u64, generation, rules_added, rules_deleted| changes::RuleChange {
+        time_ns: started_ns + after_ns,
+        begin_ns: Some(started_ns + after_ns - 4_000_000),
+        by: changes::Actor {
+            pid: Some(812),
+            name: Some("nft".to_owned()),
+            parent: Some((790, "kube-proxy".to_owned())),
+            cgroup: Some("/kubepods".to_owned()),
+            pod: None,
+        },
+        what: changes::What::Nftables {
+            generation: Some(generation),
+            tables: BTreeMap::from([(
+                "ip kube-proxy".to_owned(),
+                changes::Delta {
+                    rules_added,
+                    rules_deleted,
+                    ..changes::Delta::default()
+                },
+            )]),
+        },
+        refused: BTreeMap::new(),
+        incomplete: false,
+    };
+    let count = |verdict, count| VerdictCount { verdict, count };
+    let dropped = Fate::Dropped {
+        reason: "NO_SOCKET".to_owned(),
+        stage: "INPUT deliver".to_owned(),
+    };
+    let mut dice = Dice(11);
+    let mut times = |base, n| {
+        let values: Vec<u64> = (0..n).map(|_| dice.about(base)).collect();
+        histogram_of(&values)
+    };
+    let later = End::Dropped {
+        reason: "NO_SOCKET".to_owned(),
+        stage: "INPUT deliver".to_owned(),
+    };
+    let service = |name: &str, verdicts: Vec<VerdictCount>, later_drops, node| ServiceSummary {
+        name: name.to_owned(),
+        mode: "nftables".to_owned(),
+        protocol: 6,
+        endpoints: 3,
+        there: true,
+        flows: verdicts.iter().map(|count| count.count).sum(),
+        repeated: 4,
+        verdicts,
+        later_drops,
+        later_resets: Vec::new(),
+        answered: Histogram::default(),
+        node,
+    };
+    let services = vec![
+        service(
+            "shop/web:http",
+            vec![count(Fate::Delivered, 270), count(Fate::Leaked, 30)],
+            vec![Count {
+                end: later,
+                count: 2,
+            }],
+            times(32_000, 300),
+        ),
+        service(
+            "shop/cart:grpc",
+            vec![count(Fate::Delivered, 90), count(dropped, 10)],
+            Vec::new(),
+            times(41_000, 100),
+        ),
+    ];
+    let path = |path: Path, packets, times: &mut dyn FnMut(u64, u64) -> Histogram| {
+        let mut stages = Vec::new();
+        let mut node = BTreeMap::new();
+        for (state, part) in [(PacketState::New, 1), (PacketState::Established, 3)] {
+            let mut whole = Histogram::default();
+            for (hook, stage, base) in [
+                ("PREROUTING", "conntrack", 1_900),
+                ("PREROUTING", "dnat", 24_600 / (part * part)),
+                ("PREROUTING", "routing", 800),
+                ("POSTROUTING", "snat", 600),
+            ] {
+                let histogram = times(base, packets * part);
+                whole.sum_ns += histogram.sum_ns;
+                stages.push(StageHistogram {
+                    hook: hook.to_owned(),
+                    stage: stage.to_owned(),
+                    state,
+                    histogram,
+                });
+            }
+            let sum = times(whole.sum_ns / (packets * part), packets * part);
+            node.insert(state, sum);
+        }
+        PathSummary {
+            path: path.title().to_owned(),
+            stages,
+            node,
+        }
+    };
+    let paths = vec![
+        path(Path::SERVICE[2], 100, &mut times),
+        path(Path::SERVICE[0], 300, &mut times),
+    ];
+    // One bin in five of 1 s holds the time between the flush and the repair.
+    let bins = |sent: u64, lost: u64| -> Vec<Bin> {
+        let lost_in = |i| if i == 2 { lost } else { 0 };
+        (0..5)
+            .map(|i| Bin {
+                sent,
+                lost: lost_in(i),
+            })
+            .collect()
+    };
+    let timeline = Timeline {
+        bin_ns: 1_000_000_000,
+        paths: BTreeMap::from([
+            (Path::SERVICE[2].title().to_owned(), bins(20, 10)),
+            (Path::SERVICE[0].title().to_owned(), bins(60, 30)),
+        ]),
+    };
+    let wrong = |time_ns, end| {
+        let journey = Journey {
+            time_ns: started_ns + time_ns,
+            end,
+            headed: None,
+            ..Journey::sample()
+        };
+        KeptJourney::from(&journey)
+    };
+    Trace {
+        run: TraceRun {
+            format: crate::trace::run::FORMAT.to_owned(),
+            environment: TraceEnvironment {
+                started: "2026-11-20T17:02:11Z".to_owned(),
+                version: "0.1.0".to_owned(),
+                realtime_offset_ns: 1_795_000_000_000_000_000,
+                host: "worker-0".to_owned(),
+                namespace: Some("/run/netns/node1".to_owned()),
+                kernel: "6.12.117+deb12-cloud-amd64".to_owned(),
+                cpus: 4,
+                ebpf: "sha256 0123456789abcdef, rustc 1.96, bpf-linker 0.13".to_owned(),
+                links: 25,
+                tools: BTreeMap::from([("nft".to_owned(), "1.0.6".to_owned())]),
+                command: ["svcpath", "trace", "-o", "run"]
+                    .map(str::to_owned)
+                    .to_vec(),
+                notes: vec!["rules of two modes are there: ipvs (3 Services) as well".to_owned()],
+            },
+            summary: Summary {
+                clock: Clock::Wall,
+                duration_ns: 5_000_000_000,
+                started_ns,
+                tier: "hooks".to_owned(),
+                services,
+                silent: 7,
+                paths,
+                timeline,
+                listening: changes::Listening {
+                    probes: Some("nf_setsockopt and netlink_unicast".to_owned()),
+                    refused: None,
+                    lost: 0,
+                },
+                rule_changes: vec![
+                    change(2_100_000_000, 8, 0, 51),
+                    change(3_000_000_001, 9, 51, 0),
+                ],
+                rule_changes_left_out: 0,
+                probes: Health {
+                    journeys: 1602,
+                    transmitted: 1590,
+                    dropped: 12,
+                    other_packets: 4711,
+                    cost: Some(Cost {
+                        probe_runs: 30_000,
+                        probe_ns: 3_300_000,
+                    }),
+                    ..Health::default()
+                },
+            },
+            journeys: Kept {
+                limit: 300,
+                good: 300,
+                wrong: 2,
+                good_left_out: 60,
+                wrong_left_out: 40,
+                failure: None,
+            },
+        },
+        wrong: Some(vec![
+            wrong(2_200_000_000, End::Leaked),
+            wrong(2_300_000_000, End::Leaked),
+        ]),
+    }
 }

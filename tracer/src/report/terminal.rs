@@ -2,20 +2,20 @@
 
 use comfy_table::{CellAlignment, ContentArrangement, Table as Grid, presets};
 
-use super::blocks::{Block, Table, Tone, summary};
-use crate::record::run::Run;
+use super::blocks::{Block, Table, Tone};
+use super::write::printable;
 
 const BOLD: &str = "\u{1b}[1m";
 const DIM: &str = "\u{1b}[2m";
 const RED: &str = "\u{1b}[31m";
 const PLAIN: &str = "\u{1b}[0m";
 
-/// The run's tables and findings, at most `width` columns wide where a table's own columns allow
+/// A run's tables and findings, at most `width` columns wide where a table's own columns allow
 /// it, with colour only if `colour`. Ends in a newline.
-pub fn render(run: &Run, width: u16, colour: bool) -> String {
+pub fn render(blocks: &[Block], width: u16, colour: bool) -> String {
     let width = usize::from(width.max(40));
     let mut out = String::new();
-    for (i, block) in summary(run).iter().enumerate() {
+    for (i, block) in blocks.iter().enumerate() {
         if i > 0 {
             out.push('\n');
         }
@@ -23,9 +23,10 @@ pub fn render(run: &Run, width: u16, colour: bool) -> String {
             Block::Table(table) => grid(&mut out, table, width, colour),
             Block::Lines(lines) => {
                 for (tone, line) in lines {
+                    let line = printable(line);
                     let (paint, text) = match tone {
-                        Tone::Plain => ("", line.clone()),
-                        Tone::Quiet => (DIM, line.clone()),
+                        Tone::Plain => ("", line),
+                        Tone::Quiet => (DIM, line),
                         Tone::Alarm => (RED, format!("warning: {line}")),
                     };
                     for (n, part) in wrapped(&text, width).iter().enumerate() {
@@ -68,7 +69,7 @@ fn grid(out: &mut String, table: &Table, width: usize, colour: bool) {
         }
     }
     for line in grid.lines() {
-        out.push_str(line.trim_end());
+        out.push_str(printable(&line).trim_end());
         out.push('\n');
     }
 }
@@ -122,17 +123,22 @@ fn wrapped(text: &str, width: usize) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::run::{Loss, Verdict};
+    use crate::record::run::{Loss, Run, Verdict};
+    use crate::report::blocks::summary;
     use crate::report::sample;
+
+    fn rendered(run: &Run, width: u16, colour: bool) -> String {
+        render(&summary(run), width, colour)
+    }
 
     #[test]
     fn the_whole_comparison() {
-        insta::assert_snapshot!(render(&sample::run(), 110, false));
+        insta::assert_snapshot!(rendered(&sample::run(), 110, false));
     }
 
     #[test]
     fn a_host_without_ipvs() {
-        insta::assert_snapshot!(render(&sample::host_run(), 80, false));
+        insta::assert_snapshot!(rendered(&sample::host_run(), 80, false));
     }
 
     #[test]
@@ -141,7 +147,7 @@ mod tests {
         run.measurements.cells.retain(|cell| {
             (cell.mode == crate::rules::Mode::IptablesNft) == (cell.services == 2000)
         });
-        insta::assert_snapshot!(render(&run, 110, false));
+        insta::assert_snapshot!(rendered(&run, 110, false));
     }
 
     #[test]
@@ -149,7 +155,7 @@ mod tests {
         let mut run = sample::run();
         run.measurements.cells.clear();
         run.measurements.faults.clear();
-        insta::assert_snapshot!(render(&run, 80, false));
+        insta::assert_snapshot!(rendered(&run, 80, false));
     }
 
     #[test]
@@ -166,11 +172,11 @@ mod tests {
             count: 2,
         });
         cell.probes.ring_lost = 5;
-        let text = render(&run, 200, true);
+        let text = rendered(&run, 200, true);
         assert!(text.contains("\u{1b}[31mwarning: iptables-legacy 100, pod→ClusterIP: 2 of 1,000 flows were lost with no fault injected (2 reset)\u{1b}[0m\n"), "{text}");
         assert!(text.contains("5 ring records lost"), "{text}");
         assert!(
-            !render(&run, 200, false).contains('\u{1b}'),
+            !rendered(&run, 200, false).contains('\u{1b}'),
             "no colour unless asked for"
         );
     }

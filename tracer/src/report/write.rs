@@ -11,6 +11,10 @@ use crate::report::hlog;
 
 /// The file that says that a folder holds a run.
 pub const RUN_FILE: &str = "run.json";
+/// The file that says that a folder holds a trace.
+pub const TRACE_FILE: &str = "trace.json";
+/// A trace's journeys, one a line.
+pub const JOURNEYS_FILE: &str = "journeys.jsonl";
 /// The page.
 pub const HTML_FILE: &str = "report.html";
 
@@ -37,6 +41,9 @@ pub enum WriteError {
     /// The folder holds a run already, or the file is there.
     #[error("{} is there already: write somewhere else, or overwrite it with --force", .0.display())]
     Exists(PathBuf),
+    /// The folder holds a run of the other kind.
+    #[error("{} is there, which is a run of another kind: choose another folder", .0.display())]
+    OtherKind(PathBuf),
     /// A figure that could not be encoded.
     #[error("nothing written: {0}")]
     Encode(String),
@@ -55,7 +62,7 @@ impl WriteError {
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Invalid(_) => 5,
-            Self::Exists(_) => 2,
+            Self::Exists(_) | Self::OtherKind(_) => 2,
             Self::Encode(_) | Self::File { .. } => 1,
         }
     }
@@ -81,11 +88,29 @@ fn remedy(error: &io::Error) -> &'static str {
 
 /// Refuses a folder that holds a run already, before hours are spent on another.
 pub fn check_target(dir: &Path, force: bool) -> Result<(), WriteError> {
-    let run_file = dir.join(RUN_FILE);
-    if !force && run_file.symlink_metadata().is_ok() {
-        return Err(WriteError::Exists(run_file));
+    check_run(dir, force, &[RUN_FILE], TRACE_FILE)
+}
+
+/// The same for a trace, before anything is attached.
+pub fn check_trace_target(dir: &Path, force: bool) -> Result<(), WriteError> {
+    check_run(dir, force, &[TRACE_FILE, JOURNEYS_FILE], RUN_FILE)
+}
+
+fn check_run(dir: &Path, force: bool, own: &[&str], other: &str) -> Result<(), WriteError> {
+    let there = |name: &&str| dir.join(name).symlink_metadata().is_ok();
+    if there(&other) {
+        return Err(WriteError::OtherKind(dir.join(other)));
+    }
+    if !force && let Some(name) = own.iter().find(|name| there(name)) {
+        return Err(WriteError::Exists(dir.join(name)));
     }
     check_folder(dir)
+}
+
+/// Text as it may stand in a file of ours and on a terminal, which takes some control characters for
+/// commands: a process can give itself any name.
+pub fn printable(text: &str) -> String {
+    text.replace(char::is_control, "\u{fffd}")
 }
 
 /// Refuses a file that [`write_file`] would not write, before anything is spent on its contents.
@@ -228,10 +253,11 @@ fn remove_stale_logs(dir: &Path, ours: &BTreeSet<String>) -> Result<(), WriteErr
 }
 
 /// Files under temporary names; those not published are removed when this is dropped.
-struct Staged(Vec<(PathBuf, PathBuf)>);
+#[derive(Default)]
+pub(super) struct Staged(Vec<(PathBuf, PathBuf)>);
 
 impl Staged {
-    fn add(&mut self, dir: &Path, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
+    pub(super) fn add(&mut self, dir: &Path, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
         let target = dir.join(name);
         let temporary = dir.join(format!(".{name}.{}.tmp", std::process::id()));
         self.0.push((temporary.clone(), target.clone()));
@@ -247,7 +273,7 @@ impl Staged {
         })
     }
 
-    fn publish(&mut self) -> Result<(), WriteError> {
+    pub(super) fn publish(&mut self) -> Result<(), WriteError> {
         while !self.0.is_empty() {
             let (temporary, target) = &self.0[0];
             fs::rename(temporary, target).map_err(|source| WriteError::File {

@@ -37,7 +37,7 @@ pub enum Choice {
 }
 
 impl Choice {
-    fn takes(&self, service: &FoundService) -> bool {
+    pub(super) fn takes(&self, service: &FoundService) -> bool {
         match self {
             Self::Service(wanted) => service.name.as_ref().is_some_and(|name| {
                 name == wanted
@@ -53,6 +53,17 @@ impl Choice {
                 .frontends
                 .iter()
                 .any(|frontend| frontend.kind == FrontendKind::NodePort && frontend.port == *port),
+        }
+    }
+}
+
+impl std::fmt::Display for Choice {
+    /// As it is written on the command line.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Service(name) => write!(f, "--service {name}"),
+            Self::Vip(vip) => write!(f, "--vip {vip}"),
+            Self::NodePort(port) => write!(f, "--node-port {port}"),
         }
     }
 }
@@ -197,7 +208,7 @@ impl Directory {
     }
 }
 
-fn name_of(service: &FoundService) -> String {
+pub(super) fn name_of(service: &FoundService) -> String {
     if let Some(name) = &service.name {
         return name.clone();
     }
@@ -246,12 +257,11 @@ pub(super) mod tests {
         }
     }
 
-    fn socket(text: &str) -> SocketAddr {
+    pub(in crate::trace) fn socket(text: &str) -> SocketAddr {
         text.parse().expect("an address")
     }
 
-    /// A few Services.
-    pub(in super::super) fn found() -> Found {
+    pub(in crate::trace) fn found() -> Found {
         Found {
             services: vec![
                 service(

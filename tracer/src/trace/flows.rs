@@ -46,6 +46,17 @@ pub enum Back {
     Error(Who, &'static str),
 }
 
+impl std::fmt::Display for Decided {
+    /// Whose it is, from where to where, and what became of it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} {} {} → {}  {}",
+            self.service, self.path, self.source, self.destination, self.verdict
+        )
+    }
+}
+
 /// A flow of which it is known now what became of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Decided {
@@ -62,6 +73,8 @@ pub struct Decided {
     pub source: SocketAddr,
     /// What was asked for.
     pub destination: SocketAddr,
+    /// `pod→ClusterIP`, ...
+    pub path: &'static str,
     /// Where its first packet was headed at the end; `None` if unknown.
     pub headed: Option<SocketAddr>,
     /// When its first packet came to the node (`CLOCK_MONOTONIC`, ns).
@@ -80,6 +93,7 @@ pub struct Decided {
 #[derive(Debug)]
 struct Flow {
     index: usize,
+    path: &'static str,
     first_ns: u64,
     /// When its first packet came last.
     last_ns: u64,
@@ -152,6 +166,7 @@ impl Flows {
             key,
             Flow {
                 index,
+                path: journey.path,
                 first_ns: journey.time_ns,
                 last_ns: journey.time_ns,
                 end: journey.end.clone(),
@@ -315,7 +330,12 @@ impl Flow {
         let serves = |address, at_ns| directory.serves(self.index, address, at_ns);
         match self.back {
             Some((Back::Reset(by), _)) => return Judged::Is(Verdict::Reset { by }),
-            Some((Back::Error(by, how), _)) => return Judged::Is(Verdict::Rejected { by, how }),
+            Some((Back::Error(by, how), _)) => {
+                return Judged::Is(Verdict::Rejected {
+                    by,
+                    how: how.to_owned(),
+                });
+            }
             Some((Back::Answer(by), _)) if serves(by, self.first_ns) => {
                 return Judged::Is(Verdict::Delivered);
             }
@@ -374,6 +394,7 @@ impl Flow {
             protocol: key.protocol,
             source: key.source,
             destination: key.destination,
+            path: self.path,
             headed: self.headed,
             first_ns: self.first_ns,
             after_ns: self
@@ -536,7 +557,10 @@ mod tests {
         let how = "port unreachable";
         assert_eq!(
             verdicts(&flows.decide(&directory, false, 3)),
-            [&Verdict::Rejected { by, how }]
+            [&Verdict::Rejected {
+                by,
+                how: how.to_owned()
+            }]
         );
         let decided = flows.decide(&directory, false, GRACE_NS);
         assert!(matches!(decided[0].verdict, Verdict::Dropped { .. }));

@@ -2,11 +2,12 @@
 
 use std::net::SocketAddr;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tracer_ebpf::record::HEADER;
 
 /// How a new flow's first packet left the node's netfilter hooks.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case", tag = "end")]
 pub enum End {
     /// Translated to an endpoint, and sent on by a device.
@@ -42,6 +43,11 @@ impl End {
             Self::Dropped { .. } => "dropped",
             Self::Unknown => "unknown",
         }
+    }
+
+    /// Is it that of a healthy Service?
+    pub const fn is_good(&self) -> bool {
+        self.advice().is_none()
     }
 
     /// What to look at, for an end that is none of a healthy Service.

@@ -8,9 +8,11 @@
 pub mod changes;
 pub mod directory;
 pub mod flows;
+pub mod hints;
 pub mod journey;
 pub mod packets;
 pub mod pcapng;
+pub mod run;
 pub mod session;
 pub mod summary;
 pub mod tally;

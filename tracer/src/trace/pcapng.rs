@@ -2,10 +2,8 @@
 //!
 //! One interface, whose packets begin with their IP header. A journey is a packet: its first bytes at
 //! the *end* of the journey, the time at which it came, and a comment that says where it came from,
-//! what it asked for and what became of it. A rule change is a packet without bytes that has only a
-//! comment: it stands in the list at its own time.
-
-use tracer_ebpf::record::HEADER;
+//! what it asked for and what became of it. What else happens, such as a rule change, stands in the list at
+//! its own time as a packet that is a line of text, which it has as its comment too.
 
 use super::journey::Journey;
 use crate::record::run::Clock;
@@ -33,9 +31,13 @@ const IF_TSRESOL: u16 = 9;
 const ISB_IFRECV: u16 = 4;
 const ISB_IFDROP: u16 = 5;
 
-/// Bytes of a packet that are recorded at most.
-#[expect(clippy::cast_possible_truncation, reason = "it is 64")]
-const SNAPLEN: u32 = HEADER as u32;
+/// Bytes of a packet that are recorded at most: of journeys 64, and of remarks [`MAX_REMARK`].
+const SNAPLEN: u32 = 4096;
+
+/// What a remark begins with: its first letter is 0x73, and no IP version is 7.
+const REMARK: &str = "svcpath: ";
+/// Bytes of a remark that are recorded at most; its comment has more.
+const MAX_REMARK: usize = 4096;
 
 /// Ten to the power of minus this is the unit of every time: nanoseconds.
 const NANOSECONDS: u8 = 9;
@@ -110,9 +112,13 @@ impl Encoder {
         )
     }
 
-    /// Something that happened at a time (`CLOCK_MONOTONIC`, ns), as a packet without bytes.
+    /// Something that happened at a time (`CLOCK_MONOTONIC`, ns), as a packet that is text.
     pub fn remark(self, time_ns: u64, text: &str) -> Vec<u8> {
-        self.packet(time_ns, (&[], 0), text)
+        // Readers tell IPv4 and IPv6 by the first four bits: no text may begin with 4 or 6 in them.
+        let text = format!("{REMARK}{text}");
+        let bytes = &text.as_bytes()[..text.floor_char_boundary(MAX_REMARK)];
+        let length = u32::try_from(text.len()).unwrap_or(u32::MAX);
+        self.packet(time_ns, (bytes, length), &text)
     }
 
     /// What a stream ends with, at a time: journeys that were seen, and records that were lost.
@@ -197,6 +203,7 @@ mod tests {
     use pcap_parser::traits::PcapReaderIterator as _;
     use pcap_parser::{Block, OptionCode, PcapBlockOwned, PcapError, PcapNGReader};
     use proptest::prelude::*;
+    use tracer_ebpf::record::HEADER;
 
     use super::*;
     use crate::trace::journey::End;
@@ -318,9 +325,9 @@ mod tests {
             *remark,
             (
                 1_700_000_000_000_000_006,
-                Vec::new(),
-                0,
-                vec!["nft changed rules →".to_owned()]
+                "svcpath: nft changed rules →".into(),
+                30,
+                vec!["svcpath: nft changed rules →".to_owned()]
             )
         );
         assert_eq!((last.1.len(), last.2), (0, 0));
@@ -344,8 +351,12 @@ mod tests {
     fn what_is_too_long_is_cut_at_a_character() {
         let text = "→".repeat(40_000);
         let stream = [encoder().begin(&about()), encoder().remark(0, &text)].concat();
-        let comment = read(&stream).0.remove(0).3.remove(0);
-        assert_eq!(comment.chars().count(), 65_535 / 3);
+        let (_, bytes, length, mut comments) = read(&stream).0.remove(0);
+        assert_eq!(comments.remove(0).chars().count(), 9 + (65_535 - 9) / 3);
+        assert_eq!(
+            (bytes.len(), length),
+            (9 + (4_096 - 9) / 3 * 3, 9 + 3 * 40_000)
+        );
     }
 
     proptest! {

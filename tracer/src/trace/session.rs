@@ -6,12 +6,13 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tracer_ebpf::path::Target;
+use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::Record;
 
 use super::changes::{ChangesError, Listening, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
 use super::flows::{Back, Decided, Flows};
+use super::hints;
 use super::journey::Journey;
 use super::packets::{Reader, Told};
 use super::summary::{Health, Summary};
@@ -33,6 +34,8 @@ use crate::rules::services::{self, Found};
 
 /// Room for Services that come while a session lasts, as addresses and endpoints of each family.
 const SPARE: u32 = 16 << 10;
+/// Rule changes that a summary tells one by one; the others are counted.
+const CHANGES: usize = 10_000;
 /// How long the rules must have been left alone before they are read again.
 const SETTLED: Duration = Duration::from_millis(500);
 
@@ -52,13 +55,22 @@ pub enum TraceError {
     #[error(transparent)]
     Unreadable(#[from] Unreadable),
     /// There is nothing to trace.
-    #[error("no rules of kube-proxy are here: is this the node's network namespace (--netns)?")]
+    #[error(
+        "no rules of kube-proxy are in this network namespace: name the node's with --netns (that of kube-proxy is \
+         /proc/PID/ns/net), or see why kube-proxy has written none; other proxies leave no rules that can be read"
+    )]
     NoServices,
     /// Nothing of what was asked for is there.
     #[error(
-        "the rules name no such Service (of {0} that they name): `svcpath rules parse --live` lists them"
+        "the rules name no such Service (of {services} that they name): {}; `svcpath rules parse --live` lists them",
+        unmatched.join("; ")
     )]
-    NoSuchService(usize),
+    NoSuchService {
+        /// How many the rules name.
+        services: usize,
+        /// Each choice, and what is nearest to it.
+        unmatched: Vec<String>,
+    },
     /// The probes.
     #[error(transparent)]
     Probe(#[from] ProbeError),
@@ -84,6 +96,29 @@ pub struct Options {
     pub detail: Detail,
     /// One in how many packets is timed that are not the first of a flow; 0 and 1: all.
     pub sample: u32,
+    /// Only flows from or to these addresses; empty: all.
+    pub pods: Vec<IpAddr>,
+    /// Only flows by these paths; empty: all.
+    pub paths: Vec<Path>,
+}
+
+impl Options {
+    /// Is this journey's flow one that was asked for?
+    fn wants(&self, journey: &Journey) -> bool {
+        let ends = [
+            Some(journey.source),
+            journey.headed,
+            Some(journey.destination),
+        ];
+        let mut ends = ends.into_iter().flatten();
+        (self.pods.is_empty() || ends.any(|end| self.pods.contains(&end.ip())))
+            && (self.paths.is_empty() || self.paths.iter().any(|path| path.title() == journey.path))
+    }
+
+    /// Are all flows of the chosen Services asked for?
+    fn want_all(&self) -> bool {
+        self.pods.is_empty() && self.paths.is_empty()
+    }
 }
 
 /// What happened.
@@ -124,6 +159,7 @@ impl Event {
 pub struct Session {
     ns: Netns,
     options: Options,
+    hints: Vec<String>,
     probes: HooksTier,
     watcher: Watcher,
     reader: Reader,
@@ -132,6 +168,7 @@ pub struct Session {
     tallies: Vec<Tally>,
     timeline: Timeline,
     changes: Vec<RuleChange>,
+    more_changes: u64,
     changed: Option<Instant>,
     /// When rules were changed last (`CLOCK_MONOTONIC`, ns).
     changed_ns: u64,
@@ -154,13 +191,16 @@ impl Session {
         let local = addresses::of_node(ns)?;
         directory.learn(&found, &local, 0);
         if directory.services().is_empty() {
-            return Err(TraceError::NoSuchService(found.services.len()));
+            return Err(TraceError::NoSuchService {
+                services: found.services.len(),
+                unmatched: hints::unmatched(&options.choices, &found),
+            });
         }
+        let started_ns = monotonic_ns();
         let mut probes = HooksTier::attach(ns, &watch(&directory, local.clone(), &options))?;
         if options.cost {
             probes.count_run_time()?;
         }
-        let started_ns = monotonic_ns();
         Ok(Self {
             ns: ns.clone(),
             reader: Reader {
@@ -169,17 +209,22 @@ impl Session {
                 local: local.iter().copied().collect(),
             },
             flows: Flows::default(),
+            hints: hints::mixed(&found)
+                .into_iter()
+                .chain(hints::unmatched(&options.choices, &found))
+                .collect(),
             options,
             probes,
             watcher,
             tallies: vec![Tally::default(); directory.services().len()],
             directory,
             changes: Vec::new(),
+            more_changes: 0,
             changed: None,
             changed_ns: started_ns,
             reading: None,
             others: 0,
-            timeline: Timeline::new(started_ns),
+            timeline: Timeline::default(),
             started_ns,
         })
     }
@@ -187,6 +232,11 @@ impl Session {
     /// When the probes were attached (`CLOCK_MONOTONIC`, ns).
     pub const fn started_ns(&self) -> u64 {
         self.started_ns
+    }
+
+    /// What is worth saying at the start: choices that match nothing, rules of several modes.
+    pub fn hints(&self) -> &[String] {
+        &self.hints
     }
 
     /// Number of netfilter links.
@@ -222,7 +272,11 @@ impl Session {
                 self.changed = Some(Instant::now());
                 self.changed_ns = self.changed_ns.max(change.time_ns);
             }
-            self.changes.push(change.clone());
+            if self.changes.len() < CHANGES {
+                self.changes.push(change.clone());
+            } else {
+                self.more_changes += 1;
+            }
             events.push(Event::RuleChange(change));
         }
         for record in self.probes.drain()? {
@@ -280,11 +334,15 @@ impl Session {
                 known,
                 journey,
             } => {
+                if !self.options.wants(&journey) {
+                    self.others += 1;
+                    return;
+                }
                 if !journey.first {
                     self.tallies[index].add_later(&journey);
                 } else if self.flows.first(key, index, &journey, known) {
                     self.tallies[index].add(&journey);
-                    self.timeline.add(&journey);
+                    self.timeline.add(self.started_ns, &journey);
                 } else {
                     self.tallies[index].repeated += 1;
                 }
@@ -299,6 +357,7 @@ impl Session {
                 let first = self.flows.came_back(key, back, time_ns);
                 if let Back::Reset(by) = back
                     && !first
+                    && self.options.want_all()
                 {
                     *self.tallies[index].later_resets.entry(by).or_default() += 1;
                 }
@@ -311,6 +370,7 @@ impl Session {
     fn count(&mut self, decided: Vec<Decided>, events: &mut Vec<Event>) {
         for decided in decided {
             self.tallies[decided.index].decide(&decided);
+            self.timeline.decide(self.started_ns, &decided);
             events.push(Event::Verdict(decided));
         }
     }
@@ -332,7 +392,7 @@ impl Session {
         let stats = self.probes.stats()?;
         let cost = self.probes.run_time()?;
         let found = self.probes.times()?;
-        let stages: BTreeMap<_, _> = tracer_ebpf::path::Path::ALL
+        let stages: BTreeMap<_, _> = Path::ALL
             .into_iter()
             .filter(|path| path.target != Target::Pod)
             .map(|path| {
@@ -349,7 +409,8 @@ impl Session {
             &self.tallies,
             self.timeline,
             stages,
-            (self.changes, self.watcher.listening()),
+            (self.changes, self.more_changes),
+            self.watcher.listening(),
             Health::new(stats, self.others, cost),
         );
         Ok((events, summary))

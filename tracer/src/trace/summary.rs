@@ -1,10 +1,8 @@
 //! What a session found.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
-use comfy_table::{CellAlignment, Table, presets};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tracer_ebpf::record::Stats;
 
 use super::changes::{Listening, RuleChange};
@@ -14,18 +12,18 @@ use super::tally::Tally;
 use super::timeline::Timeline;
 use super::verdict::{Verdict, Who};
 use crate::probe::hooks::RunTime;
-use crate::record::run::{Clock, Histogram, PacketState};
+use crate::record::run::{Clock, Histogram, PacketState, StageHistogram};
 use crate::record::times::PathTimes;
-use crate::report::quantile::quantile;
-use crate::report::units;
 
 /// One `ServicePort` in a summary.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
 pub struct ServiceSummary {
     /// `ns/name:port`.
     pub name: String,
     /// The mode whose rules serve it.
-    pub mode: &'static str,
+    pub mode: String,
     /// IP protocol number.
     pub protocol: u8,
     /// Endpoints that the rules name.
@@ -36,8 +34,6 @@ pub struct ServiceSummary {
     pub flows: u64,
     /// First packets that were sent once more.
     pub repeated: u64,
-    /// New flows by how their first packet ended.
-    pub ends: Vec<Count>,
     /// New flows by what became of them; together as many as `flows`.
     pub verdicts: Vec<VerdictCount>,
     /// Packets of established flows that were dropped.
@@ -50,8 +46,23 @@ pub struct ServiceSummary {
     pub node: Histogram,
 }
 
+impl ServiceSummary {
+    /// New flows that are known to have gone wrong.
+    pub fn wrong(&self) -> u64 {
+        let bad = self.verdicts.iter().filter(|count| count.verdict.is_bad());
+        bad.map(|count| count.count).fold(0, u64::saturating_add)
+    }
+
+    /// Packets of established flows that were dropped.
+    pub fn dropped_later(&self) -> u64 {
+        let drops = self.later_drops.iter().map(|count| count.count);
+        drops.fold(0, u64::saturating_add)
+    }
+}
+
 /// How often something happened.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Count {
     /// What.
     #[serde(flatten)]
@@ -61,7 +72,8 @@ pub struct Count {
 }
 
 /// How many flows ended so.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct VerdictCount {
     /// How.
     #[serde(flatten)]
@@ -71,7 +83,8 @@ pub struct VerdictCount {
 }
 
 /// How many resets came from somebody.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ResetCount {
     /// Who.
     pub by: Who,
@@ -89,18 +102,21 @@ fn counts(ends: &BTreeMap<End, u64>) -> Vec<Count> {
 }
 
 /// What was timed on one path, over all Services that were traced.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
 pub struct PathSummary {
     /// `pod→ClusterIP`, ...
-    pub path: &'static str,
+    pub path: String,
     /// Each stage, in a packet's order, by packet state.
-    pub stages: Vec<crate::record::run::StageHistogram>,
+    pub stages: Vec<StageHistogram>,
     /// The whole node, by packet state.
     pub node: BTreeMap<PacketState, Histogram>,
 }
 
 /// How the probes did.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Health {
     /// Journeys that began.
     pub journeys: u64,
@@ -130,7 +146,8 @@ pub struct Health {
 }
 
 /// What the probes cost.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Cost {
     /// How often probes ran: at every boundary that any packet passed.
     pub probe_runs: u64,
@@ -166,7 +183,9 @@ impl Health {
 }
 
 /// What a session found.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
 pub struct Summary {
     /// The clock of every time in it.
     pub clock: Clock,
@@ -175,7 +194,7 @@ pub struct Summary {
     /// When they were (`CLOCK_MONOTONIC`, ns): the zero of all times that are told since the begin.
     pub started_ns: u64,
     /// The probe tier.
-    pub tier: &'static str,
+    pub tier: String,
     /// Services to which there were flows, most flows first.
     pub services: Vec<ServiceSummary>,
     /// Services that were watched without a flow.
@@ -186,6 +205,8 @@ pub struct Summary {
     pub timeline: Timeline,
     /// Who changed rules.
     pub rule_changes: Vec<RuleChange>,
+    /// Later rule changes, of which only the number is kept.
+    pub rule_changes_left_out: u64,
     /// How they were heard of.
     pub listening: Listening,
     /// How the probes did.
@@ -199,7 +220,8 @@ impl Summary {
         tallies: &[Tally],
         timeline: Timeline,
         paths: BTreeMap<&'static str, PathTimes>,
-        (rule_changes, listening): (Vec<RuleChange>, Listening),
+        (rule_changes, rule_changes_left_out): (Vec<RuleChange>, u64),
+        listening: Listening,
         probes: Health,
     ) -> Self {
         let mut services: Vec<ServiceSummary> = directory
@@ -209,13 +231,12 @@ impl Summary {
             .filter(|(_, tally)| tally.flows + tally.repeated > 0 || !tally.later_drops.is_empty())
             .map(|(known, tally)| ServiceSummary {
                 name: known.name.clone(),
-                mode: known.mode,
+                mode: known.mode.to_owned(),
                 protocol: known.protocol,
                 endpoints: known.endpoints.len(),
                 there: known.there,
                 flows: tally.flows,
                 repeated: tally.repeated,
-                ends: counts(&tally.ends),
                 verdicts: tally
                     .verdicts
                     .iter()
@@ -242,165 +263,51 @@ impl Summary {
             clock: Clock::of_this_machine(),
             duration_ns: ended_ns.saturating_sub(started_ns),
             started_ns,
-            tier: "hooks",
+            tier: "hooks".to_owned(),
             silent: directory.services().len() - services.len(),
             services,
             paths: paths
                 .into_iter()
                 .map(|(path, times)| PathSummary {
-                    path,
+                    path: path.to_owned(),
                     stages: times.stages,
                     node: times.node,
                 })
                 .collect(),
             timeline,
             rule_changes,
+            rule_changes_left_out,
             listening,
             probes,
         }
     }
-}
 
-/// Half and the last hundredth of a histogram, as a person reads them.
-fn half_and_tail(clock: Clock, histogram: &Histogram) -> String {
-    match (quantile(histogram, 0.5), quantile(histogram, 0.99)) {
-        (Some(half), Some(tail)) => format!(
-            "{} / {}",
-            units::cost_u64(clock, half),
-            units::cost_u64(clock, tail)
-        ),
-        _ => "-".to_owned(),
+    /// Time since the session began, ns, of a time on its clock.
+    pub const fn since(&self, time_ns: u64) -> u64 {
+        time_ns.saturating_sub(self.started_ns)
     }
-}
 
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.force_no_tty();
-    table.set_header(header);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
+    /// Rule changes, those that were left out among them.
+    pub fn changes(&self) -> u64 {
+        self.rule_changes_left_out
+            .saturating_add(self.rule_changes.len() as u64)
     }
-    table
-}
 
-fn write_rows(f: &mut fmt::Formatter<'_>, rows: &Table) -> fmt::Result {
-    for line in rows.lines() {
-        writeln!(f, " {}", line.trim_end())?;
+    /// New flows of all Services.
+    pub fn flows(&self) -> u64 {
+        let flows = self.services.iter().map(|service| service.flows);
+        flows.fold(0, u64::saturating_add)
     }
-    Ok(())
-}
 
-/// `3 leaked, 1 dropped at ...`; nothing for what went well.
-fn troubles<T: fmt::Display>(counts: impl Iterator<Item = (T, u64)>) -> String {
-    let bad: Vec<String> = counts.map(|(what, n)| format!("{n} {what}")).collect();
-    bad.join(", ")
-}
-
-impl fmt::Display for Summary {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "\n{} with flows, {} without, in {} ({} tier: answers are not seen; times are a packet's on this node, without the probes' own)",
-            units::plural(self.services.len() as u64, "Service", "Services"),
-            self.silent,
-            units::time_u64(self.duration_ns),
-            self.tier,
-        )?;
-        let mut rows = table(&[
-            "Service",
-            "mode",
-            "endpoints",
-            "new flows",
-            "repeated",
-            "p50 / p99",
-        ]);
-        for service in &self.services {
-            let gone = if service.there { "" } else { " (gone)" };
-            rows.add_row([
-                format!("{}{gone}", service.name),
-                service.mode.to_owned(),
-                service.endpoints.to_string(),
-                units::count(service.flows),
-                units::count(service.repeated),
-                half_and_tail(self.clock, &service.node),
-            ]);
-        }
-        if !self.services.is_empty() {
-            write_rows(f, &rows)?;
-        }
-        self.write_troubles(f)?;
-        for path in &self.paths {
-            let new = |stage: &&crate::record::run::StageHistogram| stage.state == PacketState::New;
-            let mut rows = table(&[path.path, "new, p50 / p99", "packets"]);
-            for stage in path.stages.iter().filter(new) {
-                rows.add_row([
-                    format!("{} {}", stage.hook, stage.stage),
-                    half_and_tail(self.clock, &stage.histogram),
-                    units::count(stage.histogram.count),
-                ]);
-            }
-            if let Some(node) = path.node.get(&PacketState::New) {
-                rows.add_row([
-                    "whole node".to_owned(),
-                    half_and_tail(self.clock, node),
-                    units::count(node.count),
-                ]);
-            }
-            writeln!(f)?;
-            write_rows(f, &rows)?;
-        }
-        let probes = &self.probes;
-        writeln!(
-            f,
-            "\nprobes  {} journeys: {} left by a device, {} reached a socket, {} dropped, {} unfinished; {} other packets; lost: {} records, {} collisions, {} unpaired",
-            units::count(probes.journeys),
-            units::count(probes.transmitted),
-            units::count(probes.delivered_locally),
-            units::count(probes.dropped),
-            units::count(probes.unfinished),
-            units::count(probes.other_packets),
-            probes.ring_lost,
-            probes.slot_collisions,
-            probes.unpaired,
-        )?;
-        writeln!(f, "changes {}", self.listening)?;
-        if let Some(cost) = probes.cost
-            && cost.probe_runs > 0
-        {
-            writeln!(
-                f,
-                "cost    {} runs of probes, {:.0} ns each ({} in all), by the kernel's own account",
-                units::count(cost.probe_runs),
-                cost.probe_ns as f64 / cost.probe_runs as f64,
-                units::time_u64(cost.probe_ns),
-            )?;
-        }
-        Ok(())
-    }
-}
-
-impl Summary {
-    fn write_troubles(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for service in &self.services {
-            let bad = service.verdicts.iter().filter(|c| !c.verdict.is_good());
-            let new = troubles(bad.map(|c| (&c.verdict, c.count)));
-            if !new.is_empty() {
-                writeln!(f, "{}: of {} new flows {new}", service.name, service.flows)?;
-            }
-            let later = troubles(service.later_drops.iter().map(|c| (&c.end, c.count)));
-            if !later.is_empty() {
-                writeln!(f, "{}: of established flows {later}", service.name)?;
-            }
-            let verdicts = service.verdicts.iter();
-            let mut advice: Vec<&str> = verdicts.filter_map(|c| c.verdict.advice()).collect();
-            let drops = service.later_drops.iter();
-            advice.extend(drops.filter_map(|count| count.end.advice()));
-            advice.dedup();
-            for advice in advice {
-                writeln!(f, "  {advice}")?;
+    /// New flows of all Services that went wrong, by how.
+    pub fn troubles(&self) -> BTreeMap<&Verdict, u64> {
+        let mut troubles: BTreeMap<&Verdict, u64> = BTreeMap::new();
+        for count in self.services.iter().flat_map(|service| &service.verdicts) {
+            if count.verdict.is_bad() {
+                let sum = troubles.entry(&count.verdict).or_default();
+                *sum = sum.saturating_add(count.count);
             }
         }
-        Ok(())
+        troubles
     }
 }

@@ -17,8 +17,6 @@ pub struct Tally {
     /// First packets that were sent once more: nobody had answered the one before. While nothing tracks
     /// connections, later packets as well.
     pub repeated: u64,
-    /// New flows by how their first packet ended.
-    pub ends: BTreeMap<End, u64>,
     /// New flows by what became of them, as far as that is known.
     pub verdicts: BTreeMap<Verdict, u64>,
     /// Packets of established flows that were dropped, by reason and stage.
@@ -35,7 +33,6 @@ impl Tally {
     /// Counts a new flow.
     pub fn add(&mut self, journey: &Journey) {
         self.flows += 1;
-        *self.ends.entry(journey.end.clone()).or_default() += 1;
         self.node.add(journey.elapsed_ns);
     }
 
@@ -67,12 +64,16 @@ impl Tally {
 
     /// New flows that went wrong, as far as is known.
     pub fn bad(&self) -> u64 {
-        let bad = |(verdict, _): &(&Verdict, &u64)| !verdict.is_good() && verdict.is_known();
-        self.verdicts
-            .iter()
-            .filter(bad)
-            .map(|(_, count)| count)
-            .sum()
+        let bad = self.verdicts.iter().filter(|(verdict, _)| verdict.is_bad());
+        bad.map(|(_, count)| count).sum()
+    }
+
+    /// Packets that the kernel dropped: first ones that decided their flow, and later ones.
+    pub fn drops(&self) -> u64 {
+        let first = self.verdicts.iter();
+        let first = first.filter(|(verdict, _)| matches!(verdict, Verdict::Dropped { .. }));
+        let first: u64 = first.map(|(_, count)| count).sum();
+        first + self.later_drops.values().sum::<u64>()
     }
 }
 

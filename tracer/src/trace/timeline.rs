@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use super::flows::Decided;
 use super::journey::Journey;
 use crate::record::run::Bin;
 
@@ -13,46 +14,58 @@ const NARROWEST_NS: u64 = 20_000_000;
 pub const BINS: usize = 512;
 
 /// New flows by when they came, as bins of one width.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
 pub struct Timeline {
     /// A bin's width, ns.
     pub bin_ns: u64,
-    /// By path (`pod→ClusterIP`): new flows, and of them those whose first packet went wrong. At most
+    /// By path (`pod→ClusterIP`): new flows, and of them those that went wrong. At most
     /// [`BINS`] each, from the session's begin; empty ones at the end are left out.
     pub paths: BTreeMap<String, Vec<Bin>>,
-    #[serde(skip)]
-    started_ns: u64,
 }
 
-impl Timeline {
-    /// An empty one that begins at this time (`CLOCK_MONOTONIC`, ns).
-    pub const fn new(started_ns: u64) -> Self {
+impl Default for Timeline {
+    fn default() -> Self {
         Self {
             bin_ns: NARROWEST_NS,
             paths: BTreeMap::new(),
-            started_ns,
+        }
+    }
+}
+
+impl Timeline {
+    /// Counts a new flow of a session that began at this time (`CLOCK_MONOTONIC`, ns).
+    pub fn add(&mut self, started_ns: u64, journey: &Journey) {
+        if let Some(bin) = self.bin(started_ns, journey.time_ns, journey.path) {
+            bin.sent += 1;
         }
     }
 
-    /// Counts a new flow.
-    pub fn add(&mut self, journey: &Journey) {
-        let since = journey.time_ns.saturating_sub(self.started_ns);
+    /// Counts what became of one of its flows.
+    pub fn decide(&mut self, started_ns: u64, decided: &Decided) {
+        let was_lost = decided.corrects.as_ref().is_some_and(|was| was.is_bad());
+        let is_lost = decided.verdict.is_bad();
+        if let Some(bin) = self.bin(started_ns, decided.first_ns, decided.path) {
+            bin.lost = (bin.lost + u64::from(is_lost)).saturating_sub(u64::from(was_lost));
+        }
+    }
+
+    fn bin(&mut self, started_ns: u64, time_ns: u64, path: &str) -> Option<&mut Bin> {
+        let since = time_ns.saturating_sub(started_ns);
         while since / self.bin_ns >= BINS as u64 {
             self.widen();
         }
         // Below BINS, as the loop sees to.
         let index = usize::try_from(since / self.bin_ns).unwrap_or(BINS - 1);
-        if !self.paths.contains_key(journey.path) {
-            self.paths.insert(journey.path.to_owned(), Vec::new());
+        if !self.paths.contains_key(path) {
+            self.paths.insert(path.to_owned(), Vec::new());
         }
-        let Some(bins) = self.paths.get_mut(journey.path) else {
-            return;
-        };
+        let bins = self.paths.get_mut(path)?;
         if bins.len() <= index {
             bins.resize(index + 1, Bin::default());
         }
-        bins[index].sent += 1;
-        bins[index].lost += u64::from(journey.end.advice().is_some());
+        bins.get_mut(index)
     }
 
     fn widen(&mut self) {
@@ -84,12 +97,12 @@ mod tests {
 
     #[test]
     fn flows_fall_into_the_bin_of_their_time() {
-        let mut timeline = Timeline::new(1_000);
-        timeline.add(&journey(1_000, End::Sent));
-        timeline.add(&journey(1_000 + NARROWEST_NS, End::Leaked));
-        timeline.add(&journey(999 + 2 * NARROWEST_NS, End::Sent));
+        let mut timeline = Timeline::default();
+        timeline.add(1_000, &journey(1_000, End::Sent));
+        timeline.add(1_000, &journey(1_000 + NARROWEST_NS, End::Leaked));
+        timeline.add(1_000, &journey(999 + 2 * NARROWEST_NS, End::Sent));
         // The clock is read before the probes are attached: not before the begin, but who knows.
-        timeline.add(&journey(0, End::Sent));
+        timeline.add(1_000, &journey(0, End::Sent));
         let bins = &timeline.paths["pod→ClusterIP"];
         assert_eq!(
             bins[..],
@@ -99,16 +112,16 @@ mod tests {
 
     #[test]
     fn a_long_session_has_wide_bins_and_loses_no_flow() {
-        let mut timeline = Timeline::new(0);
+        let mut timeline = Timeline::default();
         let day_ns = 86_400_000_000_000;
         for i in 0..1_000 {
-            timeline.add(&journey(i * day_ns / 1_000, End::Leaked));
+            timeline.add(0, &journey(i * day_ns / 1_000, End::Leaked));
         }
         let bins = &timeline.paths["pod→ClusterIP"];
         assert!((BINS / 2..=BINS).contains(&bins.len()), "{}", bins.len());
         let sum = |pick: fn(&Bin) -> u64| bins.iter().map(pick).sum::<u64>();
         assert_eq!((sum(|bin| bin.sent), sum(|bin| bin.lost)), (1_000, 1_000));
-        timeline.add(&journey(u64::MAX, End::Sent));
+        timeline.add(0, &journey(u64::MAX, End::Sent));
         assert!(timeline.paths["pod→ClusterIP"].len() <= BINS);
     }
 }

@@ -2,10 +2,11 @@
 
 use std::net::SocketAddr;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What became of a flow.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case", tag = "verdict")]
 pub enum Verdict {
     /// An endpoint of the Service answered.
@@ -15,7 +16,7 @@ pub enum Verdict {
         /// Who.
         by: Who,
         /// What the error says: `port unreachable`.
-        how: &'static str,
+        how: String,
     },
     /// The kernel dropped its first packet.
     Dropped {
@@ -53,7 +54,8 @@ pub enum Verdict {
 }
 
 /// Somebody who ended a flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Who {
     /// Who had begun it.
@@ -81,6 +83,27 @@ impl Verdict {
     /// Did it go as it should?
     pub const fn is_good(&self) -> bool {
         matches!(self, Self::Delivered)
+    }
+
+    /// Is it known to have gone wrong?
+    pub const fn is_bad(&self) -> bool {
+        !self.is_good() && self.is_known()
+    }
+
+    /// One word for it, as [`Serialize`] writes it too.
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::Delivered => "delivered",
+            Self::Rejected { .. } => "rejected",
+            Self::Dropped { .. } => "dropped",
+            Self::Leaked => "leaked",
+            Self::Misdelivered { .. } => "misdelivered",
+            Self::Stuck { .. } => "stuck",
+            Self::Reset { .. } => "reset",
+            Self::Unanswered { .. } => "unanswered",
+            Self::Undecided => "undecided",
+            Self::Unknown => "unknown",
+        }
     }
 
     /// Is it known what became of it?

@@ -24,10 +24,10 @@ impl Kind {
     pub const ALL: [Self; 4] = [Self::Service, Self::Conntrack, Self::Filter, Self::Rest];
 
     /// The kind of a stage by its name and mode.
-    pub fn of(stage: &str, mode: Mode) -> Self {
+    pub fn of(stage: &str, mode: Option<Mode>) -> Self {
         match stage {
             // Other modes have that boundary too, but no IPVS behind it.
-            "ipvs" if mode != Mode::Ipvs => Self::Rest,
+            "ipvs" if mode.is_some_and(|mode| mode != Mode::Ipvs) => Self::Rest,
             "pre-dnat" | "dnat" | "ipvs" | "snat" => Self::Service,
             "conntrack" | "confirm" | "helper" => Self::Conntrack,
             "raw" | "mangle" | "filter" => Self::Filter,
@@ -68,11 +68,11 @@ pub struct Segment {
     pub written: String,
 }
 
-/// One mode's bar.
+/// One bar: a mode's, or a path's.
 #[derive(Clone, Debug)]
 pub struct Bar {
-    /// Whose.
-    pub mode: Mode,
+    /// In whose colour it stands; `None`: in none's.
+    pub mode: Option<Mode>,
     /// What stands before it.
     pub label: String,
     /// From left to right.
@@ -218,7 +218,7 @@ impl BarPlot {
             for segment in &bar.segments {
                 let (a, b) = (x.at(from), x.at(from + segment.value));
                 from += segment.value;
-                let hint = format!("{}: {} {}", bar.mode, segment.name, segment.written);
+                let hint = format!("{}: {} {}", bar.label, segment.name, segment.written);
                 svg.rect(
                     &format!("seg {} {}", segment.kind.class(), mode_class(bar.mode)),
                     (a, top),
@@ -256,12 +256,12 @@ mod tests {
 
     #[test]
     fn stages_have_their_kind() {
-        assert_eq!(Kind::of("dnat", Mode::Ipvs), Kind::Service);
-        assert_eq!(Kind::of("ipvs", Mode::Ipvs), Kind::Service);
-        assert_eq!(Kind::of("ipvs", Mode::Nftables), Kind::Rest);
-        assert_eq!(Kind::of("confirm", Mode::Ipvs), Kind::Conntrack);
-        assert_eq!(Kind::of("filter", Mode::Ipvs), Kind::Filter);
-        assert_eq!(Kind::of("something new", Mode::Ipvs), Kind::Rest);
+        assert_eq!(Kind::of("dnat", Some(Mode::Ipvs)), Kind::Service);
+        assert_eq!(Kind::of("ipvs", Some(Mode::Ipvs)), Kind::Service);
+        assert_eq!(Kind::of("ipvs", Some(Mode::Nftables)), Kind::Rest);
+        assert_eq!(Kind::of("confirm", Some(Mode::Ipvs)), Kind::Conntrack);
+        assert_eq!(Kind::of("filter", Some(Mode::Ipvs)), Kind::Filter);
+        assert_eq!(Kind::of("something new", Some(Mode::Ipvs)), Kind::Rest);
     }
 
     #[test]
@@ -269,7 +269,7 @@ mod tests {
         let segment = |name: &str, value: f64| Segment {
             name: name.to_owned(),
             value,
-            kind: Kind::of(name, Mode::Nftables),
+            kind: Kind::of(name, Some(Mode::Nftables)),
             written: value.to_string(),
         };
         let plot = BarPlot {
@@ -280,7 +280,7 @@ mod tests {
             legend: true,
             label: "instructions".to_owned(),
             bars: vec![Bar {
-                mode: Mode::Nftables,
+                mode: Some(Mode::Nftables),
                 label: "nftables".to_owned(),
                 segments: vec![
                     segment("dnat", 300.0),

@@ -133,7 +133,7 @@ impl DotPlot {
                     Anchor::End,
                     pair.mode.name(),
                 );
-                let class = mode_class(pair.mode);
+                let class = mode_class(Some(pair.mode));
                 let (p50, p99) = (x.at(pair.service.0), x.at(pair.service.1));
                 if let Some(floor) = pair.floor {
                     svg.line(

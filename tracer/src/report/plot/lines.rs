@@ -59,7 +59,7 @@ impl LinePlot {
                 text: series.name.clone(),
                 sign: Box::new(move |svg, x, y| {
                     svg.line(
-                        &format!("line {}", mode_class(series.mode)),
+                        &format!("line {}", mode_class(Some(series.mode))),
                         (x, y),
                         (x + SIGN, y),
                     );
@@ -134,7 +134,7 @@ impl LinePlot {
                 );
             }
             d.push('Z');
-            svg.path(&format!("band {}", mode_class(series.mode)), &d);
+            svg.path(&format!("band {}", mode_class(Some(series.mode))), &d);
         }
         for series in &self.series {
             let mut d = String::new();
@@ -148,7 +148,7 @@ impl LinePlot {
                 );
             }
             if series.points.len() > 1 {
-                svg.path(&format!("line {}", mode_class(series.mode)), &d);
+                svg.path(&format!("line {}", mode_class(Some(series.mode))), &d);
             }
         }
         for series in &self.series {

@@ -147,7 +147,7 @@ impl Svg {
         let class = format!(
             "{} {}",
             if hollow { "hollow" } else { "dot" },
-            mode_class(mode)
+            mode_class(Some(mode))
         );
         let hint = if hint.is_empty() {
             String::new()
@@ -191,13 +191,14 @@ impl Svg {
     }
 }
 
-/// The class that carries a mode's colour and dash.
-pub(super) const fn mode_class(mode: Mode) -> &'static str {
+/// The class that carries a mode's colour and dash; that of several modes together has none.
+pub(super) const fn mode_class(mode: Option<Mode>) -> &'static str {
     match mode {
-        Mode::IptablesLegacy => "m-legacy",
-        Mode::IptablesNft => "m-nft",
-        Mode::Ipvs => "m-ipvs",
-        Mode::Nftables => "m-nftables",
+        Some(Mode::IptablesLegacy) => "m-legacy",
+        Some(Mode::IptablesNft) => "m-nft",
+        Some(Mode::Ipvs) => "m-ipvs",
+        Some(Mode::Nftables) => "m-nftables",
+        None => "m-none",
     }
 }
 

@@ -440,7 +440,7 @@ fn legacy(open: Open, end: &End) -> Option<RuleChange> {
         begin_ns: Some(open.begin.time),
         by: open.by,
         what: What::IptablesLegacy {
-            family,
+            family: family.to_owned(),
             table,
             before,
             after,

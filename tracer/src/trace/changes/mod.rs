@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub mod actor;
 mod addresses;
@@ -26,7 +26,8 @@ pub use actor::Actor;
 pub use watcher::{ChangesError, Watcher};
 
 /// Somebody changed rules, or tried to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct RuleChange {
     /// When it was over: the kernel returned from the last request (`CLOCK_MONOTONIC`, ns). If `begin_ns`
     /// is unknown, when the announcement was read, which is later.
@@ -59,10 +60,11 @@ impl RuleChange {
 }
 
 /// How rule changes are heard of.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Listening {
     /// Where the probes sit; `None`: nowhere, and the kernel's announcements are all there is.
-    pub probes: Option<&'static str>,
+    pub probes: Option<String>,
     /// Why the probes could not be attached.
     pub refused: Option<String>,
     /// Records of theirs for which there was no room.
@@ -70,7 +72,8 @@ pub struct Listening {
 }
 
 /// What was changed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "subsystem", rename_all = "kebab-case")]
 pub enum What {
     /// A transaction of `nf_tables`: all of it is in, or, if it was refused, nothing.
@@ -83,7 +86,7 @@ pub enum What {
     /// A table of iptables-legacy, which is always replaced as a whole.
     IptablesLegacy {
         /// `IPv4` or `IPv6`.
-        family: &'static str,
+        family: String,
         /// `nat`, `filter`, ...
         table: String,
         /// The kernel's entries before: rules, each chain's policy, each chain's name, and the end.
@@ -106,7 +109,8 @@ pub enum What {
 }
 
 /// What a transaction did to a table of `nf_tables`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Delta {
     /// Rules added.
     pub rules_added: u64,
@@ -125,7 +129,8 @@ pub struct Delta {
 }
 
 /// What was done to a set: how often, or with how many entries.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct SetDelta {
     /// Made.
     pub created: u64,
@@ -142,7 +147,8 @@ pub struct SetDelta {
 }
 
 /// What was done to IPVS.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ServerDelta {
     /// Virtual servers added.
     pub servers_added: u64,
@@ -165,7 +171,8 @@ pub struct ServerDelta {
 }
 
 /// What was done to a link's addresses (`10.96.0.1/32`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct AddressDelta {
     /// Is it kube-ipvs0, whose addresses are those of Services in IPVS mode?
     pub virtual_ips: bool,

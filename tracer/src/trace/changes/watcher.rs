@@ -128,7 +128,7 @@ impl Watcher {
     /// How changes are heard of.
     pub fn listening(&self) -> Listening {
         Listening {
-            probes: self.way.as_ref().ok().map(|way| way.title()),
+            probes: self.way.as_ref().ok().map(|way| way.title().to_owned()),
             refused: self.way.as_ref().err().cloned(),
             lost: self.lost.load(Ordering::Relaxed),
         }

@@ -1,0 +1,199 @@
+//! Journeys as lines of text.
+
+use std::fmt::Write as _;
+
+use tracer::record::run::Clock;
+use tracer::report::units;
+use tracer::report::write::printable;
+use tracer::trace::journey::{Journey, StageTime};
+
+/// A journey that began at a time, which is written `+0.040271 s`: a line, and below it one for each
+/// stage that was recorded. Ends in a newline.
+pub(super) fn journey(clock: Clock, at: &str, journey: &Journey) -> String {
+    let cost = units::cost_u64(clock, journey.elapsed_ns);
+    let later = if journey.first { "" } else { ", established" };
+    let who = printable(&journey.to_string());
+    if journey.stages.is_empty() {
+        return format!("{at}  {who}  {cost}  {}{later}\n", journey.end);
+    }
+    let mut text = format!("{at}  {who}\n");
+    for (i, stage) in journey.stages.iter().enumerate() {
+        let line = format!(
+            "      {:<10} {:<11} {:<10} {:>9}   {}",
+            format!("+{}", units::cost_u64(clock, stage.begin_ns)),
+            stage.hook,
+            stage.stage,
+            units::cost_u64(clock, stage.took_ns),
+            detail(journey, i)
+        );
+        // Writing into a String cannot fail.
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    let _ = writeln!(text, "      = {cost} on this node · {}{later}", journey.end);
+    text
+}
+
+/// What a stage did to the packet, as far as its addresses at both ends tell.
+fn detail(journey: &Journey, index: usize) -> String {
+    let Some(stage) = journey.stages.get(index) else {
+        return String::new();
+    };
+    if Some(index) == translating(&journey.stages) {
+        return match journey.headed {
+            Some(headed) if headed != journey.destination => {
+                format!("{} → {headed}", journey.destination)
+            }
+            Some(_) => "not translated".to_owned(),
+            None => String::new(),
+        };
+    }
+    if stage.stage == "snat" {
+        return match journey.source_after {
+            Some(after) if after != journey.source => {
+                format!("masqueraded: {} → {after}", journey.source)
+            }
+            Some(_) => "not masqueraded".to_owned(),
+            None => String::new(),
+        };
+    }
+    String::new()
+}
+
+/// The stage in which the destination is translated: IPVS if it sent the packet on, else the first nat
+/// table (which at OUTPUT holds IPVS too).
+fn translating(stages: &[StageTime]) -> Option<usize> {
+    let ipvs = stages
+        .iter()
+        .position(|stage| stage.hook == "INPUT" && stage.stage == "ipvs");
+    let left_from_input = |from: usize| {
+        let mut later = stages[from..].iter();
+        later.any(|stage| stage.hook == "POSTROUTING")
+    };
+    ipvs.filter(|from| left_from_input(*from))
+        .or_else(|| stages.iter().position(|stage| stage.stage == "dnat"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use tracer::trace::journey::End;
+
+    use super::*;
+
+    fn socket(text: &str) -> SocketAddr {
+        text.parse().expect("an address")
+    }
+
+    fn stages(of: &[(&'static str, &'static str, u64)]) -> Vec<StageTime> {
+        let mut begin_ns = 0;
+        of.iter()
+            .map(|&(hook, stage, took_ns)| {
+                let time = StageTime {
+                    hook,
+                    stage,
+                    begin_ns,
+                    took_ns,
+                };
+                begin_ns += took_ns;
+                time
+            })
+            .collect()
+    }
+
+    fn flow(stages: Vec<StageTime>) -> Journey {
+        Journey {
+            time_ns: 0,
+            service: "shop/web:http".to_owned(),
+            protocol: 6,
+            source: socket("10.244.0.7:51544"),
+            destination: socket("10.96.10.1:80"),
+            headed: Some(socket("10.244.0.12:8080")),
+            path: "pod→ClusterIP",
+            first: true,
+            elapsed_ns: stages.iter().map(|stage| stage.took_ns).sum(),
+            source_after: Some(socket("10.244.0.7:51544")),
+            stages,
+            header: [0; 64],
+            end: End::Sent,
+        }
+    }
+
+    fn through_forward() -> Vec<StageTime> {
+        stages(&[
+            ("-", "receive", 400),
+            ("PREROUTING", "conntrack", 1_900),
+            ("PREROUTING", "dnat", 24_600),
+            ("PREROUTING", "routing", 800),
+            ("FORWARD", "filter", 3_100),
+            ("POSTROUTING", "snat", 600),
+            ("POSTROUTING", "egress", 600),
+        ])
+    }
+
+    #[test]
+    fn a_journey_without_stages_is_a_line() {
+        let mut journey = flow(Vec::new());
+        journey.elapsed_ns = 32_000;
+        insta::assert_snapshot!(super::journey(Clock::Wall, "+0.040271 s", &journey), @"+0.040271 s  shop/web:http pod→ClusterIP 10.244.0.7:51544 → 10.96.10.1:80 → 10.244.0.12:8080  32.0 us  sent to its endpoint");
+        journey.end = End::Leaked;
+        journey.headed = Some(journey.destination);
+        journey.first = false;
+        let text = super::journey(Clock::Virtual, "+0.1 s", &journey);
+        insta::assert_snapshot!(text, @"+0.1 s  shop/web:http pod→ClusterIP 10.244.0.7:51544 → 10.96.10.1:80  32.0k  leaked, established");
+    }
+
+    #[test]
+    fn every_stage_has_its_line() {
+        insta::assert_snapshot!(super::journey(
+            Clock::Wall,
+            "+0.040271 s",
+            &flow(through_forward())
+        ));
+    }
+
+    #[test]
+    fn a_masqueraded_packet() {
+        let mut journey = flow(through_forward());
+        journey.source_after = Some(socket("192.0.2.1:51544"));
+        let text = super::journey(Clock::Wall, "+0 s", &journey);
+        assert!(
+            text.contains("600 ns   masqueraded: 10.244.0.7:51544 → 192.0.2.1:51544\n"),
+            "{text}"
+        );
+        journey.source_after = None;
+        journey.headed = None;
+        let text = super::journey(Clock::Wall, "+0 s", &journey);
+        assert!(
+            !text.contains("masqueraded") && !text.contains("translated"),
+            "unknown is not guessed: {text}"
+        );
+    }
+
+    #[test]
+    fn what_ipvs_sends_on_it_has_translated() {
+        let journey = flow(stages(&[
+            ("PREROUTING", "dnat", 300),
+            ("INPUT", "ipvs", 5_000),
+            ("OUTPUT-ipvs", "dnat", 200),
+            ("POSTROUTING", "snat", 600),
+        ]));
+        let details: Vec<String> = (0..4).map(|i| detail(&journey, i)).collect();
+        let said = [
+            "",
+            "10.96.10.1:80 → 10.244.0.12:8080",
+            "",
+            "not masqueraded",
+        ];
+        assert_eq!(details, said);
+        // Delivered at INPUT: IPVS has let it pass.
+        let delivered = flow(stages(&[
+            ("PREROUTING", "dnat", 300),
+            ("INPUT", "ipvs", 200),
+            ("INPUT", "deliver", 100),
+        ]));
+        assert!(detail(&delivered, 0).contains(" → "));
+        assert_eq!(detail(&delivered, 1), "");
+        assert_eq!(detail(&delivered, 9), "");
+    }
+}

@@ -1,0 +1,604 @@
+//! What a trace says, as tables and lines: at the end of a session, and read back.
+
+use std::fmt;
+
+use super::blocks::{Block, MISSING, Table, Tone};
+use super::quantile::quantile;
+use super::{figures, units};
+use crate::record::run::{Bin, Clock, Histogram, PacketState};
+use crate::rules::Mode;
+use crate::trace::changes::RuleChange;
+use crate::trace::run::{Kept, KeptJourney, TraceRun};
+use crate::trace::summary::{Health, PathSummary, ServiceSummary, Summary};
+use crate::trace::verdict::Verdict;
+
+/// Services, rule changes and journeys that are told one by one in text; a page has room for more.
+const MOST: usize = 50;
+
+/// A trace as it was read back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trace {
+    /// `trace.json`.
+    pub run: TraceRun,
+    /// The journeys beside it that went wrong, as many as a page shows; `None`: they are not beside it.
+    pub wrong: Option<Vec<KeptJourney>>,
+}
+
+/// What a session says at its end.
+pub fn session(summary: &Summary) -> Vec<Block> {
+    let mut blocks = vec![Block::Lines(vec![
+        (Tone::Plain, headline(summary)),
+        (
+            Tone::Quiet,
+            format!(
+                "{}; times are a packet's on this node, without the probes' own",
+                tier(summary)
+            ),
+        ),
+    ])];
+    let alarms = alarms(summary);
+    if !alarms.is_empty() {
+        let lines = alarms.into_iter().map(|line| (Tone::Alarm, line));
+        blocks.push(Block::Lines(lines.collect()));
+    }
+    if !summary.services.is_empty() {
+        blocks.push(Block::Table(services(summary, MOST)));
+        let more = summary.services.len().saturating_sub(MOST);
+        if more > 0 {
+            let line = format!("and {more} more; --output json has all");
+            blocks.push(Block::Lines(vec![(Tone::Quiet, line)]));
+        }
+    }
+    let troubles = troubles(summary, MOST);
+    if !troubles.is_empty() {
+        blocks.push(Block::Lines(troubles));
+    }
+    let paths = summary.paths.iter();
+    let stages = paths.filter_map(|path| stages(summary.clock, path, PacketState::New));
+    blocks.extend(stages.map(Block::Table));
+    let health = health(&summary.probes).into_iter();
+    blocks.push(Block::Lines(
+        health.map(|line| (Tone::Quiet, line)).collect(),
+    ));
+    blocks
+}
+
+/// What a trace says that was read back.
+pub fn blocks(trace: &Trace) -> Vec<Block> {
+    let Trace { run, wrong } = trace;
+    let quiet = |line: String| (Tone::Quiet, line);
+    let mut blocks = vec![Block::Lines(origin(run).into_iter().map(quiet).collect())];
+    let mut session = session(&run.summary);
+    let health = session.pop();
+    blocks.extend(session);
+    let changes = changes(&run.summary, MOST);
+    if !changes.is_empty() {
+        blocks.push(Block::Lines(
+            changes
+                .into_iter()
+                .map(|line| (Tone::Plain, line))
+                .collect(),
+        ));
+        blocks.push(Block::Table(periods(&run.summary, MOST)));
+    }
+    if let Some(wrong) = wrong.as_ref().filter(|wrong| !wrong.is_empty()) {
+        blocks.push(Block::Table(journeys(run, wrong, MOST)));
+    }
+    let mut notes = vec![kept(&run.journeys, wrong.is_some())];
+    let said = run.environment.notes.iter();
+    notes.extend(said.map(|note| format!("note: {note}")));
+    blocks.push(Block::Lines(notes.into_iter().map(quiet).collect()));
+    blocks.extend(health);
+    blocks
+}
+
+impl fmt::Display for Summary {
+    /// As [`session`] says it, on a wide terminal without colour.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&super::terminal::render(&session(self), 110, false))
+    }
+}
+
+/// Where and when.
+fn origin(run: &TraceRun) -> Vec<String> {
+    let environment = &run.environment;
+    let namespace = environment.namespace.as_ref();
+    vec![
+        format!(
+            "node    {}{} · {} · {}",
+            environment.host,
+            namespace
+                .map(|name| format!(" (namespace {name})"))
+                .unwrap_or_default(),
+            environment.kernel,
+            figures::clock_words(run.summary.clock)
+        ),
+        format!(
+            "trace   {}, {} long · {} tier · {}",
+            environment.started,
+            units::time_u64(run.summary.duration_ns),
+            run.summary.tier,
+            units::plural(
+                environment.links.into(),
+                "netfilter link",
+                "netfilter links"
+            ),
+        ),
+    ]
+}
+
+/// `2 Services with new flows, 8 without, in 3.02 s: of 120 new flows 3 went wrong (3 leaked)`.
+pub fn headline(summary: &Summary) -> String {
+    let with = units::plural(summary.services.len() as u64, "Service", "Services");
+    format!(
+        "{with} with flows, {} without, in {}: {}",
+        units::count(summary.silent as u64),
+        units::time_u64(summary.duration_ns),
+        outcome(summary)
+    )
+}
+
+/// `of 120 new flows 3 went wrong (3 leaked)`.
+pub fn outcome(summary: &Summary) -> String {
+    let flows = units::plural(summary.flows(), "new flow", "new flows");
+    let mut troubles: Vec<(&Verdict, u64)> = summary.troubles().into_iter().collect();
+    troubles.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    let all = troubles
+        .iter()
+        .fold(0_u64, |sum, (_, count)| sum.saturating_add(*count));
+    if all == 0 {
+        return format!("{flows}, none went wrong");
+    }
+    let said: Vec<String> = troubles
+        .iter()
+        .map(|(end, count)| format!("{} {end}", units::count(*count)))
+        .collect();
+    format!(
+        "of {flows} {} went wrong ({})",
+        units::count(all),
+        said.join(", ")
+    )
+}
+
+/// What this tier does not see.
+fn tier(summary: &Summary) -> String {
+    match summary.tier.as_str() {
+        "hooks" => "hooks tier".to_owned(),
+        other => format!("{other} tier"),
+    }
+}
+
+/// What makes figures doubtful.
+pub fn alarms(summary: &Summary) -> Vec<String> {
+    let probes = &summary.probes;
+    let mut alarms = Vec::new();
+    if probes.ring_lost > 0 {
+        alarms.push(format!(
+            "{} of the probes found no room: as many new flows or drops are missing",
+            units::plural(probes.ring_lost, "record", "records")
+        ));
+    }
+    if probes.slot_collisions + probes.unpaired > 0 {
+        alarms.push(format!(
+            "{} journeys were given up, {} probes met a packet at another step than expected: stages lack them",
+            units::count(probes.slot_collisions),
+            units::count(probes.unpaired)
+        ));
+    }
+    if summary.rule_changes.iter().any(|change| change.incomplete) {
+        alarms.push(
+            "a rule change was announced faster than it could be read: what it did is not all told"
+                .to_owned(),
+        );
+    }
+    alarms
+}
+
+/// Half and the last hundredth of a histogram: `12.1 us / 40.0 us`.
+pub fn half_and_tail(clock: Clock, histogram: &Histogram) -> String {
+    match (quantile(histogram, 0.5), quantile(histogram, 0.99)) {
+        (Some(half), Some(tail)) => format!(
+            "{} / {}",
+            units::cost_u64(clock, half),
+            units::cost_u64(clock, tail)
+        ),
+        _ => MISSING.to_owned(),
+    }
+}
+
+/// New flows by Service, at most so many.
+pub fn services(summary: &Summary, most: usize) -> Table {
+    let row = |service: &ServiceSummary| {
+        let gone = if service.there { "" } else { " (gone)" };
+        vec![
+            format!("{}{gone}", service.name),
+            service.mode.clone(),
+            units::count(service.endpoints as u64),
+            units::count(service.flows),
+            units::count(service.wrong()),
+            units::count(service.repeated),
+            half_and_tail(summary.clock, &service.node),
+            half_and_tail(summary.clock, &service.answered),
+        ]
+    };
+    Table {
+        title: "New flows by Service, their first packets on the whole node, and from there to the first answer (p50 / p99)"
+            .to_owned(),
+        header: [
+            "Service",
+            "mode",
+            "endpoints",
+            "new flows",
+            "went wrong",
+            "repeated",
+            "whole node",
+            "answered after",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
+        rows: summary.services.iter().take(most).map(row).collect(),
+    }
+}
+
+/// `3 leaked, 1 dropped at ...`; nothing for what went well.
+pub fn bad_flows(service: &ServiceSummary) -> String {
+    let bad = service.verdicts.iter().filter(|c| !c.verdict.is_good());
+    listed(bad.map(|count| (&count.verdict, count.count)))
+}
+
+/// `3 dropped at ...`; nothing for what went well.
+pub fn later_drops(service: &ServiceSummary) -> String {
+    listed(service.later_drops.iter().map(|c| (&c.end, c.count)))
+}
+
+fn listed<T: fmt::Display>(counts: impl Iterator<Item = (T, u64)>) -> String {
+    let said: Vec<String> = counts
+        .map(|(what, count)| format!("{} {what}", units::count(count)))
+        .collect();
+    said.join(", ")
+}
+
+/// What went wrong with at most so many Services, and what to look at.
+pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
+    let bad = |service: &&ServiceSummary| {
+        service.verdicts.iter().any(|c| !c.verdict.is_good()) || service.dropped_later() > 0
+    };
+    let mut lines = Vec::new();
+    for service in summary.services.iter().filter(bad).take(most) {
+        let new = bad_flows(service);
+        if !new.is_empty() {
+            let flows = units::count(service.flows);
+            let line = format!("{}: of {flows} new flows {new}", service.name);
+            lines.push((Tone::Plain, line));
+        }
+        let later = later_drops(service);
+        if !later.is_empty() {
+            let line = format!("{}: of established flows {later}", service.name);
+            lines.push((Tone::Plain, line));
+        }
+    }
+    let services = summary.services.iter();
+    let of_flows = services.clone().flat_map(|service| &service.verdicts);
+    let of_drops = services.flat_map(|service| &service.later_drops);
+    let mut advice: Vec<(&str, &str)> = of_flows
+        .filter_map(|count| Some((count.verdict.word(), count.verdict.advice()?)))
+        .chain(of_drops.filter_map(|count| Some((count.end.word(), count.end.advice()?))))
+        .collect();
+    advice.sort_unstable();
+    advice.dedup();
+    let advice = advice.into_iter();
+    lines.extend(advice.map(|(word, advice)| (Tone::Quiet, format!("{word}: {advice}"))));
+    lines
+}
+
+/// The stages of a path's packets of a state; `None` if there were none.
+pub fn stages(clock: Clock, path: &PathSummary, state: PacketState) -> Option<Table> {
+    let stages = path.stages.iter().filter(|stage| stage.state == state);
+    let stages = stages.filter(|stage| stage.histogram.count > 0);
+    let row = |name: String, histogram: &Histogram| {
+        vec![
+            name,
+            half_and_tail(clock, histogram),
+            units::count(histogram.count),
+        ]
+    };
+    let mut rows: Vec<Vec<String>> = stages
+        .map(|stage| row(format!("{} {}", stage.hook, stage.stage), &stage.histogram))
+        .collect();
+    if let Some(node) = path.node.get(&state) {
+        rows.push(row("whole node".to_owned(), node));
+    }
+    let what = match state {
+        PacketState::New => "first packets of flows",
+        PacketState::Established => "later packets of flows",
+        PacketState::Reply => "replies",
+        PacketState::Untracked => "untracked packets",
+    };
+    (!rows.is_empty()).then(|| Table {
+        title: format!("{}, {what}", path.path),
+        header: ["stage", "p50 / p99", "packets"]
+            .map(str::to_owned)
+            .to_vec(),
+        rows,
+    })
+}
+
+/// How the probes did, and what they cost if that was asked.
+pub fn health(probes: &Health) -> Vec<String> {
+    let mut lines = vec![format!(
+        "probes  {} journeys: {} left by a device, {} reached a socket, {} dropped, {} unfinished; {} other packets; lost: {} records, {} collisions, {} unpaired",
+        units::count(probes.journeys),
+        units::count(probes.transmitted),
+        units::count(probes.delivered_locally),
+        units::count(probes.dropped),
+        units::count(probes.unfinished),
+        units::count(probes.other_packets),
+        units::count(probes.ring_lost),
+        units::count(probes.slot_collisions),
+        units::count(probes.unpaired),
+    )];
+    lines.extend(cost(probes));
+    lines
+}
+
+/// `cost    1,000 runs of probes, ...`.
+pub(super) fn cost(probes: &Health) -> Option<String> {
+    let cost = probes.cost.filter(|cost| cost.probe_runs > 0)?;
+    Some(format!(
+        "cost    {} runs of probes, {:.0} ns each ({} in all), by the kernel's own account",
+        units::count(cost.probe_runs),
+        cost.probe_ns as f64 / cost.probe_runs as f64,
+        units::time_u64(cost.probe_ns),
+    ))
+}
+
+/// When it was since the session began, as [`seconds`] writes it.
+pub fn since(summary: &Summary, time_ns: u64) -> String {
+    seconds(summary.since(time_ns))
+}
+
+/// `+0.040271 s`: nanoseconds since the session began.
+pub fn seconds(ns: u64) -> String {
+    format!("+{}.{:06} s", ns / 1_000_000_000, ns % 1_000_000_000 / 1000)
+}
+
+/// Rule changes in order, at most so many.
+pub fn changes(summary: &Summary, most: usize) -> Vec<String> {
+    let all = summary.rule_changes.iter().enumerate();
+    let mut lines: Vec<String> = all
+        .take(most)
+        .map(|(i, change)| {
+            let at = since(summary, change.time_ns);
+            format!("rule change {} at {at}: {change}", i + 1)
+        })
+        .collect();
+    let more = summary.changes().saturating_sub(lines.len() as u64);
+    if more > 0 {
+        lines.push(format!(
+            "and {} more",
+            units::plural(more, "rule change", "rule changes")
+        ));
+    }
+    lines
+}
+
+/// A time in which no rule changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Period {
+    /// Number of the last change before it, from 1; 0: none.
+    pub after: usize,
+    /// Its begin, ns since the session's.
+    pub from_ns: u64,
+    /// Its end.
+    pub to_ns: u64,
+    /// New flows in it, and of them those that went wrong.
+    pub flows: Bin,
+}
+
+/// The session cut at its rule changes. Flows are known by the bin: one in the bin of a change counts
+/// after it.
+pub fn cut(summary: &Summary) -> Vec<Period> {
+    let bin_ns = summary.timeline.bin_ns.max(1);
+    let bin_of = |change: &RuleChange| summary.since(change.time_ns) / bin_ns;
+    let mut periods = vec![Period {
+        after: 0,
+        from_ns: 0,
+        to_ns: summary.duration_ns,
+        flows: Bin::default(),
+    }];
+    for (i, change) in summary.rule_changes.iter().enumerate() {
+        let from_ns = bin_of(change) * bin_ns;
+        let Some(last) = periods.last_mut() else {
+            continue;
+        };
+        // Changes of one bin cannot be told apart.
+        if from_ns <= last.from_ns {
+            last.after = i + 1;
+            continue;
+        }
+        last.to_ns = from_ns;
+        periods.push(Period {
+            after: i + 1,
+            from_ns,
+            to_ns: summary.duration_ns.max(from_ns),
+            flows: Bin::default(),
+        });
+    }
+    for bins in summary.timeline.paths.values() {
+        for (start, bin) in (0_u64..).zip(bins) {
+            let start_ns = start.saturating_mul(bin_ns);
+            let next = periods.partition_point(|period| period.from_ns <= start_ns);
+            if let Some(period) = periods.get_mut(next.saturating_sub(1)) {
+                period.flows.sent = period.flows.sent.saturating_add(bin.sent);
+                period.flows.lost = period.flows.lost.saturating_add(bin.lost);
+            }
+        }
+    }
+    periods
+}
+
+/// New flows between rule changes, at most so many.
+pub fn periods(summary: &Summary, most: usize) -> Table {
+    let seconds = |ns: u64| format!("+{:.3} s", ns as f64 / 1e9);
+    let row = |period: &Period| {
+        let after = match period.after {
+            0 => "the begin".to_owned(),
+            n => format!("rule change {n}"),
+        };
+        vec![
+            after,
+            seconds(period.from_ns),
+            seconds(period.to_ns),
+            units::count(period.flows.sent),
+            units::count(period.flows.lost),
+        ]
+    };
+    Table {
+        title: format!(
+            "New flows between rule changes, to within {}",
+            units::tick(Clock::Wall, summary.timeline.bin_ns as f64)
+        ),
+        header: ["after", "from", "to", "new flows", "went wrong"]
+            .map(str::to_owned)
+            .to_vec(),
+        rows: cut(summary).iter().take(most).map(row).collect(),
+    }
+}
+
+/// Journeys one by one, at most so many.
+pub fn journeys(run: &TraceRun, journeys: &[KeptJourney], most: usize) -> Table {
+    let row = |journey: &KeptJourney| {
+        let headed = journey.headed.filter(|to| *to != journey.destination);
+        vec![
+            since(&run.summary, journey.time_ns),
+            journey.service.clone(),
+            journey.path.clone(),
+            format!(
+                "{} → {}{}",
+                journey.source,
+                journey.destination,
+                headed.map(|to| format!(" → {to}")).unwrap_or_default()
+            ),
+            units::cost_u64(run.summary.clock, journey.elapsed_ns),
+            format!(
+                "{}{}",
+                journey.end,
+                if journey.first { "" } else { ", established" }
+            ),
+        ]
+    };
+    Table {
+        title: format!(
+            "What went wrong, the first {} of {}",
+            journeys.len().min(most),
+            units::plural(
+                run.journeys
+                    .wrong
+                    .saturating_add(run.journeys.wrong_left_out),
+                "journey",
+                "journeys"
+            )
+        ),
+        header: ["at", "Service", "path", "from, to", "on the node", "end"]
+            .map(str::to_owned)
+            .to_vec(),
+        rows: journeys.iter().take(most).map(row).collect(),
+    }
+}
+
+/// Which journeys are kept.
+pub fn kept(kept: &Kept, beside: bool) -> String {
+    let failure = kept
+        .failure
+        .as_ref()
+        .map(|failure| format!(": it could not be written to the end ({failure})"))
+        .unwrap_or_default();
+    let missing = if beside {
+        ""
+    } else {
+        "; it is not beside trace.json"
+    };
+    format!(
+        "journeys.jsonl holds {} that went well and {} that went wrong (at most {} of each); {} and {} are left out{failure}{missing}",
+        units::count(kept.good),
+        units::count(kept.wrong),
+        units::count(kept.limit),
+        units::count(kept.good_left_out),
+        units::count(kept.wrong_left_out),
+    )
+}
+
+/// The mode of all Services that had flows, if it is one.
+pub fn mode(summary: &Summary) -> Option<Mode> {
+    let mut modes = summary.services.iter().map(|service| &service.mode);
+    let first = modes.next()?;
+    if modes.any(|mode| mode != first) {
+        return None;
+    }
+    Mode::ALL.into_iter().find(|mode| mode.name() == first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::sample;
+    use crate::report::{markdown, terminal};
+
+    #[test]
+    fn a_flush_in_the_middle() {
+        insta::assert_snapshot!(terminal::render(&blocks(&sample::trace()), 110, false));
+    }
+
+    #[test]
+    fn the_end_of_a_session() {
+        insta::assert_snapshot!(sample::trace().run.summary);
+    }
+
+    #[test]
+    fn as_markdown() {
+        insta::assert_snapshot!(markdown::render(&blocks(&sample::trace())));
+    }
+
+    #[test]
+    fn nothing_happened() {
+        let mut trace = sample::trace();
+        let summary = &mut trace.run.summary;
+        summary.services.clear();
+        summary.paths.clear();
+        summary.rule_changes.clear();
+        summary.timeline.paths.clear();
+        trace.wrong = None;
+        let text = terminal::render(&blocks(&trace), 110, false);
+        assert!(text.contains("0 Services with flows"), "{text}");
+        assert!(text.contains("0 new flows, none went wrong"), "{text}");
+        assert!(text.contains("it is not beside trace.json"), "{text}");
+        assert_eq!(mode(&trace.run.summary), None);
+    }
+
+    #[test]
+    fn every_flow_lies_in_one_period() {
+        let summary = sample::trace().run.summary;
+        let periods = cut(&summary);
+        assert_eq!(periods.len(), 3);
+        let timeline = summary.timeline.paths.values().flatten();
+        let sent: u64 = timeline.map(|bin| bin.sent).sum();
+        let told: u64 = periods.iter().map(|period| period.flows.sent).sum();
+        assert_eq!(told, sent);
+        let lost: Vec<u64> = periods.iter().map(|period| period.flows.lost).collect();
+        assert!(lost[0] == 0 && lost[1] > 0 && lost[2] == 0, "{lost:?}");
+        for two in periods.windows(2) {
+            assert_eq!(two[0].to_ns, two[1].from_ns);
+        }
+    }
+
+    #[test]
+    fn lost_records_are_said_first() {
+        let mut summary = sample::trace().run.summary;
+        summary.probes.ring_lost = 7;
+        summary.probes.unpaired = 1;
+        let text = summary.to_string();
+        let warning = "warning: 7 records of the probes found no room";
+        assert!(text.contains(warning), "{text}");
+        assert!(text.find("warning") < text.find("Service   "), "{text}");
+    }
+}

@@ -1,0 +1,378 @@
+//! `svcpath trace` as its users meet it, on a node of the laboratory: bad input, signals, files. Needs
+//! root; changes nothing outside namespaces of its own.
+
+use std::fs;
+use std::io::Read as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MsFlags, mount};
+use nix::pty::openpty;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tracer::report::{Recorded, read};
+use tracer::rules::Mode;
+use tracer::scenario::node::TestNode;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_svcpath");
+/// Longer than anything here takes on a machine under load.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A node with the rules of 10 Services, without traffic.
+fn node() -> TestNode {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "these tests make network namespaces: run them as root"
+    );
+    let node = TestNode::build(10, 3).expect("a laboratory");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    tokio::task::LocalSet::new()
+        .block_on(&runtime, node.apply(Mode::Nftables))
+        .expect("rules");
+    node
+}
+
+fn trace(node: &TestNode, arguments: &[&str]) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command
+        .arg("trace")
+        .args(["--netns", &node.lab.node().path()]);
+    command.args(arguments);
+    command
+}
+
+#[derive(Debug)]
+struct Ended {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+fn end(command: &mut Command) -> Ended {
+    let output = command.stdin(Stdio::null()).output().expect("it starts");
+    Ended {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).expect("UTF-8"),
+        stderr: String::from_utf8(output.stderr).expect("UTF-8"),
+    }
+}
+
+/// It is refused before anything is attached, which is announced.
+#[track_caller]
+fn refused(command: &mut Command, code: i32, words: &[&str]) {
+    let ended = end(command);
+    assert_eq!(ended.code, Some(code), "{ended:?}");
+    assert_eq!(ended.stdout, "", "{ended:?}");
+    assert_eq!(ended.stderr.lines().count(), 1, "one line: {ended:?}");
+    assert!(!ended.stderr.contains("tracing"), "{ended:?}");
+    for word in words {
+        assert!(
+            ended.stderr.contains(word),
+            "'{word}' is missing: {ended:?}"
+        );
+    }
+}
+
+/// `demo/svc-3` of the laboratory's third Service, whatever it is called.
+fn name_of(node: &TestNode, index: usize) -> String {
+    let service = &node.cluster.services[index];
+    format!("{}/{}", service.namespace, service.name)
+}
+
+#[test]
+fn what_cannot_be_is_refused_before_anything_is_attached() {
+    let node = node();
+    let dir = tempfile::tempdir().expect("a folder");
+    let there = dir.path().join("trace.json");
+    fs::write(&there, "{}").expect("written");
+    let folder = dir.path().to_str().expect("UTF-8");
+    refused(
+        &mut trace(&node, &["-o", folder]),
+        2,
+        &["trace.json is there already", "--force"],
+    );
+    fs::rename(&there, dir.path().join("run.json")).expect("renamed");
+    refused(
+        &mut trace(&node, &["-o", folder, "--force"]),
+        2,
+        &["run of another kind"],
+    );
+    refused(
+        &mut trace(&node, &["-o", "/proc/there/is/none"]),
+        1,
+        &["/proc/there/is/none", "make the folder first"],
+    );
+    let ready = dir.path().join("none/ready");
+    refused(
+        &mut trace(&node, &["--ready-file", ready.to_str().expect("UTF-8")]),
+        1,
+        &["none/ready", "make the folder first"],
+    );
+    refused(
+        &mut trace(&node, &["--service", "no/such"]),
+        2,
+        &[
+            "no such Service (of 10 that they name)",
+            "--service no/such",
+            "svcpath rules parse",
+        ],
+    );
+    let name = name_of(&node, 0);
+    let typo = format!("{name}x");
+    refused(
+        &mut trace(&node, &["--service", &typo, "--node-port", "1"]),
+        2,
+        &[
+            &format!("--service {typo} matches nothing; nearest: {name}"),
+            "--node-port 1 ",
+        ],
+    );
+    let mut elsewhere = Command::new(PROGRAM);
+    elsewhere.args(["trace", "--netns", "/proc/self/ns/net"]);
+    // SAFETY: unshare is a plain system call.
+    unsafe {
+        elsewhere.pre_exec(|| Ok(unshare(CloneFlags::CLONE_NEWNET)?));
+    }
+    refused(
+        &mut elsewhere,
+        1,
+        &["no rules of kube-proxy", "--netns", "/proc/PID/ns/net"],
+    );
+}
+
+#[test]
+fn a_packet_stream_is_not_for_terminals() {
+    let node = node();
+    let terminal = openpty(None, None).expect("a terminal");
+    let mut command = trace(&node, &["--output", "pcapng", "--duration", "100ms"]);
+    let child = command
+        .stdout(terminal.slave)
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("wireshark"), "{said}");
+}
+
+#[test]
+fn a_choice_that_matches_nothing_is_said_beside_one_that_does() {
+    let node = node();
+    let name = name_of(&node, 1);
+    let arguments = [
+        "--service",
+        &name,
+        "--service",
+        "no/such",
+        "--duration",
+        "100ms",
+    ];
+    let ended = end(&mut trace(&node, &arguments));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(
+        ended.stderr.contains(&format!("tracing {name}:")),
+        "{ended:?}"
+    );
+    assert!(
+        ended.stderr.contains("--service no/such matches nothing"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn a_commands_own_end_is_told_on() {
+    let node = node();
+    for (script, limit, code) in [
+        ("exit 7", &[][..], 7),
+        ("kill -9 $$", &[], 137),
+        ("exec sleep 60", &["--duration", "200ms"], 0),
+        (
+            "trap 'exit 5' TERM; while :; do sleep 0.02; done",
+            &["--duration", "300ms"],
+            5,
+        ),
+    ] {
+        let mut command = trace(&node, limit);
+        let begin = Instant::now();
+        let ended = end(command.args(["--", "sh", "-c", script]));
+        assert_eq!(ended.code, Some(code), "{script}: {ended:?}");
+        assert!(ended.stdout.contains("0 Services with flows"), "{ended:?}");
+        assert!(begin.elapsed() < PATIENCE);
+    }
+}
+
+#[test]
+fn what_programs_read_holds_nothing_of_the_command() {
+    let node = node();
+    let ended = end(&mut trace(
+        &node,
+        &["--output", "json", "--", "echo", "hello"],
+    ));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.stderr.contains("hello\n"), "{ended:?}");
+    for line in ended.stdout.lines() {
+        let json: Value = serde_json::from_str(line).expect("each line is JSON");
+        assert!(json["event"].is_string(), "{line}");
+    }
+    assert!(ended.stdout.contains("\"event\":\"summary\""), "{ended:?}");
+}
+
+/// Starts it and waits until the probes are attached.
+fn started(command: &mut Command, dir: &Path) -> Child {
+    let ready = dir.join("ready");
+    let child = command
+        .arg("--ready-file")
+        .arg(&ready)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    // A command of its own stands last.
+    let child = child.spawn().expect("it starts");
+    let begin = Instant::now();
+    while !ready.exists() {
+        assert!(begin.elapsed() < PATIENCE, "it never attached");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child
+}
+
+fn interrupt(child: &Child) {
+    let pid = Pid::from_raw(i32::try_from(child.id()).expect("a pid"));
+    kill(pid, Signal::SIGINT).expect("it lives");
+}
+
+#[test]
+fn an_interrupted_session_ends_in_order() {
+    let node = node();
+    let dir = tempfile::tempdir().expect("a folder");
+    let out = dir.path().join("out");
+    let mut command = trace(&node, &["-o", out.to_str().expect("UTF-8")]);
+    let child = started(&mut command, dir.path());
+    interrupt(&child);
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(0));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("Services with flows"));
+    assert!(matches!(read::recorded(&out), Ok(Recorded::Trace(_))));
+}
+
+#[test]
+fn a_second_interrupt_kills_a_command_that_does_not_end() {
+    let node = node();
+    let dir = tempfile::tempdir().expect("a folder");
+    let armed = dir.path().join("armed");
+    let ready = dir.path().join("ready");
+    let script = format!("trap '' INT TERM; echo >{}; exec sleep 60", armed.display());
+    let mut command = trace(&node, &["--ready-file", ready.to_str().expect("UTF-8")]);
+    command.args(["--", "sh", "-c", &script]);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("it starts");
+    let begin = Instant::now();
+    while !armed.exists() {
+        assert!(begin.elapsed() < PATIENCE, "the command never began");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    interrupt(&child);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(
+        child.try_wait().expect("its state").is_none(),
+        "once is a request"
+    );
+    interrupt(&child);
+    let status = child.wait().expect("it ends");
+    assert_eq!(status.code(), Some(137), "{:?}", status.signal());
+    assert!(
+        begin.elapsed() < Duration::from_secs(9),
+        "nobody waited for the command's patience"
+    );
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure_and_costs_no_file() {
+    let node = node();
+    let dir = tempfile::tempdir().expect("a folder");
+    let out = dir.path().join("out");
+    let mut command = trace(
+        &node,
+        &["-o", out.to_str().expect("UTF-8"), "--duration", "300ms"],
+    );
+    let mut child = started(&mut command, dir.path());
+    drop(child.stdout.take());
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    assert!(matches!(read::recorded(&out), Ok(Recorded::Trace(_))));
+}
+
+/// Puts a small empty file system over a folder, for this program alone.
+fn with_tmpfs(command: &mut Command, dir: &Path) {
+    let dir = std::ffi::CString::new(dir.to_str().expect("UTF-8")).expect("no NUL");
+    // SAFETY: unshare and mount are plain system calls; nothing is allocated after the fork.
+    unsafe {
+        command.pre_exec(move || {
+            let none: Option<&str> = None;
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+            let size = Some("size=64k");
+            let flags = MsFlags::empty();
+            mount(Some("tmpfs"), dir.as_c_str(), Some("tmpfs"), flags, size)?;
+            Ok(())
+        });
+    }
+}
+
+#[test]
+fn a_disk_that_becomes_full_does_not_end_the_session() {
+    let node = node();
+    let dir = tempfile::tempdir().expect("a folder");
+    let out = dir.path().join("out");
+    let fill = dir.path().join("fill");
+    let script = format!("head -c 100000 /dev/zero >{}", fill.display());
+    let mut command = trace(&node, &["-o", out.to_str().expect("UTF-8")]);
+    command.args(["--", "sh", "-c", &script]);
+    with_tmpfs(&mut command, dir.path());
+    let ended = end(&mut command);
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(
+        ended.stdout.contains("Services with flows"),
+        "the summary is there: {ended:?}"
+    );
+    let said = ended.stderr.matches("svcpath: cannot write").count();
+    assert_eq!(said, 1, "{ended:?}");
+    assert!(ended.stderr.contains("free some space"), "{ended:?}");
+}
+
+#[test]
+fn on_a_terminal_the_table_is_drawn_over_itself() {
+    let node = node();
+    let size = nix::pty::Winsize {
+        ws_row: 10,
+        ws_col: 60,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let terminal = openpty(&size, None).expect("a terminal");
+    let mut command = trace(&node, &["--duration", "2500ms"]);
+    let mut child = command
+        .stdout(terminal.slave.try_clone().expect("a terminal"))
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("it starts");
+    drop((terminal.slave, command));
+    let mut shown = Vec::new();
+    // A terminal that nobody holds open any more ends in an error.
+    let _ = fs::File::from(terminal.master).read_to_end(&mut shown);
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    let shown = String::from_utf8_lossy(&shown);
+    assert!(shown.contains("0 records lost · no rule change"), "{shown}");
+    assert!(shown.contains("\x1b[1F\x1b[J"), "{shown:?}");
+}
