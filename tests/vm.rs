@@ -90,3 +90,8 @@ fn ipvs_rules_are_kube_proxys() {
 fn ipvs_trace() {
     tests::trace::every_flow_is_told_by_its_service(Mode::Ipvs);
 }
+
+#[test]
+fn ipvs_trace_is_kept() {
+    tests::faces::a_trace_is_kept_and_read_back(Mode::Ipvs);
+}
