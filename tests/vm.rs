@@ -160,3 +160,8 @@ fn changes_by_who_is_gone() {
 fn changes_from_a_pod() {
     tests::changes::the_pod_is_known();
 }
+
+#[test]
+fn ipvs_trace_is_kept() {
+    tests::faces::a_trace_is_kept_and_read_back(Mode::Ipvs);
+}

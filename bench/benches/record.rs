@@ -8,7 +8,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use tracer::record::evidence::Evidence;
 use tracer::record::headers::dissect;
 use tracer_ebpf::histogram::cell_of;
-use tracer_ebpf::record::kind;
+use tracer_ebpf::record::{HEADER, kind};
 
 /// Records a batch.
 const BATCH: usize = 1000;
@@ -34,7 +34,7 @@ fn absorbing(criterion: &mut Criterion) {
 fn dissecting(criterion: &mut Criterion) {
     let four = packet(33_000);
     // IPv6 with one extension header before TCP's.
-    let mut six = [0_u8; 64];
+    let mut six = [0_u8; HEADER];
     six[0] = 0x60;
     six[6] = 0;
     six[8] = 0xfd;

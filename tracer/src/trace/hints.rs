@@ -64,8 +64,8 @@ pub fn mixed(found: &Found) -> Option<String> {
         })
         .collect();
     Some(format!(
-        "the rules of {} modes are there: {}; one may be left over from another time: kube-proxy \
-         --cleanup removes its rules of every mode",
+        "the rules of {} modes are there: {}; if kube-proxy was switched, one is left over: stop it, \
+         run kube-proxy --cleanup, and start it again",
         found.modes.len(),
         parts.join("; ")
     ))
@@ -214,6 +214,6 @@ mod tests {
         left.mode = "ipvs";
         left.name = None;
         found.services.push(left);
-        insta::assert_snapshot!(mixed(&found).expect("two"), @"the rules of 2 modes are there: ipvs names 1 Service (10.96.0.1:80/tcp); nftables names 3 Services (shop/web:admin, shop/web:http, shop/webb:http); one may be left over from another time: kube-proxy --cleanup removes its rules of every mode");
+        insta::assert_snapshot!(mixed(&found).expect("two"), @"the rules of 2 modes are there: ipvs names 1 Service (10.96.0.1:80/tcp); nftables names 3 Services (shop/web:admin, shop/web:http, shop/webb:http); if kube-proxy was switched, one is left over: stop it, run kube-proxy --cleanup, and start it again");
     }
 }
