@@ -364,7 +364,9 @@ impl fmt::Display for Summary {
             probes.slot_collisions,
             probes.unpaired,
         )?;
-        writeln!(f, "changes {}", self.listening)?;
+        let listening = &self.listening;
+        let lost = units::count(listening.lost);
+        writeln!(f, "changes heard {listening}; lost: {lost} records")?;
         if let Some(cost) = probes.cost
             && cost.probe_runs > 0
         {
