@@ -115,6 +115,10 @@ pub struct CostReport {
 
 /// A port of a pod that belongs to no Service.
 const NO_SERVICE: u16 = 9;
+/// The kernel frees what the set of probes before had, some 20 MB, when it has nothing else to do.
+const CALM: Duration = Duration::from_millis(500);
+/// Where later packets come from.
+const PORT: u16 = 1024;
 /// What is sent: its length tells the pods what to drop.
 const PAYLOAD: [u8; 100] = [b'x'; 100];
 /// Packets of a round before those that are timed.
@@ -127,6 +131,7 @@ pub async fn measure(rounds: u32, packets: u32) -> Result<CostReport, CostError>
     for _ in 0..rounds {
         for (set, probes) in ProbeSet::ALL.into_iter().enumerate() {
             let _attached = bench.attach(probes)?;
+            tokio::time::sleep(CALM).await;
             for (kind, packet) in PacketKind::ALL.into_iter().enumerate() {
                 times[set * PacketKind::ALL.len() + kind].push(bench.time(packet, packets)?);
             }
@@ -270,13 +275,18 @@ impl Bench {
                 Ok((monotonic_ns() - begin) as f64 / f64::from(packets))
             }
             PacketKind::Later | PacketKind::Other => {
-                let socket = from.run(|| UdpSocket::bind("0.0.0.0:0"))?.map_err(fail)?;
+                // The same flow in every round: where its entry lies in conntrack's table counts.
+                let socket = from
+                    .run(|| UdpSocket::bind(("0.0.0.0", PORT)))?
+                    .map_err(fail)?;
                 if kind == PacketKind::Later {
                     establish(&socket, to).map_err(fail)?;
                 }
                 for _ in 0..WARM_UP {
                     socket.send_to(&PAYLOAD, to).map_err(fail)?;
                 }
+                // Whoever else wants the processor has it now.
+                std::thread::sleep(CALM);
                 let begin = monotonic_ns();
                 for _ in 0..packets {
                     socket.send_to(&PAYLOAD, to).map_err(fail)?;
