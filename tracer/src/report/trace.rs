@@ -56,7 +56,12 @@ pub fn session(summary: &Summary) -> Vec<Block> {
     let paths = summary.paths.iter();
     let stages = paths.filter_map(|path| stages(summary.clock, path, PacketState::New));
     blocks.extend(stages.map(Block::Table));
-    let health = health(&summary.probes).into_iter();
+    let heard = format!(
+        "changes heard {}; lost: {}",
+        summary.listening,
+        units::plural(summary.listening.lost, "record", "records")
+    );
+    let health = health(&summary.probes).into_iter().chain([heard]);
     blocks.push(Block::Lines(
         health.map(|line| (Tone::Quiet, line)).collect(),
     ));

@@ -111,10 +111,11 @@ mod tests {
             headed: Some(socket("10.244.0.12:8080")),
             path: "pod→ClusterIP",
             first: true,
+            answer: false,
             elapsed_ns: stages.iter().map(|stage| stage.took_ns).sum(),
             source_after: Some(socket("10.244.0.7:51544")),
             stages,
-            header: [0; 64],
+            header: [0; tracer_ebpf::record::HEADER],
             end: End::Sent,
         }
     }

@@ -16,8 +16,8 @@ use super::{AddressDelta, RuleChange, ServerDelta, SetDelta, What};
 /// Requests of one process and kind are one change until it pauses for so long: kube-proxy writes its
 /// servers and sets one by one.
 const PAUSE: u64 = 50_000_000;
-/// After so long a change is told even if it goes on.
-const LONGEST: u64 = 1_000_000_000;
+/// After so long a change is told even if it goes on: longer than kube-proxy's longest syncs of IPVS.
+const LONGEST: u64 = 10_000_000_000;
 /// How long a request and its announcement, which are read one after the other, wait for each other.
 const PATIENCE: u64 = 200_000_000;
 /// How long a refusal waits for its request to be told.
@@ -710,7 +710,7 @@ mod tests {
         ask(0);
         ask(PAUSE);
         // From here on without a pause, for longer than one change is.
-        for i in 0..60 {
+        for i in 0..LONGEST / (20 * MS) + 10 {
             ask(10 * LONGEST + i * 20 * MS);
         }
         assert_eq!(assembler.settle(u64::MAX).len(), 4);

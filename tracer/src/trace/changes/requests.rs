@@ -137,6 +137,12 @@ pub(super) fn sequence_of_batch(bytes: &[u8]) -> Option<u32> {
     word(bytes, length.checked_next_multiple_of(4)?.checked_add(8)?)
 }
 
+/// The generic family that a request goes to: its first message's type.
+pub(super) fn family(bytes: &[u8]) -> Option<u16> {
+    let kind = bytes.get(4..)?.first_chunk()?;
+    Some(u16::from_ne_bytes(*kind))
+}
+
 /// Four bytes as a number in this machine's order.
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let word = bytes.get(at..)?.first_chunk()?;
@@ -553,6 +559,7 @@ mod tests {
         ]
         .concat();
         assert_eq!(sequence_of_batch(&bytes), Some(41));
+        assert_eq!((family(&bytes), family(&bytes[..5])), (Some(0x10), None));
         assert_eq!(sequence_of_batch(&bytes[..30]), None);
         assert_eq!(sequence_of_batch(&[0xff; 4]), None);
     }

@@ -123,7 +123,7 @@ impl What {
 impl fmt::Display for Listening {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.probes, &self.refused) {
-            (Some(probes), _) => write!(f, "at {probes}; {} records lost", count(self.lost)),
+            (Some(probes), _) => write!(f, "at {probes}"),
             (None, refused) => {
                 write!(
                     f,

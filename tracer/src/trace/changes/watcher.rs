@@ -1,6 +1,7 @@
 //! Hears everything and makes changes of it, in a thread of its own: who made a change has often ended a
 //! millisecond later.
 
+use std::collections::HashSet;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -152,6 +153,8 @@ struct Ears {
     ledger: Ledger,
     assembler: Assembler,
     ipvs: Option<u16>,
+    /// Generic families that were asked while IPVS was not loaded.
+    families: HashSet<Option<u16>>,
     /// When what the tables of `nf_tables` hold may be counted again (`CLOCK_MONOTONIC`, ns).
     count_at: u64,
 }
@@ -175,6 +178,7 @@ impl Ears {
             ledger: Ledger::default(),
             assembler: Assembler::default(),
             ipvs,
+            families: HashSet::new(),
             count_at: 0,
         })
     }
@@ -279,7 +283,11 @@ impl Ears {
     }
 
     fn begin(&mut self, begin: &Begin, bytes: &[u8]) -> Result<(), ChangesError> {
-        if begin.subsystem == subsystem::IPVS && self.ipvs.is_none() {
+        // A generic family that was never asked before: IPVS may have been loaded just now.
+        if begin.subsystem == subsystem::IPVS
+            && self.ipvs.is_none()
+            && self.families.insert(requests::family(bytes))
+        {
             self.ipvs = find_ipvs(&self.ns, self.probes.as_mut())?;
         }
         let pid = high(begin.thread);
