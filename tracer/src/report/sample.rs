@@ -678,6 +678,7 @@ pub(crate) fn trace() -> Trace {
                     refused: None,
                     lost: 0,
                 },
+                outages: Vec::new(),
                 rule_changes: vec![
                     change(2_100_000_000, 8, 0, 51),
                     change(3_000_000_001, 9, 51, 0),

@@ -49,6 +49,11 @@ pub fn session(summary: &Summary) -> Vec<Block> {
             blocks.push(Block::Lines(vec![(Tone::Quiet, line)]));
         }
     }
+    if !summary.outages.is_empty() {
+        let lines = summary.outages.iter().take(MOST);
+        let lines = lines.map(|outage| (Tone::Plain, outage.to_string()));
+        blocks.push(Block::Lines(lines.collect()));
+    }
     let troubles = troubles(summary, MOST);
     if !troubles.is_empty() {
         blocks.push(Block::Lines(troubles));

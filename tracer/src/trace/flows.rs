@@ -263,6 +263,34 @@ impl Flows {
         decided
     }
 
+    /// Every flow that began before this time has been decided (`CLOCK_MONOTONIC`, ns).
+    pub fn known_until_ns(&mut self, now_ns: u64) -> u64 {
+        let Self {
+            flows,
+            in_grace,
+            open,
+            unread,
+            touched,
+            ..
+        } = self;
+        let undecided = |(first_ns, key): &(u64, Key)| {
+            flows
+                .get(key)
+                .is_some_and(|flow| flow.first_ns == *first_ns && flow.verdict.is_none())
+        };
+        // Each is in the order of time but the last two, which are short or hold up everything anyway.
+        while open.front().is_some_and(|waiting| !undecided(waiting)) {
+            open.pop_front();
+        }
+        let fronts = [open.front(), in_grace.front()];
+        let others = unread.iter().chain(touched.iter());
+        let waiting = fronts.into_iter().flatten().chain(others);
+        let earliest = waiting
+            .filter(|w| undecided(w))
+            .map(|(first_ns, _)| *first_ns);
+        earliest.min().unwrap_or(now_ns)
+    }
+
     /// The session ends: of what is still open, what is old enough is unanswered.
     pub fn finish(&mut self, directory: &Directory, now_ns: u64) -> Vec<Decided> {
         let mut decided = self.decide(directory, false, now_ns);

@@ -14,6 +14,7 @@ use super::directory::{Choice, Directory};
 use super::flows::{Back, Decided, Flows};
 use super::hints;
 use super::journey::Journey;
+use super::outages::{Outage, Outages};
 use super::packets::{Reader, Told};
 use super::summary::{Health, Summary};
 use super::tally::Tally;
@@ -36,6 +37,8 @@ use crate::rules::services::{self, Found};
 const SPARE: u32 = 16 << 10;
 /// Rule changes that a summary tells one by one; the others are counted.
 const CHANGES: usize = 10_000;
+/// Outages that a summary holds at most.
+const OUTAGES: usize = 1000;
 /// How long the rules must have been left alone before they are read again.
 const SETTLED: Duration = Duration::from_millis(500);
 
@@ -129,6 +132,8 @@ pub enum Event {
     Journey(Journey),
     /// It is known what became of a flow.
     Verdict(Decided),
+    /// A Service's outage is over, or goes on when the session ends.
+    Outage(Outage),
     /// Somebody changed rules.
     RuleChange(RuleChange),
     /// The rules were read again.
@@ -148,6 +153,10 @@ impl Event {
         match self {
             Self::Journey(journey) => journey.time_ns,
             Self::Verdict(decided) => decided.time_ns,
+            Self::Outage(outage) => match outage.end_ns {
+                Some(end_ns) => end_ns,
+                None => outage.begin_ns,
+            },
             Self::RuleChange(change) => change.time_ns,
             Self::Services { time_ns, .. } => *time_ns,
         }
@@ -164,6 +173,8 @@ pub struct Session {
     watcher: Watcher,
     reader: Reader,
     flows: Flows,
+    outages: Outages,
+    ended_outages: Vec<Outage>,
     directory: Directory,
     tallies: Vec<Tally>,
     timeline: Timeline,
@@ -209,6 +220,8 @@ impl Session {
                 local: local.iter().copied().collect(),
             },
             flows: Flows::default(),
+            outages: Outages::default(),
+            ended_outages: Vec::new(),
             hints: hints::mixed(&found)
                 .into_iter()
                 .chain(hints::unmatched(&options.choices, &found))
@@ -286,6 +299,11 @@ impl Session {
         let reading = self.changed.is_some() || self.reading.is_some();
         let decided = self.flows.decide(&self.directory, reading, monotonic_ns());
         self.count(decided, &mut events);
+        let known_ns = self.flows.known_until_ns(monotonic_ns());
+        let over = self.outages.over(known_ns, &self.changes, |index| {
+            name_of(&self.directory, index)
+        });
+        self.end_outages(over, &mut events);
         events.sort_by_key(Event::time_ns);
         Ok(events)
     }
@@ -366,11 +384,19 @@ impl Session {
         }
     }
 
+    fn end_outages(&mut self, outages: Vec<Outage>, events: &mut Vec<Event>) {
+        let room = OUTAGES.saturating_sub(self.ended_outages.len());
+        self.ended_outages
+            .extend(outages.iter().take(room).cloned());
+        events.extend(outages.into_iter().map(Event::Outage));
+    }
+
     /// Counts what became of flows.
     fn count(&mut self, decided: Vec<Decided>, events: &mut Vec<Event>) {
         for decided in decided {
             self.tallies[decided.index].decide(&decided);
             self.timeline.decide(self.started_ns, &decided);
+            self.outages.add(&decided);
             events.push(Event::Verdict(decided));
         }
     }
@@ -389,6 +415,11 @@ impl Session {
         }
         let decided = self.flows.finish(&self.directory, monotonic_ns());
         self.count(decided, &mut events);
+        let outages = std::mem::take(&mut self.outages);
+        let (over, going_on) =
+            outages.finish(&self.changes, |index| name_of(&self.directory, index));
+        self.end_outages(over, &mut events);
+        self.end_outages(going_on, &mut events);
         let stats = self.probes.stats()?;
         let cost = self.probes.run_time()?;
         let found = self.probes.times()?;
@@ -411,10 +442,16 @@ impl Session {
             stages,
             (self.changes, self.more_changes),
             self.watcher.listening(),
+            self.ended_outages,
             Health::new(stats, self.others, cost),
         );
         Ok((events, summary))
     }
+}
+
+fn name_of(directory: &Directory, index: usize) -> String {
+    let known = directory.get(index);
+    known.map_or_else(String::new, |known| known.name.clone())
 }
 
 /// Reads the rules in the background.

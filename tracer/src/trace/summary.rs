@@ -8,6 +8,7 @@ use tracer_ebpf::record::Stats;
 use super::changes::{Listening, RuleChange};
 use super::directory::Directory;
 use super::journey::End;
+use super::outages::Outage;
 use super::tally::Tally;
 use super::timeline::Timeline;
 use super::verdict::{Verdict, Who};
@@ -209,6 +210,8 @@ pub struct Summary {
     pub rule_changes_left_out: u64,
     /// How they were heard of.
     pub listening: Listening,
+    /// Outages, in the order in which they ended: the first 1000.
+    pub outages: Vec<Outage>,
     /// How the probes did.
     pub probes: Health,
 }
@@ -222,6 +225,7 @@ impl Summary {
         paths: BTreeMap<&'static str, PathTimes>,
         (rule_changes, rule_changes_left_out): (Vec<RuleChange>, u64),
         listening: Listening,
+        outages: Vec<Outage>,
         probes: Health,
     ) -> Self {
         let mut services: Vec<ServiceSummary> = directory
@@ -278,6 +282,7 @@ impl Summary {
             rule_changes,
             rule_changes_left_out,
             listening,
+            outages,
             probes,
         }
     }

@@ -86,6 +86,7 @@ impl Timeline {
 mod tests {
     use super::*;
     use crate::trace::journey::End;
+    use crate::trace::verdict::Verdict;
 
     fn journey(time_ns: u64, end: End) -> Journey {
         Journey {
@@ -95,11 +96,30 @@ mod tests {
         }
     }
 
+    fn decided(first_ns: u64) -> Decided {
+        let journey = Journey::sample();
+        Decided {
+            time_ns: first_ns,
+            index: 0,
+            service: journey.service,
+            protocol: journey.protocol,
+            source: journey.source,
+            destination: journey.destination,
+            path: journey.path,
+            headed: journey.headed,
+            first_ns,
+            after_ns: None,
+            corrects: None,
+            verdict: Verdict::Leaked,
+        }
+    }
+
     #[test]
     fn flows_fall_into_the_bin_of_their_time() {
         let mut timeline = Timeline::default();
         timeline.add(1_000, &journey(1_000, End::Sent));
         timeline.add(1_000, &journey(1_000 + NARROWEST_NS, End::Leaked));
+        timeline.decide(1_000, &decided(1_000 + NARROWEST_NS));
         timeline.add(1_000, &journey(999 + 2 * NARROWEST_NS, End::Sent));
         // The clock is read before the probes are attached: not before the begin, but who knows.
         timeline.add(1_000, &journey(0, End::Sent));
@@ -116,6 +136,7 @@ mod tests {
         let day_ns = 86_400_000_000_000;
         for i in 0..1_000 {
             timeline.add(0, &journey(i * day_ns / 1_000, End::Leaked));
+            timeline.decide(0, &decided(i * day_ns / 1_000));
         }
         let bins = &timeline.paths["pod→ClusterIP"];
         assert!((BINS / 2..=BINS).contains(&bins.len()), "{}", bins.len());
