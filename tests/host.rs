@@ -11,7 +11,10 @@ use tests::trace::{
     a_flush_is_heard_and_what_it_breaks_is_seen, every_flow_is_told_by_its_service,
     only_what_is_chosen_is_traced,
 };
-use tests::verdicts::{a_flow_to_a_dead_endpoint_is_stuck, prepared_faults_are_told};
+use tests::verdicts::{
+    a_flow_to_a_dead_endpoint_is_stuck, an_established_flow_to_a_dead_endpoint_is_stuck,
+    prepared_faults_are_told,
+};
 use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
     drops_equal_the_kernels_own_counter, every_service_and_endpoint_answers,
@@ -145,6 +148,16 @@ fn nftables_verdicts() {
 #[test]
 fn iptables_nft_stuck_flow() {
     a_flow_to_a_dead_endpoint_is_stuck(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_stuck_established_flow() {
+    an_established_flow_to_a_dead_endpoint_is_stuck(Mode::Nftables);
+}
+
+#[test]
+fn iptables_legacy_stuck_flow() {
+    a_flow_to_a_dead_endpoint_is_stuck(Mode::IptablesLegacy);
 }
 
 #[test]

@@ -177,6 +177,44 @@ fn wanted(node: &TestNode) -> Vec<(usize, Vec<Verdict>)> {
     wanted
 }
 
+/// An established flow whose endpoint goes, and whose client goes on sending.
+pub fn an_established_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
+    const SERVICE: usize = HEALTHY[1];
+    let mut node = TestNode::build(SERVICES, 1).expect("a laboratory");
+    on_one_thread(node.apply(mode)).expect("rules");
+    let (vip, dead) = (vip_of(&node, SERVICE), endpoint_of(&node, SERVICE));
+    let socket = node
+        .lab
+        .node()
+        .run(|| UdpSocket::bind("0.0.0.0:0").expect("binds"))
+        .expect("enters");
+    socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let mut session = Session::start(node.lab.node(), Options::default()).expect("attaches");
+    socket.send_to(b"1\n", vip).expect("sends");
+    socket.recv(&mut [0; 64]).expect("an answer");
+    node.cluster.services[SERVICE].ports[0].endpoints[0].address =
+        plan::server_pod(0, Family::V4).nth(200);
+    on_one_thread(node.apply(mode)).expect("rules");
+    let begin = Instant::now();
+    let stuck = loop {
+        assert!(begin.elapsed() < PATIENCE, "never told");
+        socket.send_to(b"1\n", vip).expect("sends");
+        std::thread::sleep(Duration::from_millis(20));
+        let events = session.poll().expect("polls");
+        let mut stuck = events.into_iter().filter_map(|event| match event {
+            Event::Stuck(stuck) => Some(stuck),
+            _ => None,
+        });
+        if let Some(stuck) = stuck.next() {
+            break stuck;
+        }
+    };
+    assert_eq!((stuck.destination, stuck.endpoint), (vip, dead));
+    let (_, summary) = session.finish().expect("ends");
+    let text = summary.to_string();
+    assert!(text.contains("1 established flow is stuck"), "{text}");
+}
+
 /// A client that goes on sending from one port to an endpoint that is gone: conntrack remembers it.
 pub fn a_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
     const SERVICE: usize = SILENT[1];

@@ -5,6 +5,7 @@ pub mod applied;
 pub mod apply;
 pub mod btf;
 pub mod clock;
+pub mod conntrack;
 pub mod dump;
 pub mod ipvs;
 pub mod link;

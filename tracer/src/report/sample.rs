@@ -566,6 +566,7 @@ pub(crate) fn trace() -> Trace {
         verdicts,
         later_drops,
         later_resets: Vec::new(),
+        stuck: BTreeMap::new(),
         answered: Histogram::default(),
         node,
     };

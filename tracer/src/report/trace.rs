@@ -1,6 +1,7 @@
 //! What a trace says, as tables and lines: at the end of a session, and read back.
 
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::blocks::{Block, MISSING, Table, Tone};
 use super::quantile::quantile;
@@ -268,10 +269,17 @@ fn listed<T: fmt::Display>(counts: impl Iterator<Item = (T, u64)>) -> String {
     said.join(", ")
 }
 
+/// Any stuck flow, for its advice.
+const STUCK: Verdict = Verdict::Stuck {
+    endpoint: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
+};
+
 /// What went wrong with at most so many Services, and what to look at.
 pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
     let bad = |service: &&ServiceSummary| {
-        service.verdicts.iter().any(|c| !c.verdict.is_good()) || service.dropped_later() > 0
+        service.verdicts.iter().any(|c| !c.verdict.is_good())
+            || service.dropped_later() > 0
+            || !service.stuck.is_empty()
     };
     let mut lines = Vec::new();
     for service in summary.services.iter().filter(bad).take(most) {
@@ -281,6 +289,14 @@ pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
             let line = format!("{}: of {flows} new flows {new}", service.name);
             lines.push((Tone::Plain, line));
         }
+        for (endpoint, flows) in &service.stuck {
+            let flows = units::plural(*flows, "established flow is", "established flows are");
+            let line = format!(
+                "{}: {flows} stuck on the dead endpoint {endpoint}",
+                service.name
+            );
+            lines.push((Tone::Plain, line));
+        }
         let later = later_drops(service);
         if !later.is_empty() {
             let line = format!("{}: of established flows {later}", service.name);
@@ -288,10 +304,15 @@ pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
         }
     }
     let services = summary.services.iter();
+    let stuck = summary
+        .services
+        .iter()
+        .any(|service| !service.stuck.is_empty());
     let of_flows = services.clone().flat_map(|service| &service.verdicts);
     let of_drops = services.flat_map(|service| &service.later_drops);
     let mut advice: Vec<(&str, &str)> = of_flows
         .filter_map(|count| Some((count.verdict.word(), count.verdict.advice()?)))
+        .chain(stuck.then_some((STUCK.word(), STUCK.advice().unwrap_or_default())))
         .chain(of_drops.filter_map(|count| Some((count.end.word(), count.end.advice()?))))
         .collect();
     advice.sort_unstable();

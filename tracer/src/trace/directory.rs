@@ -1,6 +1,6 @@
 //! Services by the addresses under which packets ask for them, as the node's own rules name them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 use tracer_ebpf::path::Target;
@@ -179,6 +179,17 @@ impl Directory {
             .is_some_and(|known| known.former.contains_key(&address))
     }
 
+    /// Has any Service lost an endpoint?
+    pub fn has_former(&self) -> bool {
+        self.services.iter().any(|known| !known.former.is_empty())
+    }
+
+    /// What was an endpoint of some Service, and is none of it any more.
+    pub fn former(&self) -> HashSet<SocketAddr> {
+        let former = self.services.iter().flat_map(|known| known.former.keys());
+        former.copied().collect()
+    }
+
     /// What is known under an index.
     pub fn get(&self, index: usize) -> Option<&Known> {
         self.services.get(index)
@@ -193,7 +204,8 @@ impl Directory {
     pub fn targets(&self) -> Vec<(SocketAddr, u8, Target)> {
         let mut targets: HashMap<(SocketAddr, u8), Target> = HashMap::new();
         for service in &self.services {
-            for endpoint in &service.endpoints {
+            // Who was an endpoint answers old flows, and may be one again.
+            for endpoint in service.endpoints.iter().chain(service.former.keys()) {
                 targets.insert((*endpoint, service.protocol), Target::Pod);
             }
         }

@@ -180,6 +180,15 @@ impl Flows {
         true
     }
 
+    /// A flow's first packet went on to an endpoint on this very node: where it stands now.
+    pub fn further(&mut self, key: Key, journey: &Journey) {
+        if let Some(flow) = self.flows.get_mut(&key) {
+            flow.end = journey.end.clone();
+            flow.headed = journey.headed.or(flow.headed);
+            self.touched.push_back((flow.first_ns, key));
+        }
+    }
+
     /// Something came back; is it the first that did, of a flow that is open?
     pub fn came_back(&mut self, key: Key, back: Back, time_ns: u64) -> bool {
         let Some(flow) = self.flows.get_mut(&key) else {

@@ -15,6 +15,7 @@ pub mod packets;
 pub mod pcapng;
 pub mod run;
 pub mod session;
+pub mod stuck;
 pub mod summary;
 pub mod tally;
 pub mod timeline;

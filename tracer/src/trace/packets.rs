@@ -25,6 +25,8 @@ pub enum Told {
         index: usize,
         /// Did conntrack know the flow before this packet?
         known: bool,
+        /// Is it a packet that was translated before, on its way to an endpoint on this very node?
+        further: bool,
         /// What became of the packet.
         journey: Box<Journey>,
     },
@@ -99,6 +101,8 @@ impl Reader {
                     key,
                     index,
                     known: record.confirmed != 0,
+                    further: record.state != state::REPLY
+                        && destination_of(record) != key.destination,
                     journey: Box::new(self.journey(record, key, index, directory)),
                 };
             }

@@ -13,9 +13,10 @@ use super::changes::{ChangesError, Listening, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
 use super::flows::{Back, Decided, Flows};
 use super::hints;
-use super::journey::Journey;
+use super::journey::{End, Journey};
 use super::outages::{Outage, Outages};
 use super::packets::{Reader, Told};
+use super::stuck::{self, Stuck};
 use super::summary::{Health, Summary};
 use super::tally::Tally;
 use super::timeline::Timeline;
@@ -132,6 +133,8 @@ pub enum Event {
     Journey(Journey),
     /// It is known what became of a flow.
     Verdict(Decided),
+    /// An established flow goes on to an endpoint that is gone.
+    Stuck(Stuck),
     /// A Service's outage is over, or goes on when the session ends.
     Outage(Outage),
     /// Somebody changed rules.
@@ -153,6 +156,7 @@ impl Event {
         match self {
             Self::Journey(journey) => journey.time_ns,
             Self::Verdict(decided) => decided.time_ns,
+            Self::Stuck(stuck) => stuck.time_ns,
             Self::Outage(outage) => match outage.end_ns {
                 Some(end_ns) => end_ns,
                 None => outage.begin_ns,
@@ -173,6 +177,7 @@ pub struct Session {
     watcher: Watcher,
     reader: Reader,
     flows: Flows,
+    stuck: stuck::Watch,
     outages: Outages,
     ended_outages: Vec<Outage>,
     directory: Directory,
@@ -220,6 +225,7 @@ impl Session {
                 local: local.iter().copied().collect(),
             },
             flows: Flows::default(),
+            stuck: stuck::Watch::default(),
             outages: Outages::default(),
             ended_outages: Vec::new(),
             hints: hints::mixed(&found)
@@ -299,6 +305,13 @@ impl Session {
         let reading = self.changed.is_some() || self.reading.is_some();
         let decided = self.flows.decide(&self.directory, reading, monotonic_ns());
         self.count(decided, &mut events);
+        for stuck in self.stuck.poll(&self.ns, &self.directory) {
+            *self.tallies[stuck.index]
+                .stuck
+                .entry(stuck.endpoint)
+                .or_default() += 1;
+            events.push(Event::Stuck(stuck));
+        }
         let known_ns = self.flows.known_until_ns(monotonic_ns());
         let over = self.outages.over(known_ns, &self.changes, |index| {
             name_of(&self.directory, index)
@@ -350,13 +363,19 @@ impl Session {
                 key,
                 index,
                 known,
+                further,
                 journey,
             } => {
                 if !self.options.wants(&journey) {
                     self.others += 1;
                     return;
                 }
-                if !journey.first {
+                if further && journey.first {
+                    self.flows.further(key, &journey);
+                    if !matches!(journey.end, End::Dropped { .. }) {
+                        return;
+                    }
+                } else if !journey.first {
                     self.tallies[index].add_later(&journey);
                 } else if self.flows.first(key, index, &journey, known) {
                     self.tallies[index].add(&journey);

@@ -1,6 +1,7 @@
 //! What a session found.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 use tracer_ebpf::record::Stats;
@@ -41,6 +42,8 @@ pub struct ServiceSummary {
     pub later_drops: Vec<Count>,
     /// Resets of flows that had been answered, or answered otherwise.
     pub later_resets: Vec<ResetCount>,
+    /// Established flows that went on to an endpoint that is gone, by endpoint.
+    pub stuck: BTreeMap<SocketAddr, u64>,
     /// From a flow's first packet to its first answer, both on this node, ns.
     pub answered: Histogram,
     /// First packets' time on the node, ns.
@@ -232,7 +235,7 @@ impl Summary {
             .services()
             .iter()
             .zip(tallies)
-            .filter(|(_, tally)| tally.flows + tally.repeated > 0 || !tally.later_drops.is_empty())
+            .filter(|(_, tally)| tally.has_anything())
             .map(|(known, tally)| ServiceSummary {
                 name: known.name.clone(),
                 mode: known.mode.to_owned(),
@@ -258,6 +261,7 @@ impl Summary {
                         count: *count,
                     })
                     .collect(),
+                stuck: tally.stuck.clone(),
                 answered: tally.answered.histogram(),
                 node: tally.node.histogram(),
             })

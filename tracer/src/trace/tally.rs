@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use std::net::SocketAddr;
+
 use tracer_ebpf::histogram::{CELLS, bounds_of, cell_of};
 
 use super::flows::Decided;
@@ -23,6 +25,8 @@ pub struct Tally {
     pub later_drops: BTreeMap<End, u64>,
     /// Resets that decided nothing: of flows that had been answered, or reset before.
     pub later_resets: BTreeMap<Who, u64>,
+    /// Established flows that go on to an endpoint that is gone, by endpoint.
+    pub stuck: BTreeMap<SocketAddr, u64>,
     /// First packets' time on the node.
     pub node: Times,
     /// From first packets to their first answers.
@@ -30,6 +34,11 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// Is there anything to tell?
+    pub fn has_anything(&self) -> bool {
+        self.flows + self.repeated > 0 || !self.later_drops.is_empty() || !self.stuck.is_empty()
+    }
+
     /// Counts a new flow.
     pub fn add(&mut self, journey: &Journey) {
         self.flows += 1;

@@ -223,6 +223,7 @@ fn words(event: &Event) -> String {
             }
             printable(&said)
         }
+        Event::Stuck(stuck) => printable(&stuck.to_string()),
         Event::Outage(outage) => printable(&outage.to_string()),
         Event::RuleChange(change) => printable(&change.to_string()),
         Event::Services { there, gone, .. } => {
