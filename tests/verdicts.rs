@@ -1,6 +1,7 @@
 //! Faults prepared on a node of the laboratory: each flow gets the verdict that its fault deserves.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -79,12 +80,18 @@ fn prepare(mode: Mode) -> TestNode {
         .to_owned();
     for service in FORBIDDEN {
         let endpoint = endpoint_of(&node, service);
-        fault += &format!("add rule ip fault out ip daddr {} drop;", endpoint.ip());
+        // Writing into a String cannot fail, here and below.
+        let _ = write!(
+            fault,
+            "add rule ip fault out ip daddr {} drop;",
+            endpoint.ip()
+        );
     }
     for (service, healthy) in HIJACKED.into_iter().zip(HEALTHY) {
         let thief = endpoint_of(&node, healthy);
         let vip = vip_of(&node, service).ip();
-        fault += &format!(
+        let _ = write!(
+            fault,
             "add rule ip fault steal ip daddr {vip} {} dport 80 dnat to {thief};",
             ["tcp", "udp"][service % 2]
         );

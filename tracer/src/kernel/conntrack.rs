@@ -21,7 +21,7 @@ const CTA_IP_V6_DST: u16 = 4;
 const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
-/// `IPS_SEEN_REPLY` (include/uapi/linux/netfilter/nf_conntrack_common.h).
+/// `IPS_SEEN_REPLY` (`include/uapi/linux/netfilter/nf_conntrack_common.h`).
 const IPS_SEEN_REPLY: u32 = 1 << 1;
 
 /// Why the connections cannot be listed.

@@ -357,7 +357,7 @@ pub fn stages(clock: Clock, path: &PathSummary, state: PacketState) -> Option<Ta
 /// How the probes did, and what they cost if that was asked.
 pub fn health(probes: &Health) -> Vec<String> {
     let mut lines = vec![format!(
-        "probes  {} journeys: {} left by a device, {} reached a socket, {} dropped, {} unfinished; {} other packets; lost: {} records, {} collisions, {} unpaired",
+        "probes  {} journeys: {} left by a device, {} reached a socket, {} dropped, {} unfinished; {} other packets; lost: {} records, {} collisions, {} unpaired, {} flows forgotten",
         units::count(probes.journeys),
         units::count(probes.transmitted),
         units::count(probes.delivered_locally),
@@ -367,6 +367,7 @@ pub fn health(probes: &Health) -> Vec<String> {
         units::count(probes.ring_lost),
         units::count(probes.slot_collisions),
         units::count(probes.unpaired),
+        units::count(probes.forgotten),
     )];
     lines.extend(cost(probes));
     lines

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::directory::Directory;
 use super::journey::{End, Journey};
 use super::verdict::{Verdict, Who};
+use crate::report::units;
 
 /// How long a flow may go without an answer, ns: a TCP client has sent its SYN again after 1 s (RFC 6298,
 /// section 2) and after 3 s by then.
@@ -53,7 +54,14 @@ impl std::fmt::Display for Decided {
             f,
             "{} {} {} → {}  {}",
             self.service, self.path, self.source, self.destination, self.verdict
-        )
+        )?;
+        if let Some(after_ns) = self.after_ns {
+            write!(f, " after {}", units::time_u64(after_ns))?;
+        }
+        match &self.corrects {
+            Some(before) => write!(f, " (was: {before})"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -124,7 +132,7 @@ type Waiting = VecDeque<(u64, Key)>;
 /// time: what a call costs depends on what happened since the last one, not on how many flows there are.
 #[derive(Debug, Default)]
 pub struct Flows {
-    flows: HashMap<Key, Flow>,
+    known: HashMap<Key, Flow>,
     /// Something happened to them.
     touched: Waiting,
     in_grace: Waiting,
@@ -147,7 +155,7 @@ impl Flows {
     /// Takes in a first packet, with what conntrack knew of its flow before; is the flow new, and not only
     /// its packet sent once more?
     pub fn first(&mut self, key: Key, index: usize, journey: &Journey, known: bool) -> bool {
-        if let Some(flow) = self.flows.get_mut(&key) {
+        if let Some(flow) = self.known.get_mut(&key) {
             // The last packet tells best where the flow stands.
             flow.last_ns = journey.time_ns;
             flow.end = journey.end.clone();
@@ -162,7 +170,7 @@ impl Flows {
         // What came back before this packet came belongs to a flow before this one.
         let back = self.early.remove(&key);
         let back = back.filter(|(_, time_ns)| *time_ns >= journey.time_ns);
-        self.flows.insert(
+        self.known.insert(
             key,
             Flow {
                 index,
@@ -182,7 +190,7 @@ impl Flows {
 
     /// A flow's first packet went on to an endpoint on this very node: where it stands now.
     pub fn further(&mut self, key: Key, journey: &Journey) {
-        if let Some(flow) = self.flows.get_mut(&key) {
+        if let Some(flow) = self.known.get_mut(&key) {
             flow.end = journey.end.clone();
             flow.headed = journey.headed.or(flow.headed);
             self.touched.push_back((flow.first_ns, key));
@@ -191,7 +199,7 @@ impl Flows {
 
     /// Something came back; is it the first that did, of a flow that is open?
     pub fn came_back(&mut self, key: Key, back: Back, time_ns: u64) -> bool {
-        let Some(flow) = self.flows.get_mut(&key) else {
+        let Some(flow) = self.known.get_mut(&key) else {
             // The first tells most, unless it is an earlier flow's.
             let early = self.early.entry(key).or_insert((back, time_ns));
             if time_ns.saturating_sub(early.1) > GRACE_NS {
@@ -242,7 +250,7 @@ impl Flows {
         reading: bool,
         now_ns: u64,
     ) -> Option<Decided> {
-        let flow = self.flows.get_mut(&key)?;
+        let flow = self.known.get_mut(&key)?;
         if flow.first_ns != first_ns {
             return None;
         }
@@ -265,7 +273,7 @@ impl Flows {
         let decided = flow.decide(key, verdict, directory, now_ns);
         if matches!(flow.back, Some((Back::Answer(_), _))) {
             // What was answered needs no more memory.
-            self.flows.remove(&key);
+            self.known.remove(&key);
         } else if first {
             self.decided.push_back((first_ns, key));
         }
@@ -275,7 +283,7 @@ impl Flows {
     /// Every flow that began before this time has been decided (`CLOCK_MONOTONIC`, ns).
     pub fn known_until_ns(&mut self, now_ns: u64) -> u64 {
         let Self {
-            flows,
+            known,
             in_grace,
             open,
             unread,
@@ -283,7 +291,7 @@ impl Flows {
             ..
         } = self;
         let undecided = |(first_ns, key): &(u64, Key)| {
-            flows
+            known
                 .get(key)
                 .is_some_and(|flow| flow.first_ns == *first_ns && flow.verdict.is_none())
         };
@@ -305,7 +313,7 @@ impl Flows {
         let mut decided = self.decide(directory, false, now_ns);
         let open = [&mut self.in_grace, &mut self.open, &mut self.unread].map(std::mem::take);
         for (first_ns, key) in open.into_iter().flatten() {
-            let Some(flow) = self.flows.get_mut(&key) else {
+            let Some(flow) = self.known.get_mut(&key) else {
                 continue;
             };
             if flow.first_ns != first_ns || flow.verdict.is_some() {
@@ -323,18 +331,18 @@ impl Flows {
 
     /// Forgets a flow, unless a later one has taken its place.
     fn remove(&mut self, key: Key, first_ns: u64) -> Option<Flow> {
-        let same = self.flows.get(&key)?.first_ns == first_ns;
-        if same { self.flows.remove(&key) } else { None }
+        let same = self.known.get(&key)?.first_ns == first_ns;
+        if same { self.known.remove(&key) } else { None }
     }
 
     /// Sees to it that there is room for one more: what was decided longest ago goes first.
     fn make_room(&mut self) {
         if self.open.len() > 2 * MOST {
-            let flows = &self.flows;
+            let known = &self.known;
             // Answered since.
-            self.open.retain(|(_, key)| flows.contains_key(key));
+            self.open.retain(|(_, key)| known.contains_key(key));
         }
-        while self.flows.len() >= MOST {
+        while self.known.len() >= MOST {
             let queues = [
                 &mut self.decided,
                 &mut self.open,
@@ -492,7 +500,7 @@ mod tests {
         let decided = flows.decide(&directory, false, 50);
         assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
         assert_eq!(decided[0].after_ns, Some(30));
-        assert!(flows.flows.is_empty());
+        assert!(flows.known.is_empty());
         // An answer that is told before its first packet is not lost.
         flows.came_back(key(2), Back::Answer(socket(ENDPOINT)), 60);
         flows.first(key(2), 0, &journey(55, ENDPOINT, End::Sent), false);
@@ -619,7 +627,7 @@ mod tests {
                 flows.decide(&directory, false, number);
             }
         }
-        assert_eq!(flows.flows.len(), MOST);
+        assert_eq!(flows.known.len(), MOST);
         assert_eq!(flows.forgotten(), 1000);
     }
 }

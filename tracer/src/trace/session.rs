@@ -17,7 +17,7 @@ use super::journey::{End, Journey};
 use super::outages::{Outage, Outages};
 use super::packets::{Reader, Told};
 use super::stuck::{self, Stuck};
-use super::summary::{Health, Summary};
+use super::summary::{Health, Rest, Summary};
 use super::tally::Tally;
 use super::timeline::Timeline;
 use crate::cluster::Cidr;
@@ -453,17 +453,18 @@ impl Session {
             })
             .filter(|(_, times)| !times.node.is_empty())
             .collect();
-        let summary = Summary::new(
-            (self.started_ns, monotonic_ns()),
-            &self.directory,
-            &self.tallies,
-            self.timeline,
-            stages,
-            (self.changes, self.more_changes),
-            self.watcher.listening(),
-            self.ended_outages,
-            Health::new(stats, self.others, cost),
-        );
+        let rest = Rest {
+            started_ns: self.started_ns,
+            ended_ns: monotonic_ns(),
+            timeline: self.timeline,
+            paths: stages,
+            rule_changes: self.changes,
+            rule_changes_left_out: self.more_changes,
+            listening: self.watcher.listening(),
+            outages: self.ended_outages,
+            probes: Health::new(stats, self.others, self.flows.forgotten(), cost),
+        };
+        let summary = Summary::new(&self.directory, &self.tallies, rest);
         Ok((events, summary))
     }
 }

@@ -143,6 +143,10 @@ pub struct Health {
     pub other_packets: u64,
     /// Records of packets to an endpoint itself.
     pub to_endpoints: u64,
+    /// Journeys that were timed; of the others only how they ended is known.
+    pub timed: u64,
+    /// Flows that were forgotten before it was known what became of them: too many at once.
+    pub forgotten: u64,
     /// What the probes cost by the kernel's account (always wall-clock ns): runs, and their time without
     /// the way in and out of each; absent if it was not asked for.
     #[serde(flatten)]
@@ -160,7 +164,12 @@ pub struct Cost {
 }
 
 impl Health {
-    pub(super) fn new(stats: Stats, to_endpoints: u64, cost: Option<RunTime>) -> Self {
+    pub(super) fn new(
+        stats: Stats,
+        to_endpoints: u64,
+        forgotten: u64,
+        cost: Option<RunTime>,
+    ) -> Self {
         Self {
             journeys: stats.journeys,
             transmitted: stats.transmitted,
@@ -178,6 +187,8 @@ impl Health {
             unpaired: stats.unpaired,
             other_packets: stats.other,
             to_endpoints,
+            timed: stats.timed,
+            forgotten,
             cost: cost.map(|cost| Cost {
                 probe_runs: cost.runs,
                 probe_ns: cost.ns,
@@ -219,18 +230,22 @@ pub struct Summary {
     pub probes: Health,
 }
 
+/// What a session has besides Services and their tallies when it ends.
+#[derive(Debug)]
+pub(super) struct Rest {
+    pub(super) started_ns: u64,
+    pub(super) ended_ns: u64,
+    pub(super) timeline: Timeline,
+    pub(super) paths: BTreeMap<&'static str, PathTimes>,
+    pub(super) rule_changes: Vec<RuleChange>,
+    pub(super) rule_changes_left_out: u64,
+    pub(super) listening: Listening,
+    pub(super) outages: Vec<Outage>,
+    pub(super) probes: Health,
+}
+
 impl Summary {
-    pub(super) fn new(
-        (started_ns, ended_ns): (u64, u64),
-        directory: &Directory,
-        tallies: &[Tally],
-        timeline: Timeline,
-        paths: BTreeMap<&'static str, PathTimes>,
-        (rule_changes, rule_changes_left_out): (Vec<RuleChange>, u64),
-        listening: Listening,
-        outages: Vec<Outage>,
-        probes: Health,
-    ) -> Self {
+    pub(super) fn new(directory: &Directory, tallies: &[Tally], rest: Rest) -> Self {
         let mut services: Vec<ServiceSummary> = directory
             .services()
             .iter()
@@ -269,12 +284,13 @@ impl Summary {
         services.sort_by(|a, b| b.flows.cmp(&a.flows).then_with(|| a.name.cmp(&b.name)));
         Self {
             clock: Clock::of_this_machine(),
-            duration_ns: ended_ns.saturating_sub(started_ns),
-            started_ns,
+            duration_ns: rest.ended_ns.saturating_sub(rest.started_ns),
+            started_ns: rest.started_ns,
             tier: "hooks".to_owned(),
             silent: directory.services().len() - services.len(),
             services,
-            paths: paths
+            paths: rest
+                .paths
                 .into_iter()
                 .map(|(path, times)| PathSummary {
                     path: path.to_owned(),
@@ -282,12 +298,12 @@ impl Summary {
                     node: times.node,
                 })
                 .collect(),
-            timeline,
-            rule_changes,
-            rule_changes_left_out,
-            listening,
-            outages,
-            probes,
+            timeline: rest.timeline,
+            rule_changes: rest.rule_changes,
+            rule_changes_left_out: rest.rule_changes_left_out,
+            listening: rest.listening,
+            outages: rest.outages,
+            probes: rest.probes,
         }
     }
 

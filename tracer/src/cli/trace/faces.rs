@@ -213,16 +213,7 @@ fn goes_on(outcome: Result<(), WriteError>) {
 fn words(event: &Event) -> String {
     match event {
         Event::Journey(journey) => printable(&journey.to_string()),
-        Event::Verdict(decided) => {
-            let mut said = decided.to_string();
-            if let Some(after_ns) = decided.after_ns {
-                said += &format!(" after {}", units::time_u64(after_ns));
-            }
-            if let Some(before) = &decided.corrects {
-                said += &format!(" (was: {before})");
-            }
-            printable(&said)
-        }
+        Event::Verdict(decided) => printable(&decided.to_string()),
         Event::Stuck(stuck) => printable(&stuck.to_string()),
         Event::Outage(outage) => printable(&outage.to_string()),
         Event::RuleChange(change) => printable(&change.to_string()),
