@@ -178,8 +178,13 @@ pub(crate) fn require_root(what: &str) -> Result<(), NotPermitted> {
             "{what} needs root (network namespaces, rules and eBPF): run it with sudo"
         )));
     }
+    require_capabilities(what, &TO_BUILD)
+}
+
+/// Refuses what the process has no rights for.
+fn require_capabilities(what: &str, needed: &[Capability]) -> Result<(), NotPermitted> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let missing = missing_capabilities(&status);
+    let missing = missing_capabilities(&status, needed);
     if missing.is_empty() {
         return Ok(());
     }
@@ -189,8 +194,33 @@ pub(crate) fn require_root(what: &str) -> Result<(), NotPermitted> {
     )))
 }
 
-/// Capabilities that are needed and not effective (bit numbers: include/uapi/linux/capability.h).
-fn missing_capabilities(status: &str) -> Vec<&'static str> {
+/// Refuses to trace without the rights to attach probes and to read rules. `moves`: into another network
+/// namespace, or has the kernel count run time, which takes more.
+pub(crate) fn require_tracing(what: &str, moves: bool) -> Result<(), NotPermitted> {
+    if nix::unistd::geteuid().is_root() {
+        return require_capabilities(what, if moves { &TO_BUILD } else { &TO_TRACE });
+    }
+    Err(NotPermitted(format!(
+        "{what} needs root (rules and eBPF), of whose capabilities CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and, \
+         for iptables' own tools, CAP_NET_RAW are enough: run it with sudo"
+    )))
+}
+
+/// A capability's number (include/uapi/linux/capability.h) and name.
+type Capability = (u32, &'static str);
+
+const NET_ADMIN: Capability = (12, "CAP_NET_ADMIN");
+const SYS_ADMIN: Capability = (21, "CAP_SYS_ADMIN");
+const PERFMON: Capability = (38, "CAP_PERFMON");
+const BPF: Capability = (39, "CAP_BPF");
+
+/// For namespaces of our own, or another one.
+const TO_BUILD: [Capability; 4] = [NET_ADMIN, SYS_ADMIN, PERFMON, BPF];
+/// For probes in the namespace that we are in.
+const TO_TRACE: [Capability; 3] = [NET_ADMIN, PERFMON, BPF];
+
+/// Capabilities that are needed and not effective.
+fn missing_capabilities(status: &str, needed: &[Capability]) -> Vec<&'static str> {
     let effective = status
         .lines()
         .find_map(|line| line.strip_prefix("CapEff:"))
@@ -198,16 +228,11 @@ fn missing_capabilities(status: &str) -> Vec<&'static str> {
     let Some(effective) = effective else {
         return Vec::new();
     };
-    [
-        (12, "CAP_NET_ADMIN"),
-        (21, "CAP_SYS_ADMIN"),
-        (38, "CAP_PERFMON"),
-        (39, "CAP_BPF"),
-    ]
-    .into_iter()
-    .filter(|(bit, _)| effective >> bit & 1 == 0)
-    .map(|(_, name)| name)
-    .collect()
+    needed
+        .iter()
+        .filter(|(bit, _)| effective >> bit & 1 == 0)
+        .map(|(_, name)| *name)
+        .collect()
 }
 
 #[cfg(test)]
@@ -216,12 +241,15 @@ mod tests {
 
     #[test]
     fn missing_capabilities_are_named() {
-        assert!(missing_capabilities("CapEff:\t000001ffffffffff\n").is_empty());
+        assert!(missing_capabilities("CapEff:\t000001ffffffffff\n", &TO_BUILD).is_empty());
         assert_eq!(
-            missing_capabilities("CapEff:\t0000007fffffffff\n"),
+            missing_capabilities("CapEff:\t0000007fffffffff\n", &TO_BUILD),
             ["CAP_BPF"]
         );
-        assert_eq!(missing_capabilities("CapEff:\t0000000000000000\n").len(), 4);
+        assert_eq!(
+            missing_capabilities("CapEff:\t0000000000000000\n", &TO_BUILD).len(),
+            4
+        );
     }
 
     #[test]

@@ -108,10 +108,14 @@ impl Netns {
             name: self.name.to_string(),
             source,
         };
-        let home = File::open("/proc/thread-self/ns/net").map_err(fail)?;
-        setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|e| fail(e.into()))?;
+        let home = File::open(OWN).map_err(fail)?;
+        // Whoever is there need not be allowed to move (CAP_SYS_ADMIN).
+        let here = is_same(&home, &self.file).map_err(fail)?;
+        if !here {
+            setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|e| fail(e.into()))?;
+        }
         Ok(Entered {
-            home,
+            home: (!here).then_some(home),
             not_send: PhantomData,
         })
     }
@@ -134,13 +138,17 @@ impl Netns {
             "XTABLES_LOCKFILE",
             format!("/run/svcpath-xtables-{parent}.lock"),
         );
-        // SAFETY: between fork and exec only async-signal-safe calls are made: prctl, getppid
-        // and setns are plain system calls, and `file` is kept open by the closure.
+        // SAFETY: between fork and exec only async-signal-safe calls are made: prctl, getppid, open
+        // (of a path that needs no memory), statx and setns are plain system calls, and `file` is kept
+        // open by the closure.
         unsafe {
             command.pre_exec(move || {
                 nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
                 if nix::unistd::getppid().as_raw().unsigned_abs() != parent {
                     return Err(io::Error::other("parent is gone"));
+                }
+                if is_same(&File::open(OWN)?, &file)? {
+                    return Ok(());
                 }
                 setns(
                     BorrowedFd::borrow_raw(file.as_raw_fd()),
@@ -153,18 +161,28 @@ impl Netns {
     }
 }
 
+/// The namespace of the calling thread.
+const OWN: &str = "/proc/thread-self/ns/net";
+
+fn is_same(one: &File, other: &File) -> io::Result<bool> {
+    let (one, other) = (one.metadata()?, other.metadata()?);
+    Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
+}
+
 /// While this lives, the thread is in another namespace. It must be dropped on the same thread.
 #[derive(Debug)]
 #[must_use = "the thread leaves the namespace when this is dropped"]
 pub struct Entered {
-    home: File,
+    /// Where it came from; `None` if it was there already.
+    home: Option<File>,
     not_send: PhantomData<*const ()>,
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
+        let Some(home) = &self.home else { return };
         // Going on in the wrong namespace could change the machine: abort rather than risk it.
-        if let Err(error) = setns(self.home.as_fd(), CloneFlags::CLONE_NEWNET) {
+        if let Err(error) = setns(home.as_fd(), CloneFlags::CLONE_NEWNET) {
             eprintln!("svcpath: cannot leave a network namespace: {error}");
             std::process::abort();
         }

@@ -187,7 +187,7 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    exit::require_root("svcpath trace")?;
+    exit::require_tracing("svcpath trace", args.netns.is_some() || args.cost)?;
     check(args)?;
     let ns = match &args.netns {
         Some(path) => Netns::open(path)?,
