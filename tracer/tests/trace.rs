@@ -376,3 +376,37 @@ fn on_a_terminal_the_table_is_drawn_over_itself() {
     assert!(shown.contains("0 records lost · no rule change"), "{shown}");
     assert!(shown.contains("\x1b[1F\x1b[J"), "{shown:?}");
 }
+
+/// Three capabilities are enough where nobody has to move to another namespace, and whichever is missing
+/// is named.
+#[test]
+fn three_capabilities_are_enough() {
+    const NEEDED: [(u8, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
+    const CAPABILITIES: u8 = 41; // CAP_LAST_CAP (include/uapi/linux/capability.h) + 1
+    let node = node();
+    let with = |kept: &[u8]| {
+        // The node's own command is in its namespace before its capabilities are taken.
+        let mut command = node.lab.node().command(PROGRAM);
+        let kept = kept.to_vec();
+        // SAFETY: prctl is a plain system call; nothing is allocated between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                for number in (0..CAPABILITIES).filter(|number| !kept.contains(number)) {
+                    // The kernel may know fewer.
+                    libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0);
+                }
+                Ok(())
+            });
+        }
+        command.args(["trace", "--", "true"]);
+        command
+    };
+    let all = NEEDED.map(|(number, _)| number);
+    let ended = end(&mut with(&all));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.stdout.contains("0 new flows"), "{ended:?}");
+    for (number, name) in NEEDED {
+        let others: Vec<u8> = all.into_iter().filter(|other| *other != number).collect();
+        refused(&mut with(&others), 3, &[name]);
+    }
+}
