@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tracer::cluster::Family;
 use tracer::kernel::netns::Netns;
 use tracer::lab::plan;
+use tracer::probe::tier::Tier;
 use tracer::rules::Mode;
 use tracer::scenario::node::TestNode;
 use tracer::trace::session::{Event, Options, Session};
@@ -117,9 +118,13 @@ fn ask(node: &TestNode) -> Vec<UdpSocket> {
 }
 
 /// One flow to each Service: the verdicts are those of the faults, and nothing is left undecided.
-pub fn prepared_faults_are_told(mode: Mode) {
+pub fn prepared_faults_are_told(mode: Mode, tier: Tier) {
     let node = prepare(mode);
-    let session = Session::start(node.lab.node(), Options::default()).expect("attaches");
+    let options = Options {
+        tier: Some(tier),
+        ..Options::default()
+    };
+    let session = Session::start(node.lab.node(), options).expect("attaches");
     let sockets = ask(&node);
     assert_eq!(sockets.len(), 6);
     let (_, summary) = session.finish().expect("ends");

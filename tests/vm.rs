@@ -6,6 +6,7 @@ use std::net::UdpSocket;
 use std::process::Command;
 
 use tracer::kernel::netns::Netns;
+use tracer::probe::tier::Tier;
 use tracer::probe::trial;
 use tracer::rules::Mode;
 
@@ -134,10 +135,24 @@ fn ipvs_rules_are_kube_proxys() {
 
 #[test]
 fn ipvs_verdicts() {
-    tests::verdicts::prepared_faults_are_told(Mode::Ipvs);
+    tests::verdicts::prepared_faults_are_told(Mode::Ipvs, Tier::Hooks);
 }
 
 #[test]
 fn ipvs_trace() {
-    tests::trace::every_flow_is_told_by_its_service(Mode::Ipvs);
+    tests::trace::every_flow_is_told_by_its_service(Mode::Ipvs, Tier::Hooks);
+}
+
+#[test]
+fn functions_trace() {
+    for mode in Mode::ALL {
+        tests::trace::every_flow_is_told_by_its_service(mode, Tier::Functions);
+    }
+}
+
+#[test]
+fn functions_verdicts() {
+    for mode in Mode::ALL {
+        tests::verdicts::prepared_faults_are_told(mode, Tier::Functions);
+    }
 }

@@ -25,7 +25,7 @@ use crate::kernel::dump;
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::tool::ToolError;
 use crate::probe::catalogue::Detail;
-use crate::probe::hooks::{HooksTier, ProbeError, Watch};
+use crate::probe::tier::{ProbeError, Probes, Tier, Watch};
 use crate::record::evidence::Reasons;
 use crate::record::times;
 use crate::rules::dump::Unreadable;
@@ -80,6 +80,8 @@ pub struct Options {
     pub pod_cidrs: Vec<Cidr>,
     /// Have the kernel count what the probes cost, which costs a little more.
     pub cost: bool,
+    /// What tells where packets are; `None`: what this kernel has.
+    pub tier: Option<Tier>,
     /// How finely packets are followed.
     pub detail: Detail,
     /// One in how many packets is timed that are not the first of a flow; 0 and 1: all.
@@ -124,7 +126,7 @@ impl Event {
 pub struct Session {
     ns: Netns,
     options: Options,
-    probes: HooksTier,
+    probes: Probes,
     watcher: Watcher,
     reader: Reader,
     flows: Flows,
@@ -156,7 +158,11 @@ impl Session {
         if directory.services().is_empty() {
             return Err(TraceError::NoSuchService(found.services.len()));
         }
-        let mut probes = HooksTier::attach(ns, &watch(&directory, local.clone(), &options))?;
+        let mut probes = Probes::attach(
+            options.tier,
+            ns,
+            &watch(&directory, local.clone(), &options),
+        )?;
         if options.cost {
             probes.count_run_time()?;
         }
@@ -189,7 +195,12 @@ impl Session {
         self.started_ns
     }
 
-    /// Number of netfilter links.
+    /// What tells where packets are.
+    pub const fn tier(&self) -> Tier {
+        self.probes.tier()
+    }
+
+    /// Number of netfilter links, or of programs at functions.
     pub fn links(&self) -> usize {
         self.probes.links()
     }
@@ -335,7 +346,7 @@ impl Session {
             })
             .filter(|(_, times)| !times.node.is_empty())
             .collect();
-        let summary = Summary::new(
+        let mut summary = Summary::new(
             (self.started_ns, monotonic_ns()),
             &self.directory,
             &self.tallies,
@@ -344,6 +355,7 @@ impl Session {
             self.changes,
             Health::new(stats, self.others, cost),
         );
+        summary.tier = self.probes.tier().name();
         Ok((events, summary))
     }
 }

@@ -13,7 +13,7 @@ use super::journey::End;
 use super::tally::Tally;
 use super::timeline::Timeline;
 use super::verdict::{Verdict, Who};
-use crate::probe::hooks::RunTime;
+use crate::probe::tier::RunTime;
 use crate::record::run::{Clock, Histogram, PacketState};
 use crate::record::times::PathTimes;
 use crate::report::quantile::quantile;
