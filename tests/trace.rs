@@ -177,7 +177,8 @@ pub fn every_flow_is_told_by_its_service(mode: Mode, tier: Tier) {
 /// Who flushes is named, and what it breaks is leaked.
 pub fn a_flush_is_heard_and_what_it_breaks_is_seen() {
     let node = node(Mode::Nftables);
-    let mut session = Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
+    let mut session =
+        Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
     let flushed = node
         .lab
         .node()
@@ -251,10 +252,7 @@ pub fn only_what_is_chosen_is_traced() {
         .collect();
     assert_eq!(told, wanted);
 
-    let nothing = options(
-        vec![Choice::Service("no/such".to_owned())],
-        Tier::Hooks,
-    );
+    let nothing = options(vec![Choice::Service("no/such".to_owned())], Tier::Hooks);
     let error = Session::start(node.lab.node(), nothing).expect_err("no such Service");
     assert!(
         error.to_string().contains("no such Service (of 10"),

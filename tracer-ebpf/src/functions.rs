@@ -23,7 +23,7 @@ use aya_ebpf::macros::{fentry, fexit, map};
 use aya_ebpf::maps::Array;
 use aya_ebpf::programs::{FEntryContext, FExitContext};
 use tracer_ebpf::record::{
-    BOUNDARIES, HOOKS, IPV4, IPV6, NO_STAGE, Slot, Table, hook, phase, role,
+    HOOKS, IPV4, IPV6, MOST_STAGES, NO_PRIORITY, NO_STAGE, Slot, Table, hook, phase, role,
 };
 
 use crate::journey::{Here, enter, slot_of, step, table};
@@ -71,9 +71,10 @@ static BASE_TYPE: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static CHAIN_TYPE: Global<u32> = Global::new(0);
 
-/// The lowest priority of each stage's components.
+/// The lowest priority of the components of each stage, from the second stage of each hook on; behind the
+/// last one, [`NO_PRIORITY`].
 #[map]
-static PRIORITIES: Array<[i32; BOUNDARIES]> = Array::with_max_entries(1, 0);
+static PRIORITIES: Array<[i32; MOST_STAGES]> = Array::with_max_entries(HOOKS as u32, 0);
 
 /// What `nf_hook_slow` returns if the packet may go on (net/netfilter/core.c).
 const GO_ON: i32 = 1;
@@ -295,25 +296,15 @@ fn is_at(stage: u8, hook: u32) -> bool {
 /// The stage of a component with this priority.
 #[inline(always)]
 fn stage_at(hook: u32, priority: i32) -> Option<u8> {
-    let priorities = PRIORITIES.get_ptr(0)?.cast::<i32>();
+    let priorities = PRIORITIES.get_ptr(hook)?.cast::<i32>();
     let mut stage = byte(FIRST_STAGES.load(), hook);
-    let behind = byte(FIRST_STAGES.load(), hook + 1);
-    for _ in 1..MOST_STAGES {
-        let next = stage + 1;
-        if next >= behind || usize::from(next) >= BOUNDARIES {
-            break;
-        }
-        // SAFETY: next is below the number of entries.
-        if unsafe { *priorities.add(usize::from(next)) } > priority {
-            break;
-        }
-        stage = next;
+    for at in 0..MOST_STAGES {
+        // SAFETY: at is below the number of entries.
+        let lowest = unsafe { *priorities.add(at) };
+        stage += u8::from(lowest <= priority && lowest != NO_PRIORITY);
     }
     Some(stage)
 }
-
-/// Stages of the hook that has most.
-const MOST_STAGES: usize = 6;
 
 /// A byte of eight.
 #[inline(always)]

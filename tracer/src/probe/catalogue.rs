@@ -8,8 +8,8 @@
 //! FORWARD 99 and 100: directly beside nat, so there is no room for a boundary between the two.
 
 use tracer_ebpf::record::{
-    BOUNDARIES, OUTPUT_COUNT, OUTPUT_FIRST, RESENT, STAGE_NODE, STAGE_RECEIVE, STAGE_RESENT, hook,
-    role,
+    BOUNDARIES, HOOKS, MOST_STAGES, NO_PRIORITY, OUTPUT_COUNT, OUTPUT_FIRST, RESENT, STAGE_NODE,
+    STAGE_RECEIVE, STAGE_RESENT, hook, role,
 };
 
 /// One probe between two kernel components.
@@ -310,6 +310,19 @@ pub fn last_stages(detail: Detail) -> impl Iterator<Item = Option<u8>> {
         })
 }
 
+/// The priority from which on a component belongs to each stage of a hook but the first; [`NO_PRIORITY`]
+/// where there are no more.
+pub fn priorities() -> impl Iterator<Item = [i32; MOST_STAGES]> {
+    (0..).take(HOOKS).map(|hook| {
+        let mut priorities = [NO_PRIORITY; MOST_STAGES];
+        let later = ALL.iter().filter(|boundary| boundary.hook == hook).skip(1);
+        for (to, boundary) in priorities.iter_mut().zip(later) {
+            *to = boundary.priority;
+        }
+        priorities
+    })
+}
+
 /// Every boundary's id, and the one behind them.
 fn ids() -> impl Iterator<Item = u8> {
     (0..=u8::MAX).take(ALL.len() + 1)
@@ -442,7 +455,7 @@ pub const COMPONENTS: [Component; 6] = [
 mod tests {
     use std::collections::BTreeMap;
 
-    use tracer_ebpf::record::{HOOKS, STAGES};
+    use tracer_ebpf::record::STAGES;
 
     use super::*;
 

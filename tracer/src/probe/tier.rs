@@ -14,11 +14,11 @@ use aya::maps::{Array, HashMap as BpfHashMap, Map, PerCpuArray, RingBuf};
 use tracer_ebpf::histogram::{CELLS, bounds_of};
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{
-    BOUNDARIES, Cells, IPV4, IPV6, Key4, Key6, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE,
+    Cells, IPV4, IPV6, Key4, Key6, MOST_STAGES, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE,
     RDONLY_CAST, Record, Stats, Table, histogram_index, state,
 };
 
-use super::catalogue::{self, ALL, Component, Detail};
+use super::catalogue::{self, Component, Detail};
 pub use super::program::RunTime;
 use super::program::{self, Constants, Counting, Kind, Link, ProgramError, Programs};
 use super::{OBJECT, functions, hooks, log, offsets};
@@ -246,10 +246,6 @@ impl Probes {
         let mut programs = Programs::new(OBJECT, &[("TARGETS4", room), ("TARGETS6", room)])?;
         programs.resolve(RDONLY_CAST, offsets::rdonly_cast(btf)?);
         fill(&mut programs, watch)?;
-        let mut map: Array<_, Plain<[i32; BOUNDARIES]>> = map_mut(&mut programs, "PRIORITIES")?;
-        map.set(0, Plain(ALL.map(|boundary| boundary.priority)), 0)
-            .map_err(map_error("PRIORITIES"))?;
-
         let tracepoints = tracepoints(watch.detail)
             .iter()
             .map(|name| {
@@ -261,7 +257,10 @@ impl Probes {
             .collect::<Result<Vec<_>, ProbeError>>()?;
         let attached = match tier {
             Tier::Hooks => hooks::attach(&mut programs, node, watch, &constants)?,
-            Tier::Functions => functions::attach(&mut programs, watch, &constants)?,
+            Tier::Functions => {
+                fill_priorities(&mut programs)?;
+                functions::attach(&mut programs, watch, &constants)?
+            }
         };
         Ok(Self {
             tier,
@@ -496,6 +495,16 @@ fn pod_constants(cidrs: &[(IpAddr, u8)]) -> Vec<(&'static str, Vec<u8>)> {
         }
     }
     constants
+}
+
+/// From which priority on a table or chain belongs to which stage.
+fn fill_priorities(programs: &mut Programs) -> Result<(), ProbeError> {
+    let mut map: Array<_, Plain<[i32; MOST_STAGES]>> = map_mut(programs, "PRIORITIES")?;
+    for (at, hook) in (0..).zip(catalogue::priorities()) {
+        map.set(at, Plain(hook), 0)
+            .map_err(map_error("PRIORITIES"))?;
+    }
+    Ok(())
 }
 
 fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
