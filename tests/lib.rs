@@ -3,6 +3,7 @@
 
 pub mod oracle;
 pub mod rules;
+pub mod tiers;
 pub mod trace;
 pub mod verdicts;
 

@@ -29,13 +29,13 @@ pub(crate) fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
     LocalSet::new().block_on(&runtime, future)
 }
 
-fn node(mode: Mode) -> TestNode {
+pub(crate) fn node(mode: Mode) -> TestNode {
     let node = TestNode::build(10, 3).expect("a laboratory");
     on_one_thread(node.apply(mode)).expect("rules");
     node
 }
 
-fn send(node: &TestNode, flows: u32, seed: u64) -> TrafficResult {
+pub(crate) fn send(node: &TestNode, flows: u32, seed: u64) -> TrafficResult {
     let streams = Path::SERVICE.into_iter().map(|path| Stream {
         path,
         per_second: 500.0,
@@ -55,7 +55,7 @@ fn send(node: &TestNode, flows: u32, seed: u64) -> TrafficResult {
     .expect("traffic")
 }
 
-fn options(choices: Vec<Choice>, tier: Tier) -> Options {
+pub(crate) fn options(choices: Vec<Choice>, tier: Tier) -> Options {
     Options {
         tier: Some(tier),
         choices,

@@ -51,7 +51,7 @@ fn vip_of(node: &TestNode, service: usize) -> SocketAddr {
 }
 
 /// A node whose Services have these faults.
-fn prepare(mode: Mode) -> TestNode {
+pub(crate) fn prepare(mode: Mode) -> TestNode {
     let mut node = TestNode::build(SERVICES, 1).expect("a laboratory");
     let ports = |service: usize, node: &mut TestNode, change: &dyn Fn(&mut IpAddr, &mut u16)| {
         for endpoint in &mut node.cluster.services[service].ports[0].endpoints {
@@ -95,7 +95,7 @@ fn prepare(mode: Mode) -> TestNode {
 }
 
 /// Asks each Service once, from the node itself.
-fn ask(node: &TestNode) -> Vec<UdpSocket> {
+pub(crate) fn ask(node: &TestNode) -> Vec<UdpSocket> {
     let begin = Instant::now();
     let mut sockets = Vec::new();
     for service in (0..node.cluster.services.len()).rev() {

@@ -187,3 +187,24 @@ fn functions_of_every_component_are_attached_to() {
     }
     assert!(probed.iter().any(|name| name.ends_with("confirm")));
 }
+
+#[test]
+fn tiers_agree_on_traffic() {
+    for mode in Mode::ALL {
+        tests::tiers::tiers_agree_on_traffic(mode);
+    }
+}
+
+#[test]
+fn tiers_agree_on_faults() {
+    for mode in Mode::ALL {
+        tests::tiers::tiers_agree_on_faults(mode);
+    }
+}
+
+#[test]
+fn functions_pair_interleaved_packets() {
+    for mode in [Mode::Ipvs, Mode::Nftables] {
+        tests::tiers::interleaved_packets_are_paired(mode, Tier::Functions);
+    }
+}
