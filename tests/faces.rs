@@ -5,6 +5,7 @@ use std::path::{Path as File, PathBuf};
 use std::time::{Duration, Instant};
 
 use tracer::kernel::clock;
+use tracer::probe::tier::Tier;
 use tracer::record::headers::dissect;
 use tracer::record::run::Clock;
 use tracer::report::recorder::Recorder;
@@ -82,7 +83,8 @@ pub fn a_trace_is_kept_and_read_back(mode: Mode) {
     const LIMIT: u64 = 30;
     let node = node(mode);
     let dir = Folder::new(mode.name());
-    let mut session = Session::start(node.lab.node(), options(Vec::new())).expect("attaches");
+    let mut session =
+        Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
     let (mut recorder, began) = Recorder::start(&dir.0, LIMIT);
     began.expect("the folder can be written");
     let result = send(&node, 40, 1);
@@ -172,7 +174,8 @@ fn packets(mut stream: &[u8]) -> Vec<(u64, Vec<u8>)> {
 pub fn a_flush_is_in_the_kept_trace() {
     let node = node(Mode::Nftables);
     let dir = Folder::new("flush");
-    let mut session = Session::start(node.lab.node(), options(Vec::new())).expect("attaches");
+    let mut session =
+        Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
     let (mut recorder, began) = Recorder::start(&dir.0, 1000);
     began.expect("the folder can be written");
     send(&node, 10, 1);

@@ -19,6 +19,7 @@ use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
     drops_equal_the_kernels_own_counter, every_service_and_endpoint_answers,
 };
+use tracer::probe::tier::Tier;
 use tracer::rules::Mode;
 
 #[test]
@@ -112,17 +113,17 @@ fn nftables_rules_are_kube_proxys() {
 
 #[test]
 fn iptables_legacy_trace() {
-    every_flow_is_told_by_its_service(Mode::IptablesLegacy);
+    every_flow_is_told_by_its_service(Mode::IptablesLegacy, Tier::Hooks);
 }
 
 #[test]
 fn iptables_nft_trace() {
-    every_flow_is_told_by_its_service(Mode::IptablesNft);
+    every_flow_is_told_by_its_service(Mode::IptablesNft, Tier::Hooks);
 }
 
 #[test]
 fn nftables_trace() {
-    every_flow_is_told_by_its_service(Mode::Nftables);
+    every_flow_is_told_by_its_service(Mode::Nftables, Tier::Hooks);
 }
 
 #[test]
@@ -132,17 +133,17 @@ fn nftables_trace_of_a_flush() {
 
 #[test]
 fn iptables_legacy_verdicts() {
-    prepared_faults_are_told(Mode::IptablesLegacy);
+    prepared_faults_are_told(Mode::IptablesLegacy, Tier::Hooks);
 }
 
 #[test]
 fn iptables_nft_verdicts() {
-    prepared_faults_are_told(Mode::IptablesNft);
+    prepared_faults_are_told(Mode::IptablesNft, Tier::Hooks);
 }
 
 #[test]
 fn nftables_verdicts() {
-    prepared_faults_are_told(Mode::Nftables);
+    prepared_faults_are_told(Mode::Nftables, Tier::Hooks);
 }
 
 #[test]

@@ -5,6 +5,7 @@ pub mod changes;
 pub mod faces;
 pub mod oracle;
 pub mod rules;
+pub mod tiers;
 pub mod trace;
 pub mod verdicts;
 

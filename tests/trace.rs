@@ -8,6 +8,7 @@ use tracer::kernel::clock::monotonic_ns;
 use tracer::kernel::dump;
 use tracer::lab::traffic::{self, Stream, TrafficPlan, TrafficResult};
 use tracer::lab::{Outcome, plan};
+use tracer::probe::tier::Tier;
 use tracer::rules::Mode;
 use tracer::rules::dump::Texts;
 use tracer::scenario::node::TestNode;
@@ -54,8 +55,9 @@ pub(crate) fn send(node: &TestNode, flows: u32, seed: u64) -> TrafficResult {
     .expect("traffic")
 }
 
-pub(crate) fn options(choices: Vec<Choice>) -> Options {
+pub(crate) fn options(choices: Vec<Choice>, tier: Tier) -> Options {
     Options {
+        tier: Some(tier),
         choices,
         pod_cidrs: vec![plan::NODE_POD_CIDR],
         cost: true,
@@ -111,10 +113,11 @@ fn as_dumped(node: &TestNode) -> Vec<String> {
 
 /// Flows of three paths: each is told once, under its Service's name, with a good end; the node's rules
 /// are as before.
-pub fn every_flow_is_told_by_its_service(mode: Mode) {
+pub fn every_flow_is_told_by_its_service(mode: Mode, tier: Tier) {
     let node = node(mode);
     let before = as_dumped(&node);
-    let mut session = Session::start(node.lab.node(), options(Vec::new())).expect("attaches");
+    let mut session = Session::start(node.lab.node(), options(Vec::new(), tier)).expect("attaches");
+    assert_eq!(session.tier(), tier);
     let result = send(&node, 40, 1);
     assert!(
         result
@@ -128,6 +131,7 @@ pub fn every_flow_is_told_by_its_service(mode: Mode) {
         .filter(|event| matches!(event, Event::Journey(_)));
     assert_eq!(journeys.count(), 120);
     let (_, summary) = session.finish().expect("ends");
+    assert_eq!(summary.tier, tier.name());
     let told: BTreeMap<String, u64> = summary
         .services
         .iter()
@@ -173,7 +177,8 @@ pub fn every_flow_is_told_by_its_service(mode: Mode) {
 /// Who flushes is named, and what it breaks is leaked.
 pub fn a_flush_is_heard_and_what_it_breaks_is_seen() {
     let node = node(Mode::Nftables);
-    let mut session = Session::start(node.lab.node(), options(Vec::new())).expect("attaches");
+    let mut session =
+        Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
     let flushed = node
         .lab
         .node()
@@ -234,7 +239,7 @@ pub fn only_what_is_chosen_is_traced() {
     let name = format!("{}/{}", first.namespace, first.name);
     let session = Session::start(
         node.lab.node(),
-        options(vec![Choice::Service(name.clone())]),
+        options(vec![Choice::Service(name.clone())], Tier::Hooks),
     )
     .expect("attaches");
     let result = send(&node, 40, 3);
@@ -250,7 +255,7 @@ pub fn only_what_is_chosen_is_traced() {
         .collect();
     assert_eq!(told, wanted);
 
-    let nothing = options(vec![Choice::Service("no/such".to_owned())]);
+    let nothing = options(vec![Choice::Service("no/such".to_owned())], Tier::Hooks);
     let error = Session::start(node.lab.node(), nothing).expect_err("no such Service");
     assert!(
         error.to_string().contains("no such Service (of 10"),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tracer::cluster::Family;
 use tracer::kernel::netns::Netns;
 use tracer::lab::plan;
+use tracer::probe::tier::Tier;
 use tracer::rules::Mode;
 use tracer::scenario::node::TestNode;
 use tracer::trace::session::{Event, Options, Session};
@@ -51,7 +52,7 @@ fn vip_of(node: &TestNode, service: usize) -> SocketAddr {
 }
 
 /// A node whose Services have these faults.
-fn prepare(mode: Mode) -> TestNode {
+pub(crate) fn prepare(mode: Mode) -> TestNode {
     let mut node = TestNode::build(SERVICES, 1).expect("a laboratory");
     let ports = |service: usize, node: &mut TestNode, change: &dyn Fn(&mut IpAddr, &mut u16)| {
         for endpoint in &mut node.cluster.services[service].ports[0].endpoints {
@@ -101,7 +102,7 @@ fn prepare(mode: Mode) -> TestNode {
 }
 
 /// Asks each Service once, from the node itself.
-fn ask(node: &TestNode) -> Vec<UdpSocket> {
+pub(crate) fn ask(node: &TestNode) -> Vec<UdpSocket> {
     let begin = Instant::now();
     let mut sockets = Vec::new();
     for service in (0..node.cluster.services.len()).rev() {
@@ -124,9 +125,13 @@ fn ask(node: &TestNode) -> Vec<UdpSocket> {
 }
 
 /// One flow to each Service: the verdicts are those of the faults, and nothing is left undecided.
-pub fn prepared_faults_are_told(mode: Mode) {
+pub fn prepared_faults_are_told(mode: Mode, tier: Tier) {
     let node = prepare(mode);
-    let session = Session::start(node.lab.node(), Options::default()).expect("attaches");
+    let options = Options {
+        tier: Some(tier),
+        ..Options::default()
+    };
+    let session = Session::start(node.lab.node(), options).expect("attaches");
     let sockets = ask(&node);
     assert_eq!(sockets.len(), 6);
     let (_, summary) = session.finish().expect("ends");

@@ -7,8 +7,10 @@ use std::process::Command;
 
 use tracer::kernel::netns::Netns;
 use tracer::probe::rule_changes::Way;
+use tracer::probe::tier::{Probes, Tier, Watch};
 use tracer::probe::trial;
 use tracer::rules::Mode;
+use tracer_ebpf::path::Target;
 
 /// Runs a shell command that must succeed; what it prints.
 fn sh(command: &str) -> String {
@@ -135,12 +137,77 @@ fn ipvs_rules_are_kube_proxys() {
 
 #[test]
 fn ipvs_verdicts() {
-    tests::verdicts::prepared_faults_are_told(Mode::Ipvs);
+    tests::verdicts::prepared_faults_are_told(Mode::Ipvs, Tier::Hooks);
 }
 
 #[test]
 fn ipvs_trace() {
-    tests::trace::every_flow_is_told_by_its_service(Mode::Ipvs);
+    tests::trace::every_flow_is_told_by_its_service(Mode::Ipvs, Tier::Hooks);
+}
+
+#[test]
+fn functions_trace() {
+    for mode in Mode::ALL {
+        tests::trace::every_flow_is_told_by_its_service(mode, Tier::Functions);
+    }
+}
+
+#[test]
+fn functions_verdicts() {
+    for mode in Mode::ALL {
+        tests::verdicts::prepared_faults_are_told(mode, Tier::Functions);
+    }
+}
+
+/// Where all modules are loaded, nothing is missing, in vmlinux and in modules.
+#[test]
+fn functions_of_every_component_are_attached_to() {
+    sh("modprobe -a nf_conntrack nf_nat ip_vs ip_tables ip6_tables nf_tables");
+    let node = Netns::create("functions").expect("root");
+    let watch = Watch {
+        targets: vec![
+            ("10.96.0.1:80".parse().expect("one"), 6, Target::ClusterIp),
+            ("[fd00::1]:80".parse().expect("one"), 6, Target::ClusterIp),
+        ],
+        ..Watch::default()
+    };
+    let probes = Probes::attach(Some(Tier::Functions), &node, &watch).expect("attaches");
+    assert_eq!(probes.missing(), []);
+    let probed: Vec<_> = probes.probed().iter().map(|p| p.function).collect();
+    for function in [
+        "nf_hook_slow",
+        "nf_conntrack_in",
+        "nf_nat_inet_fn",
+        "ip_vs_in_hook",
+        "ip_vs_out_hook",
+        "ipt_do_table",
+        "ip6t_do_table",
+        "nft_do_chain",
+    ] {
+        assert!(probed.contains(&function), "{function}: {probed:?}");
+    }
+    assert!(probed.iter().any(|name| name.ends_with("confirm")));
+}
+
+#[test]
+fn tiers_agree_on_traffic() {
+    for mode in Mode::ALL {
+        tests::tiers::tiers_agree_on_traffic(mode);
+    }
+}
+
+#[test]
+fn tiers_agree_on_faults() {
+    for mode in Mode::ALL {
+        tests::tiers::tiers_agree_on_faults(mode);
+    }
+}
+
+#[test]
+fn functions_pair_interleaved_packets() {
+    for mode in [Mode::Ipvs, Mode::Nftables] {
+        tests::tiers::interleaved_packets_are_paired(mode, Tier::Functions);
+    }
 }
 
 #[test]

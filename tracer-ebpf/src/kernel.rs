@@ -23,11 +23,15 @@ static SKB_DEV: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static DEV_NET: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
-static NET_INUM: Global<u32> = Global::new(0);
+pub(crate) static NET_INUM: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static CT_TUPLE: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static CT_STATUS: Global<u32> = Global::new(0);
+
+/// Number of the node's network namespace.
+#[unsafe(no_mangle)]
+pub(crate) static NETNS: Global<u32> = Global::new(0);
 
 // Type ids for `bpf_rdonly_cast`; all are 0 where the kernel lacks it (before 6.2).
 #[unsafe(no_mangle)]

@@ -7,6 +7,8 @@
 #[cfg(target_arch = "bpf")]
 mod flow;
 #[cfg(target_arch = "bpf")]
+mod functions;
+#[cfg(target_arch = "bpf")]
 mod journey;
 #[cfg(target_arch = "bpf")]
 mod kernel;

@@ -28,6 +28,14 @@ pub const BOUNDARIES: usize = 25;
 pub const STAGE_RECEIVE: u8 = 25;
 /// All stages of a journey together.
 pub const STAGE_NODE: u8 = 26;
+/// Stands for no stage.
+pub const NO_STAGE: u8 = 0xff;
+/// Number of hooks.
+pub const HOOKS: usize = 5;
+/// More stages than any hook has.
+pub const MOST_STAGES: usize = 8;
+/// Stands for the priority of no stage.
+pub const NO_PRIORITY: i32 = i32::MAX;
 /// The first of OUTPUT's boundaries, and how many there are.
 pub const OUTPUT_FIRST: u8 = 15;
 /// See [`OUTPUT_FIRST`].

@@ -1,6 +1,5 @@
 //! The ends of a journey, where devices and the kernel's memory are.
 
-use aya_ebpf::Global;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
@@ -8,11 +7,7 @@ use aya_log_ebpf::debug;
 use tracer_ebpf::record::phase;
 
 use crate::journey::{depart, drop, slot_of, table};
-use crate::kernel::netns_of;
-
-/// Number of the node's network namespace.
-#[unsafe(no_mangle)]
-static NETNS: Global<u32> = Global::new(0);
+use crate::kernel::{NETNS, netns_of};
 
 /// A packet enters this node: remember when.
 #[btf_tracepoint(function = "netif_receive_skb")]

@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::net::{TcpListener, TcpStream, UdpSocket};
 
 use tracer::kernel::netns::Netns;
-use tracer::probe::hooks::{HooksTier, Watch};
+use tracer::probe::tier::{Probes, Tier, Watch};
 use tracer_ebpf::path::{Origin, Path, Target};
 use tracer_ebpf::record::{Record, STAGE_NODE, kind, protocol, state};
 
@@ -52,7 +52,7 @@ fn every_flow_to_a_watched_port_is_counted_once_at_every_stage() {
         node_addresses: vec!["127.0.0.1".parse().expect("address")],
         ..Watch::default()
     };
-    let mut probes = HooksTier::attach(&node, &watch).expect("attaches");
+    let mut probes = Probes::attach(Some(Tier::Hooks), &node, &watch).expect("attaches");
     for _ in 0..FLOWS {
         let mut client = node
             .run(|| TcpStream::connect(tcp_address).expect("connects"))

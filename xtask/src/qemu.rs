@@ -117,6 +117,8 @@ pub(crate) struct Vm {
     pub(crate) accelerator: Accelerator,
     /// MiB of memory.
     pub(crate) memory: u32,
+    /// Processors; the virtual clock counts the instructions of one.
+    pub(crate) cpus: u32,
     /// Wall time until the job must have ended.
     pub(crate) time_limit: Duration,
     /// Wall time until the guest must be ready.
@@ -154,6 +156,7 @@ impl Vm {
             image,
             accelerator: Accelerator::Icount,
             memory,
+            cpus: 1,
             time_limit,
             ready_limit: READY_LIMIT,
             scratch: cache.join("vms"),
@@ -360,7 +363,7 @@ impl Vm {
                 "-display",
                 "none",
                 "-smp",
-                "1",
+                &self.cpus.to_string(),
                 "-m",
                 &self.memory.to_string(),
                 "-kernel",
@@ -556,6 +559,7 @@ mod tests {
             },
             accelerator: Accelerator::Icount,
             memory: 3072,
+            cpus: 1,
             time_limit: Duration::from_secs(1),
             ready_limit: Duration::from_secs(1),
             scratch: "/nowhere".into(),

@@ -54,6 +54,9 @@ pub(crate) struct VmArgs {
     /// What a nanosecond is in the guest
     #[arg(long, value_enum, default_value_t = Clock::Virtual)]
     clock: Clock,
+    /// Processors of the guest; more than one on the wall clock only
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: u32,
     /// A file of this machine that the command needs (may be repeated)
     #[arg(long, value_name = "HOSTPATH")]
     file: Vec<PathBuf>,
@@ -73,6 +76,12 @@ pub(crate) struct VmArgs {
 
 /// Runs a command in a VM; its exit code.
 pub(crate) fn main(args: &VmArgs) -> Result<u8> {
+    if args.cpus > 1 && args.clock == Clock::Virtual {
+        return Err(Failure::new(
+            2,
+            "the virtual clock counts the instructions of one processor: --cpus needs --clock wall",
+        ));
+    }
     packages::prepare(&packages::NEEDS, !args.no_install)?;
     let mut files = Vec::new();
     for path in &args.file {
@@ -82,13 +91,14 @@ pub(crate) fn main(args: &VmArgs) -> Result<u8> {
     files.extend(release_binary());
     let cache = workspace::vm_cache();
     let image = image(args.vm.kernel.as_deref(), &files, &cache)?;
-    let vm = Vm::new(
+    let mut vm = Vm::new(
         image,
         args.clock,
         args.vm.memory,
         Duration::from_secs(args.vm.time_limit),
         &cache,
     );
+    vm.cpus = args.cpus;
     if args.clock == Clock::Wall {
         eprintln!("place   vm · {}", vm.accelerator.describe());
     }

@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Write as _};
 
 use nix::sys::signal::Signal;
 use tracer::kernel::apply::ApplyError;
-use tracer::probe::hooks::ProbeError;
+use tracer::probe::tier::ProbeError;
 use tracer::report::WriteError;
 use tracer::report::read::ReadError;
 use tracer::scenario::assemble::AssembleError;

@@ -1,4 +1,4 @@
-//! Every boundary and the stage that begins there.
+//! Every boundary and the stage that begins there; every function that begins one.
 //!
 //! A boundary lies between the priorities of two kernel components of one hook
 //! (`enum nf_ip_hook_priorities`, `include/uapi/linux/netfilter_ipv4.h`: defrag -400, raw -300,
@@ -8,8 +8,8 @@
 //! FORWARD 99 and 100: directly beside nat, so there is no room for a boundary between the two.
 
 use tracer_ebpf::record::{
-    BOUNDARIES, OUTPUT_COUNT, OUTPUT_FIRST, RESENT, STAGE_NODE, STAGE_RECEIVE, STAGE_RESENT, hook,
-    role,
+    BOUNDARIES, HOOKS, MOST_STAGES, NO_PRIORITY, OUTPUT_COUNT, OUTPUT_FIRST, RESENT, STAGE_NODE,
+    STAGE_RECEIVE, STAGE_RESENT, hook, role,
 };
 
 /// One probe between two kernel components.
@@ -284,8 +284,177 @@ pub fn role_of(id: usize) -> u32 {
     role
 }
 
+/// The stage of a kernel component at this hook and priority.
+pub fn stage_at(hook: u32, priority: i32) -> usize {
+    let of_hook = |id: &usize| ALL[*id].hook == hook;
+    let below = |id: &usize| is_first(*id) || ALL[*id].priority <= priority;
+    (0..ALL.len())
+        .filter(of_hook)
+        .take_while(below)
+        .last()
+        .unwrap_or(0)
+}
+
+/// The first stage of each hook, and behind the last hook the number of stages.
+pub fn first_stages() -> impl Iterator<Item = u8> {
+    ids().filter(|id| usize::from(*id) == ALL.len() || is_first((*id).into()))
+}
+
+/// The stage that begins where each hook ends, if there is one: see [`boundaries`].
+pub fn last_stages(detail: Detail) -> impl Iterator<Item = Option<u8>> {
+    ids()
+        .filter(|id| usize::from(*id) < ALL.len() && is_last((*id).into()))
+        .map(move |id| {
+            let begins = boundaries(detail).any(|boundary| boundary == usize::from(id));
+            begins.then_some(id)
+        })
+}
+
+/// The priority from which on a component belongs to each stage of a hook but the first; [`NO_PRIORITY`]
+/// where there are no more.
+pub fn priorities() -> impl Iterator<Item = [i32; MOST_STAGES]> {
+    (0..).take(HOOKS).map(|hook| {
+        let mut priorities = [NO_PRIORITY; MOST_STAGES];
+        let later = ALL.iter().filter(|boundary| boundary.hook == hook).skip(1);
+        for (to, boundary) in priorities.iter_mut().zip(later) {
+            *to = boundary.priority;
+        }
+        priorities
+    })
+}
+
+/// Every boundary's id, and the one behind them.
+fn ids() -> impl Iterator<Item = u8> {
+    (0..=u8::MAX).take(ALL.len() + 1)
+}
+
+/// The function that calls the components of a hook (net/netfilter/core.c). Where nothing is registered at a
+/// hook, the kernel does not call it (`nf_hook`, include/linux/netfilter.h): such a hook is not seen.
+pub const HOOK: &str = "nf_hook_slow";
+/// Its parameters.
+pub const HOOK_PARAMETERS: [&str; 4] = ["skb", "state", "e", "s"];
+
+/// How a component's function is told what to work on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// `(skb, state)`.
+    Tracking,
+    /// `nf_hookfn`: `(priv, skb, state)`; it stands at fixed priorities.
+    Hook,
+    /// The same of `struct xt_table`, which knows its priority. Before 5.16, `(skb, state, table)`.
+    Table,
+    /// `(pkt, priv)`: `struct nft_pktinfo`, and a chain which knows its priority.
+    Chain,
+}
+
+impl Shape {
+    /// The names of the first parameters.
+    pub const fn parameters(self) -> &'static [&'static str] {
+        match self {
+            Self::Tracking => &["skb", "state"],
+            Self::Hook | Self::Table => &["priv", "skb", "state"],
+            Self::Chain => &["pkt", "priv"],
+        }
+    }
+}
+
+/// A kernel component whose functions begin a stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Component {
+    /// What it is.
+    pub name: &'static str,
+    /// Its functions: module and name. Those that are there are attached to.
+    pub functions: &'static [(&'static str, &'static str)],
+    /// How they are called.
+    pub shape: Shape,
+    /// Hooks and priorities of what has fixed ones.
+    pub at: &'static [(u32, i32)],
+    /// The oldest kernel whose functions are known.
+    pub since: &'static str,
+    /// What is lost without it.
+    pub without: &'static str,
+}
+
+impl Component {
+    /// The stage that it begins at each hook where it has a fixed place.
+    pub fn stages(&self) -> impl Iterator<Item = (u32, usize)> {
+        self.at
+            .iter()
+            .map(|(hook, priority)| (*hook, stage_at(*hook, *priority)))
+    }
+}
+
+/// Every component that can be met by its functions. Each stage lasts until the next component begins or the
+/// hook ends: what is not met counts to the stage before it.
+pub const COMPONENTS: [Component; 6] = [
+    Component {
+        name: "conntrack",
+        functions: &[("nf_conntrack", "nf_conntrack_in")],
+        shape: Shape::Tracking,
+        at: &[(hook::PREROUTING, -200), (hook::OUTPUT, -200)],
+        since: "5.1",
+        without: "connection tracking counts as part of the stage before it (raw)",
+    },
+    Component {
+        name: "nat",
+        functions: &[("nf_nat", "nf_nat_inet_fn")],
+        shape: Shape::Hook,
+        at: &[
+            (hook::PREROUTING, -100),
+            (hook::INPUT, 100),
+            (hook::OUTPUT, -100),
+            (hook::POSTROUTING, 100),
+        ],
+        since: "5.1",
+        without: "dnat and snat count as part of the stage before them",
+    },
+    Component {
+        name: "IPVS",
+        functions: &[("ip_vs", "ip_vs_in_hook"), ("ip_vs", "ip_vs_out_hook")],
+        shape: Shape::Hook,
+        at: &[(hook::INPUT, 98), (hook::FORWARD, 99), (hook::OUTPUT, -99)],
+        since: "5.14",
+        without: "IPVS counts as part of the stage before it (filter)",
+    },
+    Component {
+        name: "confirmation",
+        functions: &[
+            // From 6.2 on; before, it is another function of that name which is called by the others.
+            ("nf_conntrack", "nf_confirm"),
+            ("nf_conntrack", "ipv4_confirm"),
+            ("nf_conntrack", "ipv6_confirm"),
+        ],
+        shape: Shape::Hook,
+        // It stands at INT_MAX; as a stage it belongs to the helpers, and ends with the hook.
+        at: &[(hook::INPUT, 300), (hook::POSTROUTING, 300)],
+        since: "5.1",
+        without: "confirmation of entries counts as part of the stage before it (ipvs, snat)",
+    },
+    Component {
+        name: "iptables",
+        functions: &[
+            ("ip_tables", "ipt_do_table"),
+            ("ip6_tables", "ip6t_do_table"),
+        ],
+        shape: Shape::Table,
+        at: &[],
+        since: "5.16",
+        without: "the tables of iptables-legacy count as part of the stages before them",
+    },
+    Component {
+        name: "nftables",
+        functions: &[("nf_tables", "nft_do_chain")],
+        shape: Shape::Chain,
+        at: &[],
+        since: "5.4",
+        without: "the chains of nftables count as part of the stages before them",
+    },
+];
+
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use tracer_ebpf::record::STAGES;
 
     use super::*;
@@ -339,5 +508,68 @@ mod tests {
                 .count();
             assert_eq!(entries, 1);
         }
+    }
+
+    /// Hooks' entries and exits, the components' fixed places and the priorities of tables and chains give
+    /// every stage, and none of them two that have nothing to do with each other.
+    #[test]
+    fn functions_give_every_stage() {
+        let mut given: BTreeMap<usize, Vec<&str>> = BTreeMap::new();
+        let mut give = |stage: usize, by| given.entry(stage).or_default().push(by);
+        let first: Vec<_> = first_stages().collect();
+        assert_eq!(first, [0, 6, 11, 15, 21, 25]);
+        for stage in &first[..HOOKS] {
+            give((*stage).into(), "entry");
+        }
+        for stage in last_stages(Detail::Stages) {
+            give(stage.expect("every hook has one").into(), "exit");
+        }
+        for component in &COMPONENTS {
+            for (hook, stage) in component.stages() {
+                assert_eq!(ALL[stage].hook, hook, "{}", component.name);
+                give(stage, component.name);
+            }
+        }
+        // Where tables and chains stand (`enum nf_ip_hook_priorities`, and kube-proxy's filter before dnat).
+        for (hook, priority) in [
+            (hook::PREROUTING, -150),
+            (hook::PREROUTING, -110),
+            (hook::INPUT, 0),
+            (hook::FORWARD, 50),
+            (hook::OUTPUT, -150),
+            (hook::OUTPUT, -110),
+        ] {
+            give(stage_at(hook, priority), "table");
+        }
+        assert_eq!(given.len(), BOUNDARIES, "{given:?}");
+        for (stage, by) in given {
+            // IPVS sits directly beside nat.
+            let one = by.len() == 1 || by == ["nat", "IPVS"];
+            assert!(one, "{:?}: {by:?}", ALL[stage]);
+        }
+    }
+
+    #[test]
+    fn components_find_their_stages() {
+        let named = |hook, priority| ALL[stage_at(hook, priority)].stage;
+        assert_eq!(named(hook::PREROUTING, -450), "raw");
+        assert_eq!(named(hook::PREROUTING, -300), "raw");
+        assert_eq!(named(hook::PREROUTING, -110), "pre-dnat");
+        assert_eq!(named(hook::PREROUTING, 0), "routing");
+        assert_eq!(named(hook::FORWARD, 50), "filter");
+        assert_eq!(named(hook::OUTPUT, -98), "dnat");
+        assert_eq!(named(hook::POSTROUTING, -150), "mangle");
+        assert_eq!(named(hook::POSTROUTING, i32::MAX), "egress");
+    }
+
+    #[test]
+    fn hooks_end_in_their_last_stages() {
+        let last = |detail| last_stages(detail).collect::<Vec<_>>();
+        let all = [5, 10, 14, 20, 24].map(Some);
+        assert_eq!(last(Detail::Stages), all);
+        assert_eq!(
+            last(Detail::Hooks),
+            [Some(5), Some(10), Some(14), None, Some(24)]
+        );
     }
 }

@@ -4,11 +4,13 @@
 //! a port and a protocol.
 
 pub mod catalogue;
-pub mod hooks;
+mod functions;
+mod hooks;
 pub mod log;
 mod offsets;
 pub mod program;
 pub mod rule_changes;
+pub mod tier;
 pub mod trial;
 
 /// The compiled programs, as committed beside their manifest.

@@ -1,5 +1,6 @@
 //! The constants that the programs get at load time.
 
+use super::catalogue::Shape;
 use crate::kernel::btf::{Btf, BtfError};
 
 /// Offsets of the kernel's fields that the programs read, by the name of the program's constant.
@@ -26,6 +27,38 @@ pub(super) fn offsets(btf: &Btf) -> Result<Vec<(&'static str, u32)>, BtfError> {
         ("TYPE_TCPHDR", header(btf, "tcphdr")?),
         ("TYPE_ICMPHDR", header(btf, "icmphdr")?),
     ])
+}
+
+/// The same of `struct nf_hook_state`, for programs at functions.
+pub(super) fn of_hooks(btf: &Btf) -> Result<Vec<(&'static str, u32)>, BtfError> {
+    let of = |field| btf.offset_of("nf_hook_state", field);
+    Ok(vec![
+        ("STATE_HOOK", of("hook")?),
+        ("STATE_PF", of("pf")?),
+        ("STATE_NET", of("net")?),
+    ])
+}
+
+/// The same of tables or chains, which the type information of their module describes.
+pub(super) fn of_shape(btf: &Btf, shape: Shape) -> Result<Vec<(&'static str, u32)>, BtfError> {
+    Ok(match shape {
+        Shape::Tracking | Shape::Hook => vec![],
+        Shape::Table => vec![
+            ("TABLE_NAME", btf.offset_of("xt_table", "name")?),
+            ("TABLE_PRIORITY", btf.offset_of("xt_table", "priority")?),
+        ],
+        Shape::Chain => vec![
+            ("PKTINFO_SKB", btf.offset_of("nft_pktinfo", "skb")?),
+            ("PKTINFO_STATE", btf.offset_of("nft_pktinfo", "state")?),
+            ("BASE_CHAIN", btf.offset_of("nft_base_chain", "chain")?),
+            (
+                "BASE_PRIORITY",
+                btf.offset_of("nft_base_chain", "ops.priority")?,
+            ),
+            ("BASE_TYPE", btf.offset_of("nft_base_chain", "type")?),
+            ("CHAIN_TYPE", btf.offset_of("nft_chain_type", "type")?),
+        ],
+    })
 }
 
 /// The kernel's number of the function that casts an address to a type; `None` before 6.2.

@@ -15,8 +15,8 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use aya::maps::{Array, MapData, PerCpuArray, RingBuf};
 use tracer_ebpf::change::{Begin, End, Refusal, kind};
 
-use super::hooks::{ProbeError, map_error, missing};
 use super::program::{self, Callee, Constants, Kind, Link, Program, ProgramError, Programs};
+use super::tier::{ProbeError, map_error, missing};
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::netns::Netns;
 

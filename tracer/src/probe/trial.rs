@@ -1,8 +1,8 @@
 //! Can programs be attached to functions here, and do they run? Some kernels refuse them though they
 //! have tracepoints: the answer is to try.
 
-use super::hooks::ProbeError;
 use super::program::{self, Callee, Counting, Kind, Link};
+use super::tier::ProbeError;
 use crate::kernel::btf::Btf;
 
 /// How often empty programs at a function ran.

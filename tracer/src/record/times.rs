@@ -7,7 +7,7 @@ use tracer_ebpf::record::{STAGE_NODE, state};
 
 use super::run::{Histogram, PacketState, StageHistogram};
 use crate::probe::catalogue::{self, Detail};
-use crate::probe::hooks::Times;
+use crate::probe::tier::Times;
 
 /// What the probes timed on one path.
 #[derive(Clone, Debug, Default)]

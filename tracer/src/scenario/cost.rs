@@ -15,7 +15,7 @@ use super::node::{NodeError, TestNode};
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::probe::catalogue::Detail;
-use crate::probe::hooks::{HooksTier, ProbeError, Watch};
+use crate::probe::tier::{ProbeError, Probes, Tier, Watch};
 use crate::record::run::Clock;
 use crate::rules::Mode;
 
@@ -239,7 +239,7 @@ impl Bench {
         Ok(bench)
     }
 
-    fn attach(&self, probes: ProbeSet) -> Result<Option<HooksTier>, CostError> {
+    fn attach(&self, probes: ProbeSet) -> Result<Option<Probes>, CostError> {
         let (detail, sample) = match probes {
             ProbeSet::Off => return Ok(None),
             ProbeSet::Live => (Detail::Hooks, LIVE_SAMPLE),
@@ -254,7 +254,11 @@ impl Bench {
             sample,
             ..Watch::default()
         };
-        Ok(Some(HooksTier::attach(self.node.lab.node(), &watch)?))
+        Ok(Some(Probes::attach(
+            Some(Tier::Hooks),
+            self.node.lab.node(),
+            &watch,
+        )?))
     }
 
     /// Time of a packet of this kind, ns.

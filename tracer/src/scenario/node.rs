@@ -20,8 +20,8 @@ use crate::lab::plan;
 use crate::lab::sink::{SinkError, Sinks};
 use crate::lab::topology::{Lab, LabError, LabOptions};
 use crate::lab::traffic::{self, FlowRecord, TrafficError, TrafficPlan};
-use crate::probe::hooks::{HooksTier, ProbeError, TRACEPOINTS, Times, Watch};
 use crate::probe::rule_changes::RuleChangeProbes;
+use crate::probe::tier::{ProbeError, Probes, TRACEPOINTS, Tier, Times, Watch};
 use crate::record::evidence::Evidence;
 use crate::record::flows::{Seen, Sent};
 use crate::record::run::ProbeHealth;
@@ -195,9 +195,14 @@ impl TestNode {
 
     /// Attaches the probes to the node.
     pub fn watch(&self) -> Result<Watched, NodeError> {
+        self.watch_with(Tier::Hooks)
+    }
+
+    /// The same with this tier.
+    pub fn watch_with(&self, tier: Tier) -> Result<Watched, NodeError> {
         let watch = self.watch_list();
         Ok(Watched {
-            probes: HooksTier::attach(self.lab.node(), &watch)?,
+            probes: Probes::attach(Some(tier), self.lab.node(), &watch)?,
             evidence: Evidence::new()?,
         })
     }
@@ -245,7 +250,7 @@ impl TestNode {
 /// The probes of a node and what they have told so far.
 #[derive(Debug)]
 pub struct Watched {
-    probes: HooksTier,
+    probes: Probes,
     /// What the kernel said of each flow.
     pub evidence: Evidence,
 }
@@ -373,7 +378,7 @@ pub fn examine() -> Vec<Check> {
     let probes = Netns::create("doctor")
         .map_err(|e| e.to_string())
         .and_then(|node| {
-            HooksTier::attach(&node, &watch)
+            Probes::attach(Some(Tier::Hooks), &node, &watch)
                 .map(|tier| tier.links() / watch.targets.len())
                 .map_err(|e| e.to_string())
         });

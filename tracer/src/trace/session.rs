@@ -28,7 +28,7 @@ use crate::kernel::dump;
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::tool::ToolError;
 use crate::probe::catalogue::Detail;
-use crate::probe::hooks::{HooksTier, ProbeError, Watch};
+use crate::probe::tier::{ProbeError, Probes, Tier, Watch};
 use crate::record::evidence::Reasons;
 use crate::record::times;
 use crate::rules::dump::Unreadable;
@@ -96,6 +96,8 @@ pub struct Options {
     pub pod_cidrs: Vec<Cidr>,
     /// Have the kernel count what the probes cost, which costs a little more.
     pub cost: bool,
+    /// What tells where packets are; `None`: what this kernel has.
+    pub tier: Option<Tier>,
     /// How finely packets are followed.
     pub detail: Detail,
     /// One in how many packets is timed that are not the first of a flow; 0 and 1: all.
@@ -173,7 +175,7 @@ pub struct Session {
     ns: Netns,
     options: Options,
     hints: Vec<String>,
-    probes: HooksTier,
+    probes: Probes,
     watcher: Watcher,
     reader: Reader,
     flows: Flows,
@@ -213,7 +215,11 @@ impl Session {
             });
         }
         let started_ns = monotonic_ns();
-        let mut probes = HooksTier::attach(ns, &watch(&directory, local.clone(), &options))?;
+        let mut probes = Probes::attach(
+            options.tier,
+            ns,
+            &watch(&directory, local.clone(), &options),
+        )?;
         if options.cost {
             probes.count_run_time()?;
         }
@@ -258,7 +264,12 @@ impl Session {
         &self.hints
     }
 
-    /// Number of netfilter links.
+    /// What tells where packets are.
+    pub const fn tier(&self) -> Tier {
+        self.probes.tier()
+    }
+
+    /// Number of netfilter links, or of programs at functions.
     pub fn links(&self) -> usize {
         self.probes.links()
     }
@@ -454,6 +465,7 @@ impl Session {
             .filter(|(_, times)| !times.node.is_empty())
             .collect();
         let rest = Rest {
+            tier: self.probes.tier(),
             started_ns: self.started_ns,
             ended_ns: monotonic_ns(),
             timeline: self.timeline,

@@ -13,7 +13,7 @@ use super::outages::Outage;
 use super::tally::Tally;
 use super::timeline::Timeline;
 use super::verdict::{Verdict, Who};
-use crate::probe::hooks::RunTime;
+use crate::probe::tier::{RunTime, Tier};
 use crate::record::run::{Clock, Histogram, PacketState, StageHistogram};
 use crate::record::times::PathTimes;
 
@@ -233,6 +233,7 @@ pub struct Summary {
 /// What a session has besides Services and their tallies when it ends.
 #[derive(Debug)]
 pub(super) struct Rest {
+    pub(super) tier: Tier,
     pub(super) started_ns: u64,
     pub(super) ended_ns: u64,
     pub(super) timeline: Timeline,
@@ -286,7 +287,7 @@ impl Summary {
             clock: Clock::of_this_machine(),
             duration_ns: rest.ended_ns.saturating_sub(rest.started_ns),
             started_ns: rest.started_ns,
-            tier: "hooks".to_owned(),
+            tier: rest.tier.name().to_owned(),
             silent: directory.services().len() - services.len(),
             services,
             paths: rest

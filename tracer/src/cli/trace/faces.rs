@@ -4,6 +4,7 @@ use std::io::IsTerminal as _;
 
 use tracer::kernel::clock;
 use tracer::kernel::netns::Netns;
+use tracer::probe::tier::Tier;
 use tracer::record::run::Clock;
 use tracer::report::recorder::Recorder;
 use tracer::report::write::{WriteError, printable};
@@ -227,13 +228,17 @@ fn words(event: &Event) -> String {
 fn description(session: &Session) -> String {
     let services = session.directory().services();
     format!(
-        "{} in {} mode with {} netfilter links",
+        "{} in {} mode with {} {}",
         match services {
             [one] => printable(&one.name),
             many => units::plural(many.len() as u64, "Service", "Services"),
         },
         modes(services),
         session.links(),
+        match session.tier() {
+            Tier::Hooks => "netfilter links",
+            Tier::Functions => "programs at functions",
+        }
     )
 }
 

@@ -20,6 +20,7 @@ use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
 use tracer::cluster::Cidr;
 use tracer::kernel::netns::Netns;
 use tracer::probe::catalogue::Detail;
+use tracer::probe::tier::Tier;
 use tracer::report::write;
 use tracer::trace::directory::Choice;
 use tracer::trace::session::{Options, Session};
@@ -58,6 +59,10 @@ pub(crate) struct Args {
     /// Only flows that enter the node this way: pod-to-clusterip, host-to-clusterip, external-to-nodeport, ...
     #[arg(long, value_name = "PATH", value_parser = OnPath::from_str)]
     path: Vec<OnPath>,
+    /// What tells where packets are: netfilter links between components (kernel 6.4 and later), or programs at
+    /// the kernel's functions; auto: links where the kernel has them.
+    #[arg(long, value_enum, default_value = "auto")]
+    tier: TierChoice,
     /// How finely packets are followed: entry and exit of each hook, or every component of it; default:
     /// stages with --journeys, else hooks, which cost less.
     #[arg(long, value_enum, value_name = "WHAT")]
@@ -100,6 +105,27 @@ pub(crate) struct Args {
     /// A command to run meanwhile.
     #[arg(last = true, value_name = "CMD")]
     command: Vec<std::ffi::OsString>,
+}
+
+/// A [`Tier`] as it is typed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TierChoice {
+    /// The best that the kernel has.
+    Auto,
+    /// Netfilter links.
+    Hooks,
+    /// Programs at functions.
+    Functions,
+}
+
+impl TierChoice {
+    const fn tier(self) -> Option<Tier> {
+        match self {
+            Self::Auto => None,
+            Self::Hooks => Some(Tier::Hooks),
+            Self::Functions => Some(Tier::Functions),
+        }
+    }
 }
 
 /// A [`Detail`] as it is typed.
@@ -200,6 +226,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         choices: choices.collect(),
         pod_cidrs: args.pod_cidr.clone(),
         cost: args.cost,
+        tier: args.tier.tier(),
         detail: args.detail(),
         sample: args.sample,
         pods: args.pod.clone(),

@@ -24,8 +24,8 @@ use crate::kernel::netlink::{
 };
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::nft;
-use crate::probe::hooks::ProbeError;
 use crate::probe::rule_changes::{Record, RuleChangeProbes, Way};
+use crate::probe::tier::ProbeError;
 
 /// `NFNLGRP_NFTABLES` (`include/uapi/linux/netfilter/nfnetlink.h`).
 const NFNLGRP_NFTABLES: u32 = 7;

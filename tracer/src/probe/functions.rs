@@ -1,0 +1,231 @@
+//! The `functions` tier: programs at the functions of hooks and their components.
+//!
+//! # Minimum kernel version
+//!
+//! 5.17 (the reason of `kfree_skb`, and modules' functions), with BTF. A kernel that is locked down refuses
+//! such programs.
+//!
+//! # What it does not see
+//!
+//! A hook at which nothing is registered: the kernel does not call its components' function. So without any
+//! rule and without connection tracking nothing at all. Nor packets that come in parts: the first part is
+//! met before defragmentation.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use tracer_ebpf::record::{IPV4, NO_STAGE};
+
+use super::catalogue::{self, COMPONENTS, Component, Detail, HOOK, HOOK_PARAMETERS, Shape};
+use super::offsets;
+use super::program::{self, Callee, Constants, Kind, Link, Programs};
+use super::tier::{Attached, Missing, ProbeError, Probed, Watch};
+use crate::kernel::btf::{Btf, BtfError, Function};
+
+/// Attaches to every function that is there. Without that of the hooks nothing can be followed; of components,
+/// those that are not there are told.
+pub(super) fn attach(
+    programs: &mut Programs,
+    watch: &Watch,
+    constants: &Constants,
+) -> Result<Attached, ProbeError> {
+    let mut constants = constants.clone();
+    constants.extend(of_stages(watch));
+    constants.extend(values(offsets::of_hooks(Btf::vmlinux()?)?));
+    let mut attached = Attached::default();
+    if watch.detail == Detail::Stages {
+        for component in &COMPONENTS {
+            if let Err(error) = attach_component(programs, component, &constants, &mut attached) {
+                attached.missing.push(Missing {
+                    component,
+                    why: error.to_string(),
+                });
+            }
+        }
+    }
+    // Last: a packet that is met by a component first would be unknown.
+    attach_hook(programs, &constants, &mut attached)?;
+    Ok(attached)
+}
+
+/// The whole hook: its call and its return.
+fn attach_hook(
+    programs: &mut Programs,
+    constants: &Constants,
+    attached: &mut Attached,
+) -> Result<(), ProbeError> {
+    let function = Btf::vmlinux()?.function(HOOK)?;
+    // What a function returns is found behind its parameters.
+    if function.parameters != HOOK_PARAMETERS {
+        return Err(ProbeError::Parameters(HOOK));
+    }
+    let callee = Callee {
+        id: function.id,
+        module: None,
+    };
+    for (program, kind) in [
+        ("hook_begins", Kind::Entry(callee)),
+        ("hook_ends", Kind::Exit(callee)),
+    ] {
+        attached
+            .links
+            .push(link(programs, program, kind, constants)?);
+    }
+    attached.probed.push(Probed {
+        module: None,
+        function: HOOK,
+    });
+    Ok(())
+}
+
+/// Those of a component's functions that are there.
+///
+/// # Errors
+///
+/// None is there, or the kernel refused one.
+fn attach_component(
+    programs: &mut Programs,
+    component: &'static Component,
+    constants: &Constants,
+    attached: &mut Attached,
+) -> Result<(), ProbeError> {
+    let mut constants = constants.clone();
+    constants.insert("STAGES", of_component(component).to_ne_bytes().to_vec());
+    let mut why = None;
+    let before = attached.probed.len();
+    for (module, name) in component.functions.iter().copied() {
+        let (object, function) = match find(module, name, component.shape) {
+            Ok(found) => found,
+            Err(error) => {
+                // The first is the one that a kernel of today has.
+                why.get_or_insert(error);
+                continue;
+            }
+        };
+        constants.extend(values(offsets::of_shape(object.btf(), component.shape)?));
+        let callee = Callee {
+            id: function.id,
+            module: object.fd(),
+        };
+        let program = program_of(component.shape);
+        let link = link(programs, program, Kind::Entry(callee), &constants)?;
+        attached.links.push(link);
+        attached.probed.push(Probed {
+            module: object.fd().map(|_| module),
+            function: name,
+        });
+    }
+    match why {
+        Some(error) if attached.probed.len() == before => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The program that knows functions of this shape.
+const fn program_of(shape: Shape) -> &'static str {
+    match shape {
+        Shape::Tracking => "tracking_begins",
+        Shape::Hook => "component_begins",
+        Shape::Table => "table_begins",
+        Shape::Chain => "chain_begins",
+    }
+}
+
+fn link(
+    programs: &mut Programs,
+    name: &'static str,
+    kind: Kind<'_>,
+    constants: &Constants,
+) -> Result<Link, ProbeError> {
+    let program = programs.load(name, kind, constants)?;
+    let fd = program::attach_tracing(&program)?;
+    Ok(Link::new(program, fd))
+}
+
+/// Where a function lies.
+enum Object {
+    Kernel(&'static Btf),
+    Module(Box<Btf>, OwnedFd),
+}
+
+impl Object {
+    fn btf(&self) -> &Btf {
+        match self {
+            Self::Kernel(btf) => btf,
+            Self::Module(btf, _) => btf,
+        }
+    }
+
+    fn fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        match self {
+            Self::Kernel(_) => None,
+            Self::Module(_, fd) => Some(fd.as_fd()),
+        }
+    }
+}
+
+/// Finds a function in its module, or in a kernel that has the module built in.
+fn find(module: &str, name: &'static str, shape: Shape) -> Result<(Object, Function), ProbeError> {
+    let object = match Btf::module(module) {
+        Ok(btf) => Object::Module(Box::new(btf), program::module_btf(module)?),
+        Err(BtfError::Missing { .. }) => Object::Kernel(Btf::vmlinux()?),
+        Err(error) => return Err(error.into()),
+    };
+    let function = match (object.btf().function(name), &object) {
+        (Err(BtfError::NoFunction(_)), Object::Kernel(_)) => {
+            return Err(ProbeError::NotLoaded {
+                module: module.to_owned(),
+                function: name,
+            });
+        }
+        (found, _) => found?,
+    };
+    if !function
+        .parameters
+        .iter()
+        .map(String::as_str)
+        .take(shape.parameters().len())
+        .eq(shape.parameters().iter().copied())
+    {
+        return Err(ProbeError::Parameters(name));
+    }
+    Ok((object, function))
+}
+
+/// What the programs have to know of stages.
+fn of_stages(watch: &Watch) -> [(&'static str, Vec<u8>); 3] {
+    let first = bytes(catalogue::first_stages());
+    let last = bytes(catalogue::last_stages(watch.detail).map(|stage| stage.unwrap_or(NO_STAGE)));
+    let families = watch
+        .families()
+        .map(|family| if family == IPV4 { 1_u32 } else { 2 })
+        .sum::<u32>();
+    [
+        ("FIRST_STAGES", first.to_ne_bytes().to_vec()),
+        ("LAST_STAGES", last.to_ne_bytes().to_vec()),
+        ("FAMILIES", families.to_ne_bytes().to_vec()),
+    ]
+}
+
+/// A component's stage at each hook.
+fn of_component(component: &Component) -> u64 {
+    let mut stages = [NO_STAGE; 8];
+    for (hook, stage) in component.stages() {
+        stages[hook as usize] = u8::try_from(stage).unwrap_or(NO_STAGE);
+    }
+    u64::from_le_bytes(stages)
+}
+
+/// Packs one byte a hook, the first lowest.
+fn bytes(values: impl Iterator<Item = u8>) -> u64 {
+    let mut packed = [NO_STAGE; 8];
+    for (to, from) in packed.iter_mut().zip(values) {
+        *to = from;
+    }
+    u64::from_le_bytes(packed)
+}
+
+fn values(offsets: Vec<(&'static str, u32)>) -> impl Iterator<Item = (&'static str, Vec<u8>)> {
+    offsets
+        .into_iter()
+        .map(|(name, value)| (name, value.to_ne_bytes().to_vec()))
+}

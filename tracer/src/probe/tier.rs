@@ -1,0 +1,593 @@
+//! The probes at work, whatever tells where packets are: netfilter boundaries ([`super::hooks`]) or the
+//! kernel's functions ([`super::functions`]), and three tracepoints. Slots, histograms and records are the
+//! same.
+//!
+//! # Minimum kernel version
+//!
+//! That of the tier; BTF for both.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use aya::Pod;
+use aya::maps::{Array, HashMap as BpfHashMap, Map, PerCpuArray, RingBuf};
+use tracer_ebpf::histogram::{CELLS, bounds_of};
+use tracer_ebpf::path::{Path, Target};
+use tracer_ebpf::record::{
+    Cells, IPV4, IPV6, Key4, Key6, MOST_STAGES, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE,
+    RDONLY_CAST, Record, Stats, Table, histogram_index, state,
+};
+
+use super::catalogue::{self, Component, Detail};
+pub use super::program::RunTime;
+use super::program::{self, Constants, Counting, Kind, Link, ProgramError, Programs};
+use super::{OBJECT, functions, hooks, log, offsets};
+use crate::kernel::btf::{Btf, BtfError};
+use crate::kernel::netns::{Netns, NetnsError};
+
+/// Why the probes could not be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// No BTF, or a field is missing from it.
+    #[error(transparent)]
+    Btf(#[from] BtfError),
+    /// A program.
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    /// A map.
+    #[error("cannot use the probes' map {name}: {source}")]
+    Map {
+        /// The map's name.
+        name: &'static str,
+        /// What aya says.
+        source: aya::maps::MapError,
+    },
+    /// The node's namespace.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The namespace's number could not be read.
+    #[error("cannot read the namespace's number: {0}")]
+    Inode(#[source] std::io::Error),
+    /// A function without which nothing can be followed differs from those that are known.
+    #[error("the kernel's function {0} has other parameters than those that are known")]
+    Parameters(&'static str),
+    /// A component's module is not there.
+    #[error("{module} is not loaded, or this kernel has no function {function}")]
+    NotLoaded {
+        /// The module.
+        module: String,
+        /// The function that was looked for.
+        function: &'static str,
+    },
+    /// No free priority for a boundary.
+    #[error("no free priority for the boundary before {stage} at {hook}")]
+    Crowded {
+        /// The hook.
+        hook: &'static str,
+        /// The stage that should have begun there.
+        stage: &'static str,
+    },
+}
+
+/// What tells where packets are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// Netfilter links between the components of each hook: kernel 6.4 and later.
+    Hooks,
+    /// The kernel's functions (`fentry`, `fexit`): 5.17 and later, where lockdown allows it.
+    Functions,
+}
+
+impl Tier {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Hooks, Self::Functions];
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Hooks => "hooks",
+            Self::Functions => "functions",
+        }
+    }
+
+    /// The tier to use here: `hooks` if the kernel has netfilter links. Every kernel that has them
+    /// describes them.
+    ///
+    /// # Errors
+    ///
+    /// The kernel has no BTF, or it cannot be read.
+    pub fn of_this_kernel() -> Result<Self, BtfError> {
+        match Btf::vmlinux()?.offset_of("bpf_nf_link", "link") {
+            Ok(_) => Ok(Self::Hooks),
+            Err(BtfError::NoType(_) | BtfError::NoField { .. }) => Ok(Self::Functions),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// What to watch: addresses, ports and protocols, never names.
+#[derive(Clone, Debug, Default)]
+pub struct Watch {
+    /// Where flows go to: address, IP protocol number, and what stands there.
+    pub targets: Vec<(SocketAddr, u8, Target)>,
+    /// The node's own addresses.
+    pub node_addresses: Vec<IpAddr>,
+    /// The addresses of this node's pods, at most one prefix a family.
+    pub pod_cidrs: Vec<(IpAddr, u8)>,
+    /// For how many more targets of each family there has to be room: see [`Probes::watch_also`].
+    pub spare: u32,
+    /// How finely packets are followed.
+    pub detail: Detail,
+    /// One in how many packets is timed that are not the first of a flow; 0 and 1: all.
+    pub sample: u32,
+}
+
+impl Watch {
+    /// The families in which there is anything to watch: a boundary costs every packet of its
+    /// family a little.
+    pub(super) fn families(&self) -> impl Iterator<Item = u8> {
+        let any = |v4: bool| {
+            self.targets
+                .iter()
+                .any(|(address, _, _)| address.is_ipv4() == v4)
+        };
+        [(IPV4, any(true)), (IPV6, any(false))]
+            .into_iter()
+            .filter_map(|(family, wanted)| wanted.then_some(family))
+    }
+}
+
+/// Where a boundary was put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// The boundary's id.
+    pub boundary: u8,
+    /// [`IPV4`] or [`IPV6`].
+    pub family: u8,
+    /// The priority it got.
+    pub priority: i32,
+}
+
+/// A function that a program is attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probed {
+    /// The kernel's module; `None`: it is vmlinux's.
+    pub module: Option<&'static str>,
+    /// Its name.
+    pub function: &'static str,
+}
+
+/// A component whose functions could not be attached to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// Which.
+    pub component: &'static Component,
+    /// Why not.
+    pub why: String,
+}
+
+/// What a tier attached.
+#[derive(Debug, Default)]
+pub(super) struct Attached {
+    pub(super) links: Vec<Link>,
+    pub(super) placed: Vec<Placed>,
+    pub(super) probed: Vec<Probed>,
+    pub(super) missing: Vec<Missing>,
+}
+
+/// One histogram that is not empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Times {
+    /// How the flow entered.
+    pub path: Path,
+    /// See [`tracer_ebpf::record::state`].
+    pub state: u8,
+    /// The stage's id.
+    pub stage: u8,
+    /// Exact sum, ns.
+    pub sum: u64,
+    /// `[lowest, highest, count]` of each cell that is not empty.
+    pub cells: Vec<[u64; 3]>,
+}
+
+/// The attached probes; dropping them detaches everything.
+#[derive(Debug)]
+pub struct Probes {
+    tier: Tier,
+    programs: Programs,
+    messages: Option<log::Reader>,
+    tracepoints: Vec<Link>,
+    attached: Attached,
+    counting: Option<Counting>,
+    detail: Detail,
+}
+
+/// Tracepoints attached beside the boundaries of every stage.
+pub const TRACEPOINTS: [&str; 3] = ["net_dev_xmit", "kfree_skb", "netif_receive_skb"];
+
+/// The tracepoints that go with a detail: when a packet was received is not asked between hooks only.
+fn tracepoints(detail: Detail) -> &'static [&'static str] {
+    match detail {
+        Detail::Hooks => &TRACEPOINTS[..2],
+        Detail::Stages => &TRACEPOINTS,
+    }
+}
+
+/// A plain value of one of the probes' maps.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Plain<T: Copy>(T);
+
+// SAFETY: every T used below is repr(C), made of integers and arrays of integers, without padding
+// that is read, and shared with the kernel programs by the same definition.
+unsafe impl<T: Copy + 'static> Pod for Plain<T> {}
+
+impl Probes {
+    /// Loads the programs and attaches them for a node's network namespace; `None`: with the tier that this
+    /// kernel has.
+    ///
+    /// # Errors
+    ///
+    /// The kernel lacks BTF or what the tier needs, or the process lacks `CAP_BPF`, `CAP_PERFMON` or
+    /// `CAP_NET_ADMIN`.
+    pub fn attach(tier: Option<Tier>, node: &Netns, watch: &Watch) -> Result<Self, ProbeError> {
+        let tier = tier.map_or_else(Tier::of_this_kernel, Ok)?;
+        let btf = Btf::vmlinux()?;
+        let constants = constants(btf, node, watch)?;
+        let room = u32::try_from(watch.targets.len().max(1))
+            .unwrap_or(u32::MAX)
+            .saturating_add(watch.spare);
+        let mut programs = Programs::new(OBJECT, &[("TARGETS4", room), ("TARGETS6", room)])?;
+        programs.resolve(RDONLY_CAST, offsets::rdonly_cast(btf)?);
+        fill(&mut programs, watch)?;
+        let tracepoints = tracepoints(watch.detail)
+            .iter()
+            .map(|name| {
+                let id = btf.typedef_id(&format!("btf_trace_{name}"))?;
+                let program = programs.load(name, Kind::Tracepoint(id), &constants)?;
+                let fd = program::attach_tracing(&program)?;
+                Ok(Link::new(program, fd))
+            })
+            .collect::<Result<Vec<_>, ProbeError>>()?;
+        let attached = match tier {
+            Tier::Hooks => hooks::attach(&mut programs, node, watch, &constants)?,
+            Tier::Functions => {
+                fill_priorities(&mut programs)?;
+                functions::attach(&mut programs, watch, &constants)?
+            }
+        };
+        Ok(Self {
+            tier,
+            programs,
+            messages: log::reader("kfree_skb"),
+            tracepoints,
+            attached,
+            counting: None,
+            detail: watch.detail,
+        })
+    }
+
+    /// What tells where packets are.
+    pub const fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// How finely packets are followed.
+    pub const fn detail(&self) -> Detail {
+        self.detail
+    }
+
+    /// Number of tracepoints.
+    pub fn tracepoints(&self) -> usize {
+        self.tracepoints.len()
+    }
+
+    /// Watches these targets, which include those that are watched already.
+    ///
+    /// # Errors
+    ///
+    /// There is no room for them, or the kernel takes them not.
+    pub fn watch_also(&mut self, watch: &Watch) -> Result<(), ProbeError> {
+        fill(&mut self.programs, watch)
+    }
+
+    /// Lets the kernel count what the probes cost from here on, which costs a little more.
+    pub fn count_run_time(&mut self) -> Result<(), ProbeError> {
+        self.counting = Some(Counting::start()?);
+        Ok(())
+    }
+
+    /// What all probes together cost since [`Probes::count_run_time`]; `None` if that was not asked.
+    pub fn run_time(&self) -> Result<Option<RunTime>, ProbeError> {
+        if self.counting.is_none() {
+            return Ok(None);
+        }
+        let mut sum = RunTime::default();
+        for link in self.tracepoints.iter().chain(&self.attached.links) {
+            let RunTime { runs, ns } = link.run_time()?;
+            sum.runs += runs;
+            sum.ns += ns;
+        }
+        Ok(Some(sum))
+    }
+
+    /// Number of netfilter links, or of programs at functions.
+    pub fn links(&self) -> usize {
+        self.attached.links.len()
+    }
+
+    /// Where each boundary is: the hooks tier.
+    pub fn placed(&self) -> &[Placed] {
+        &self.attached.placed
+    }
+
+    /// The functions that programs are attached to: the functions tier.
+    pub fn probed(&self) -> &[Probed] {
+        &self.attached.probed
+    }
+
+    /// The components that are not seen, though the tier could: the functions tier.
+    pub fn missing(&self) -> &[Missing] {
+        &self.attached.missing
+    }
+
+    /// What the probes counted, over all CPUs.
+    pub fn stats(&self) -> Result<Stats, ProbeError> {
+        let table: PerCpuArray<_, Plain<Table>> = self.map("TABLE")?;
+        let values = table.get(&0, 0).map_err(map_error("TABLE"))?;
+        Ok(values.iter().fold(Stats::default(), |sum, cpu| {
+            let Stats {
+                journeys,
+                transmitted,
+                delivered,
+                dropped,
+                dropped_at_socket,
+                ring_lost,
+                collisions,
+                unpaired,
+                other,
+                timed,
+            } = cpu.0.stats;
+            Stats {
+                journeys: sum.journeys + journeys,
+                transmitted: sum.transmitted + transmitted,
+                delivered: sum.delivered + delivered,
+                dropped: sum.dropped + dropped,
+                dropped_at_socket: sum.dropped_at_socket + dropped_at_socket,
+                ring_lost: sum.ring_lost + ring_lost,
+                collisions: sum.collisions + collisions,
+                unpaired: sum.unpaired + unpaired,
+                other: sum.other + other,
+                timed: sum.timed + timed,
+            }
+        }))
+    }
+
+    /// Every histogram that is not empty, CPUs merged, in a stable order.
+    pub fn times(&self) -> Result<Vec<Times>, ProbeError> {
+        let map: PerCpuArray<_, Plain<Cells>> = self.map("TIMES")?;
+        let mut all = Vec::new();
+        // A path's index is its position in ALL.
+        for (number, path) in (0..).zip(Path::ALL) {
+            for state in state::ALL {
+                for stage in catalogue::stages() {
+                    let index = histogram_index(number, state.into(), stage.into());
+                    let cpus = map.get(&index, 0).map_err(map_error("TIMES"))?;
+                    let mut sum = 0;
+                    let mut cells = vec![0_u64; CELLS];
+                    for cpu in cpus.iter() {
+                        sum += cpu.0.sum;
+                        for (to, from) in cells.iter_mut().zip(cpu.0.cells) {
+                            *to += from;
+                        }
+                    }
+                    let cells: Vec<[u64; 3]> = cells
+                        .iter()
+                        .enumerate()
+                        .filter(|(_, count)| **count > 0)
+                        .map(|(cell, count)| {
+                            let (low, high) = bounds_of(cell);
+                            [low, high, *count]
+                        })
+                        .collect();
+                    if !cells.is_empty() {
+                        all.push(Times {
+                            path,
+                            state,
+                            stage,
+                            sum,
+                            cells,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Takes everything out of the ring buffer.
+    pub fn drain(&mut self) -> Result<Vec<Record>, ProbeError> {
+        if let Some(messages) = &mut self.messages {
+            messages.flush();
+        }
+        let map = self
+            .programs
+            .map_mut("RECORDS")
+            .ok_or_else(|| missing("RECORDS"))?;
+        let mut ring = RingBuf::try_from(map).map_err(map_error("RECORDS"))?;
+        let mut records = Vec::new();
+        while let Some(bytes) = ring.next() {
+            if bytes.len() >= size_of::<Record>() {
+                // SAFETY: Record is repr(C), made of integers and arrays of them, and the bytes
+                // were written as one by the kernel program.
+                records.push(unsafe { bytes.as_ptr().cast::<Record>().read_unaligned() });
+            }
+        }
+        Ok(records)
+    }
+
+    fn map<'a, T>(&'a self, name: &'static str) -> Result<T, ProbeError>
+    where
+        T: TryFrom<&'a Map, Error = aya::maps::MapError>,
+    {
+        let map = self.programs.map(name).ok_or_else(|| missing(name))?;
+        T::try_from(map).map_err(map_error(name))
+    }
+}
+
+pub(super) fn missing(name: &'static str) -> ProbeError {
+    ProbeError::Map {
+        name,
+        source: aya::maps::MapError::InvalidName {
+            name: name.to_owned(),
+        },
+    }
+}
+
+pub(super) fn map_error(name: &'static str) -> impl Fn(aya::maps::MapError) -> ProbeError {
+    move |source| ProbeError::Map { name, source }
+}
+
+/// What every program has to know.
+fn constants(btf: &Btf, node: &Netns, watch: &Watch) -> Result<Constants, ProbeError> {
+    let mut constants: Constants = offsets::offsets(btf)?
+        .into_iter()
+        .map(|(name, value)| (name, value.to_ne_bytes().to_vec()))
+        .collect();
+    constants.insert("SAMPLE", watch.sample.max(1).to_ne_bytes().to_vec());
+    let netns = node.number().map_err(ProbeError::Inode)?;
+    constants.insert("NETNS", netns.to_ne_bytes().to_vec());
+    constants.extend(pod_constants(&watch.pod_cidrs));
+    constants.insert(aya_log::LEVEL, vec![log::level()]);
+    Ok(constants)
+}
+
+fn pod_constants(cidrs: &[(IpAddr, u8)]) -> Vec<(&'static str, Vec<u8>)> {
+    let mut constants = vec![
+        // No prefix: an address masked with all ones is never the broadcast address.
+        ("POD_NET4", u32::MAX.to_be_bytes().to_vec()),
+        ("POD_MASK4", u32::MAX.to_be_bytes().to_vec()),
+        ("POD_NET6", u64::MAX.to_be_bytes().to_vec()),
+        ("POD_MASK6", u64::MAX.to_be_bytes().to_vec()),
+    ];
+    for (address, prefix) in cidrs {
+        match address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(*prefix)).unwrap_or(0);
+                constants[0].1 = (u32::from(*address) & mask).to_be_bytes().to_vec();
+                constants[1].1 = mask.to_be_bytes().to_vec();
+            }
+            IpAddr::V6(address) => {
+                // The program compares the first half: pod prefixes are at most 64 bits long.
+                let high = (u128::from(*address) >> 64) as u64;
+                let mask = u64::MAX
+                    .checked_shl(64 - u32::from(*prefix).min(64))
+                    .unwrap_or(0);
+                constants[2].1 = (high & mask).to_be_bytes().to_vec();
+                constants[3].1 = mask.to_be_bytes().to_vec();
+            }
+        }
+    }
+    constants
+}
+
+/// From which priority on a table or chain belongs to which stage.
+fn fill_priorities(programs: &mut Programs) -> Result<(), ProbeError> {
+    let mut map: Array<_, Plain<[i32; MOST_STAGES]>> = map_mut(programs, "PRIORITIES")?;
+    for (at, hook) in (0..).zip(catalogue::priorities()) {
+        map.set(at, Plain(hook), 0)
+            .map_err(map_error("PRIORITIES"))?;
+    }
+    Ok(())
+}
+
+fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
+    let mut ports = [0_u8; PORT_BITS];
+    for (address, _, target) in &watch.targets {
+        let port = usize::from(address.port());
+        ports[port / 4] |= PORT_IS_DESTINATION << (port % 4 * 2);
+        if *target == Target::Pod {
+            ports[port / 4] |= PORT_IS_SOURCE << (port % 4 * 2);
+        }
+    }
+    let mut map: Array<_, Plain<[u8; PORT_BITS]>> = map_mut(programs, "PORTS")?;
+    map.set(0, Plain(ports), 0).map_err(map_error("PORTS"))?;
+
+    let targets = || watch.targets.iter();
+    insert_all(
+        programs,
+        "TARGETS4",
+        targets().filter_map(|(address, protocol, target)| match address.ip() {
+            IpAddr::V4(ip) => Some((
+                Key4 {
+                    address: ip.octets(),
+                    port: address.port().to_be_bytes(),
+                    protocol: *protocol,
+                    pad: 0,
+                },
+                *target as u32,
+            )),
+            IpAddr::V6(_) => None,
+        }),
+    )?;
+    insert_all(
+        programs,
+        "TARGETS6",
+        targets().filter_map(|(address, protocol, target)| match address.ip() {
+            IpAddr::V6(ip) => Some((
+                Key6 {
+                    address: ip.octets(),
+                    port: address.port().to_be_bytes(),
+                    protocol: *protocol,
+                    pad: 0,
+                },
+                *target as u32,
+            )),
+            IpAddr::V4(_) => None,
+        }),
+    )?;
+    let nodes = || watch.node_addresses.iter();
+    insert_all(
+        programs,
+        "NODES4",
+        nodes().filter_map(|address| match address {
+            IpAddr::V4(ip) => Some((ip.octets(), 1)),
+            IpAddr::V6(_) => None,
+        }),
+    )?;
+    insert_all(
+        programs,
+        "NODES6",
+        nodes().filter_map(|address| match address {
+            IpAddr::V6(ip) => Some((ip.octets(), 1)),
+            IpAddr::V4(_) => None,
+        }),
+    )
+}
+
+/// Puts every entry into one of the hash maps, which is looked up once.
+fn insert_all<K: Copy + 'static>(
+    programs: &mut Programs,
+    name: &'static str,
+    entries: impl Iterator<Item = (K, u32)>,
+) -> Result<(), ProbeError> {
+    let mut map: BpfHashMap<_, Plain<K>, u32> = map_mut(programs, name)?;
+    for (key, value) in entries {
+        map.insert(Plain(key), value, 0).map_err(map_error(name))?;
+    }
+    Ok(())
+}
+
+fn map_mut<'a, T>(programs: &'a mut Programs, name: &'static str) -> Result<T, ProbeError>
+where
+    T: TryFrom<&'a mut Map, Error = aya::maps::MapError>,
+{
+    let map = programs.map_mut(name).ok_or_else(|| missing(name))?;
+    T::try_from(map).map_err(map_error(name))
+}
