@@ -9,11 +9,13 @@ use std::net::IpAddr;
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::if_nametoindex;
+use nix::sys::socket::SockaddrStorage;
 
 use super::netlink::{
     Attributes, NLM_F_ACK, NLM_F_CREATE_EXCL, NLM_F_DUMP, NetlinkError, Request, Socket,
 };
 use super::netns::{Netns, NetnsError};
+use crate::cluster::Cidr;
 use crate::rules::ipvs;
 
 const IFLA_IFNAME: u16 = 3;
@@ -72,11 +74,7 @@ pub fn of_node(ns: &Netns) -> Result<Vec<IpAddr>, AddressError> {
     })?;
     let mut addresses: Vec<IpAddr> = list
         .filter(|interface| interface.interface_name != ipvs::LINK)
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-            v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))
-        })
+        .filter_map(|interface| ip_of(&interface.address?))
         .filter(|address| match address {
             IpAddr::V4(_) => true,
             IpAddr::V6(v6) => !v6.is_unicast_link_local(),
@@ -85,6 +83,74 @@ pub fn of_node(ns: &Netns) -> Result<Vec<IpAddr>, AddressError> {
     addresses.sort_unstable();
     addresses.dedup();
     Ok(addresses)
+}
+
+/// An address that IPVS mode has bound although it lies in a network of one of the node's links: if it is
+/// another machine's, everything that this node sends there, on any port, stays here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Absorbed {
+    /// The address.
+    pub address: IpAddr,
+    /// The network that it lies in.
+    pub network: Cidr,
+    /// The link of that network.
+    pub link: String,
+}
+
+/// The addresses of kube-ipvs0 that lie in networks of other links.
+pub fn absorbed(ns: &Netns) -> Result<Vec<Absorbed>, AddressError> {
+    let list = ns.run(getifaddrs)?.map_err(|source| AddressError::List {
+        namespace: ns.name().to_owned(),
+        source,
+    })?;
+    let mut bound = Vec::new();
+    let mut networks = Vec::new();
+    for interface in list {
+        let Some(address) = interface.address.as_ref().and_then(ip_of) else {
+            continue;
+        };
+        if interface.interface_name == ipvs::LINK {
+            bound.push(address);
+        } else if !address.is_loopback() {
+            let mask = interface.netmask.as_ref().and_then(ip_of);
+            networks.extend(mask.map(|mask| (network(address, mask), interface.interface_name)));
+        }
+    }
+    Ok(among(&bound, &networks))
+}
+
+fn among(bound: &[IpAddr], networks: &[(Cidr, String)]) -> Vec<Absorbed> {
+    let of = |address: &IpAddr| {
+        // A network of one address is that address.
+        let holds = |(network, _): &&(Cidr, String)| {
+            let whole = if address.is_ipv4() { 32 } else { 128 };
+            network.prefix < whole && network.contains(*address)
+        };
+        let (network, link) = networks.iter().find(holds)?;
+        Some(Absorbed {
+            address: *address,
+            network: *network,
+            link: link.clone(),
+        })
+    };
+    bound.iter().filter_map(of).collect()
+}
+
+fn ip_of(address: &SockaddrStorage) -> Option<IpAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+    v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))
+}
+
+fn network(address: IpAddr, mask: IpAddr) -> Cidr {
+    let ones = match mask {
+        IpAddr::V4(mask) => mask.to_bits().count_ones(),
+        IpAddr::V6(mask) => mask.to_bits().count_ones(),
+    };
+    Cidr {
+        base: address,
+        prefix: u8::try_from(ones).unwrap_or(u8::MAX),
+    }
+    .network()
 }
 
 /// One address to bind or to let go.
@@ -303,6 +369,33 @@ mod tests {
 
     fn ip(text: &str) -> IpAddr {
         text.parse().expect("an address")
+    }
+
+    #[test]
+    fn what_lies_in_a_links_network_may_be_another_machines() {
+        let net = |text: &str, link: &str| {
+            let (base, prefix) = text.split_once('/').expect("a network");
+            let prefix = prefix.parse().expect("a number");
+            let base = ip(base);
+            (Cidr { base, prefix }, link.to_owned())
+        };
+        let networks = [net("192.0.2.0/24", "eth0"), net("10.244.0.1/32", "cali1")];
+        let bound = [
+            ip("10.96.0.1"),
+            ip("192.0.2.7"),
+            ip("10.244.0.1"),
+            ip("fd00::1"),
+        ];
+        let found = among(&bound, &networks);
+        let [absorbed] = found.as_slice() else {
+            panic!("{found:?}");
+        };
+        assert_eq!(
+            (absorbed.address, absorbed.link.as_str()),
+            (ip("192.0.2.7"), "eth0")
+        );
+        let (address, mask) = (ip("192.0.2.1"), ip("255.255.255.0"));
+        assert_eq!(network(address, mask), networks[0].0);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use super::directory::{Choice, name_of};
+use crate::kernel::addresses::Absorbed;
 use crate::report::units;
 use crate::rules::services::{Found, FrontendKind};
 
@@ -31,6 +32,33 @@ pub fn unmatched(choices: &[Choice], found: &Found) -> Vec<String> {
                 (_, true) => format!("{choice} matches nothing"),
                 _ => format!("{choice} matches nothing; nearest: {}", nearest.join(", ")),
             }
+        })
+        .collect()
+}
+
+/// A line for each address that is bound for a Service and may be another machine's.
+pub fn hijacked(absorbed: &[Absorbed], found: &Found) -> Vec<String> {
+    absorbed
+        .iter()
+        .map(|absorbed| {
+            let address = absorbed.address;
+            let names: BTreeSet<String> = found
+                .services
+                .iter()
+                .filter(|service| service.frontends.iter().any(|f| f.address == Some(address)))
+                .map(name_of)
+                .collect();
+            let mut names: Vec<String> = names.into_iter().take(NAMES).collect();
+            if names.is_empty() {
+                names.push("no Service that the rules name".to_owned());
+            }
+            format!(
+                "{address} is bound on kube-ipvs0 (for {}) and lies in {} of {}: whatever this node sends there, \
+                 on any port, stays here; if that is another machine's address, it is hijacked",
+                names.join(", "),
+                absorbed.network,
+                absorbed.link
+            )
         })
         .collect()
 }

@@ -220,6 +220,15 @@ impl Session {
             ns,
             &watch(&directory, local.clone(), &options),
         )?;
+        let missing: Vec<String> = probes
+            .missing()
+            .iter()
+            .map(|missing| {
+                let component = missing.component;
+                let (name, without) = (component.name, component.without);
+                format!("no probe at {name} ({}): {without}", missing.why)
+            })
+            .collect();
         if options.cost {
             probes.count_run_time()?;
         }
@@ -237,6 +246,8 @@ impl Session {
             hints: hints::mixed(&found)
                 .into_iter()
                 .chain(hints::unmatched(&options.choices, &found))
+                .chain(hints::hijacked(&addresses::absorbed(ns)?, &found))
+                .chain(missing)
                 .collect(),
             options,
             probes,
