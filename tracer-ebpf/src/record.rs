@@ -131,7 +131,7 @@ pub const SLOTS: usize = 64;
 /// Steps of one journey that are remembered: more than the longest path has boundaries (IPVS sends on
 /// from INPUT: 1 + 6 + 4 + 6 + 4).
 pub const STEPS: usize = 24;
-/// Bytes of a packet that a record carries: what an ICMPv6 error quotes, up to the ports.
+/// Bytes of a packet that a record carries: what an `ICMPv6` error quotes, up to the ports.
 pub const HEADER: usize = 96;
 /// `struct nf_conntrack_tuple` (`include/net/netfilter/nf_conntrack_tuple.h`): source address (16 bytes),
 /// port (2), l3num (2), destination address (16), port (2), protocol (1), direction (1).
