@@ -195,7 +195,7 @@ pub fn interleaved_packets_are_paired(mode: Mode, tier: Tier) {
 
 /// The node's UDP Services.
 fn udp_services(node: &TestNode) -> Vec<SocketAddr> {
-    let ports = node.cluster.services.iter().flat_map(|service| {
+    let ports = node.cluster.services.iter().filter_map(|service| {
         let port = &service.ports[0];
         (port.protocol.number() == 17).then(|| SocketAddr::new(service.cluster_ips[0], port.port))
     });

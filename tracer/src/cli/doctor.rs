@@ -43,9 +43,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         text = serde_json::to_string_pretty(&checks)? + "\n";
     } else {
         for check in &checks {
-            let mark = if check.available { "yes" } else { "no " };
             // Writing into a String cannot fail.
-            let _ = writeln!(text, "{mark}  {:<18} {}", check.what, check.detail);
+            let _ = writeln!(text, "{check}");
         }
     }
     exit::print(&text)?;

@@ -328,6 +328,43 @@ fn ids() -> impl Iterator<Item = u8> {
     (0..=u8::MAX).take(ALL.len() + 1)
 }
 
+/// A tracepoint that both tiers need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tracepoint {
+    /// The kernel's name for it.
+    pub name: &'static str,
+    /// The oldest kernel that tells all that is asked.
+    pub since: &'static str,
+    /// What is lost without it.
+    pub without: &'static str,
+}
+
+/// Every tracepoint.
+pub const TRACEPOINTS: [Tracepoint; 3] = [
+    Tracepoint {
+        name: "net_dev_xmit",
+        since: "5.5",
+        without: "nothing says when a packet left",
+    },
+    Tracepoint {
+        name: "kfree_skb",
+        since: "5.17",
+        without: "nothing says that a packet was dropped, and why",
+    },
+    Tracepoint {
+        name: "netif_receive_skb",
+        since: "5.5",
+        without: "stages begin at the first hook, not where the packet was received",
+    },
+];
+
+/// The tracepoints that go with a detail: when a packet was received is not asked between hooks only.
+pub fn tracepoints(detail: Detail) -> impl Iterator<Item = &'static Tracepoint> {
+    TRACEPOINTS.iter().filter(move |tracepoint| {
+        detail == Detail::Stages || tracepoint.name != "netif_receive_skb"
+    })
+}
+
 /// The function that calls the components of a hook (net/netfilter/core.c). Where nothing is registered at a
 /// hook, the kernel does not call it (`nf_hook`, include/linux/netfilter.h): such a hook is not seen.
 pub const HOOK: &str = "nf_hook_slow";

@@ -540,6 +540,12 @@ fn is_named(btf: &OwnedFd, name: &str) -> io::Result<bool> {
 }
 
 impl ProgramError {
+    /// Did the kernel refuse the program without looking at it?
+    pub(crate) fn is_forbidden(&self) -> bool {
+        matches!(self, Self::Load { source, log, .. }
+            if source.raw_os_error() == Some(libc::EPERM) && log.is_empty())
+    }
+
     /// Is another hook at exactly this priority?
     pub(super) fn is_occupied(&self) -> bool {
         matches!(self, Self::Attach { source, .. } if source.raw_os_error() == Some(libc::EBUSY))

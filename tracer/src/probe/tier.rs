@@ -18,7 +18,7 @@ use tracer_ebpf::record::{
     RDONLY_CAST, Record, Stats, Table, histogram_index, state,
 };
 
-use super::catalogue::{self, Component, Detail};
+use super::catalogue::{self, Component, Detail, Tracepoint};
 pub use super::program::RunTime;
 use super::program::{self, Constants, Counting, Kind, Link, ProgramError, Programs};
 use super::{OBJECT, functions, hooks, log, offsets};
@@ -208,17 +208,6 @@ pub struct Probes {
     detail: Detail,
 }
 
-/// Tracepoints attached beside the boundaries of every stage.
-pub const TRACEPOINTS: [&str; 3] = ["net_dev_xmit", "kfree_skb", "netif_receive_skb"];
-
-/// The tracepoints that go with a detail: when a packet was received is not asked between hooks only.
-fn tracepoints(detail: Detail) -> &'static [&'static str] {
-    match detail {
-        Detail::Hooks => &TRACEPOINTS[..2],
-        Detail::Stages => &TRACEPOINTS,
-    }
-}
-
 /// A plain value of one of the probes' maps.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
@@ -246,9 +235,8 @@ impl Probes {
         let mut programs = Programs::new(OBJECT, &[("TARGETS4", room), ("TARGETS6", room)])?;
         programs.resolve(RDONLY_CAST, offsets::rdonly_cast(btf)?);
         fill(&mut programs, watch)?;
-        let tracepoints = tracepoints(watch.detail)
-            .iter()
-            .map(|name| {
+        let tracepoints = catalogue::tracepoints(watch.detail)
+            .map(|Tracepoint { name, .. }| {
                 let id = btf.typedef_id(&format!("btf_trace_{name}"))?;
                 let program = programs.load(name, Kind::Tracepoint(id), &constants)?;
                 let fd = program::attach_tracing(&program)?;

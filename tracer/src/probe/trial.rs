@@ -1,4 +1,4 @@
-//! Can programs be attached to functions here, and do they run? Some kernels refuse them though they
+//! Can programs be attached to tracepoints and functions here, and do they run? Some kernels refuse them though they
 //! have tracepoints: the answer is to try.
 
 use super::program::{self, Callee, Counting, Kind, Link};
@@ -12,6 +12,18 @@ pub struct Runs {
     pub entries: u64,
     /// After it (`fexit`).
     pub exits: u64,
+}
+
+/// Attaches an empty program to a tracepoint, for a moment.
+///
+/// # Errors
+///
+/// There is no such tracepoint, or the kernel does not allow such programs (`EPERM`).
+pub fn tracepoint(name: &str) -> Result<(), ProbeError> {
+    let id = Btf::vmlinux()?.typedef_id(&format!("btf_trace_{name}"))?;
+    let program = program::nothing("trial", Kind::Tracepoint(id))?;
+    program::attach_tracing(&program)?;
+    Ok(())
 }
 
 /// Attaches empty programs to a function of vmlinux or of a loaded module, does `during`, and tells

@@ -1,5 +1,6 @@
 //! A node under measurement: laboratory, servers, rules, probes, and what they saw.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -20,8 +21,10 @@ use crate::lab::plan;
 use crate::lab::sink::{SinkError, Sinks};
 use crate::lab::topology::{Lab, LabError, LabOptions};
 use crate::lab::traffic::{self, FlowRecord, TrafficError, TrafficPlan};
+use crate::probe::catalogue::{self, Component};
 use crate::probe::rule_changes::RuleChangeProbes;
-use crate::probe::tier::{ProbeError, Probes, TRACEPOINTS, Tier, Times, Watch};
+use crate::probe::tier::{Missing, ProbeError, Probed, Probes, Tier, Times, Watch};
+use crate::probe::trial;
 use crate::record::evidence::Evidence;
 use crate::record::flows::{Seen, Sent};
 use crate::record::run::ProbeHealth;
@@ -309,7 +312,7 @@ impl Watched {
         }
         Ok(ProbeHealth {
             links: u32::try_from(self.probes.links()).unwrap_or(u32::MAX),
-            tracepoints: u32::try_from(TRACEPOINTS.len()).unwrap_or(u32::MAX),
+            tracepoints: u32::try_from(self.probes.tracepoints()).unwrap_or(u32::MAX),
             journeys: stats.journeys,
             transmitted: stats.transmitted,
             delivered_locally: stats.delivered,
@@ -353,19 +356,77 @@ pub fn seen(outcome: &Outcome) -> Seen {
 #[derive(Clone, Debug, Serialize)]
 pub struct Check {
     /// What was looked for.
-    pub what: &'static str,
+    pub what: String,
     /// Is it there?
     pub available: bool,
     /// Does nothing work without it?
     pub needed: bool,
     /// What it is for, or how to get it.
     pub detail: String,
+    /// What is lost without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub without: Option<&'static str>,
+}
+
+impl Check {
+    /// What a trial said.
+    fn new<E: fmt::Display>(
+        what: impl Into<String>,
+        needed: bool,
+        without: Option<&'static str>,
+        trial: Result<String, E>,
+    ) -> Self {
+        Self {
+            what: what.into(),
+            available: trial.is_ok(),
+            needed,
+            detail: trial.unwrap_or_else(|error| error.to_string()),
+            without,
+        }
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mark = if self.available { "yes" } else { "no " };
+        write!(f, "{mark}  {:<24} {}", self.what, self.detail)?;
+        match self.without {
+            Some(without) if !self.available => write!(f, "; without it {without}"),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What this kernel can do, found out by trying in a namespace of our own.
 pub fn examine() -> Vec<Check> {
-    let btf = Btf::vmlinux();
-    // One target a family: boundaries are attached only in families that have something to watch.
+    let btf = Btf::vmlinux().map(|_| "field offsets".to_owned());
+    let mut checks = vec![Check::new("BTF", true, None, btf)];
+    checks.extend(examine_tracepoints());
+    checks.extend(examine_tiers());
+    checks.push(check_of_changes());
+    for tool in LAB_TOOLS {
+        let found = tool::find(tool).map(|()| "builds the laboratory".to_owned());
+        checks.push(Check::new(tool, true, None, found));
+    }
+    for mode in Mode::ALL {
+        let found = require_mode(mode).map(|()| format!("with {}", tools_of(mode).join(", ")));
+        checks.push(Check::new(mode.name(), false, None, found));
+    }
+    checks
+}
+
+fn examine_tracepoints() -> impl Iterator<Item = Check> {
+    catalogue::TRACEPOINTS.iter().map(|tracepoint| {
+        let found = trial::tracepoint(tracepoint.name).map(|()| "attaches".to_owned());
+        let what = format!("tracepoint {}", tracepoint.name);
+        Check::new(what, true, Some(tracepoint.without), found)
+    })
+}
+
+/// Attaches each tier to a namespace of our own. One of them is enough to trace; the laboratory measures with
+/// the first.
+fn examine_tiers() -> Vec<Check> {
+    // One target a family: probes are attached only for families that have something to watch.
     let watch = Watch {
         targets: [
             IpAddr::from(Ipv4Addr::LOCALHOST),
@@ -375,56 +436,67 @@ pub fn examine() -> Vec<Check> {
         .into(),
         ..Watch::default()
     };
-    let probes = Netns::create("doctor")
-        .map_err(|e| e.to_string())
-        .and_then(|node| {
-            Probes::attach(Some(Tier::Hooks), &node, &watch)
-                .map(|tier| tier.links() / watch.targets.len())
-                .map_err(|e| e.to_string())
+    let attach = |tier| {
+        let node = Netns::create("doctor").map_err(ProbeError::from)?;
+        Probes::attach(Some(tier), &node, &watch)
+    };
+    let (hooks, functions) = (attach(Tier::Hooks), attach(Tier::Functions));
+    let components = functions.as_ref().map_or_else(|_| vec![], components_of);
+    let none = hooks.is_err() && functions.is_err();
+    let hooks = hooks.map(|probes| {
+        let links = probes.links() / watch.targets.len();
+        format!("{links} netfilter links a family attach")
+    });
+    let functions = functions
+        .map(|probes| format!("{} programs at functions attach", probes.links()))
+        .map_err(|error| match &error {
+            ProbeError::Program(program) if program.is_forbidden() => {
+                format!("{error} (a kernel that is locked down refuses programs at functions)")
+            }
+            _ => error.to_string(),
         });
     let mut checks = vec![
-        Check {
-            what: "BTF",
-            available: btf.is_ok(),
-            needed: true,
-            detail: btf.map_or_else(|e| e.to_string(), |_| "field offsets".to_owned()),
-        },
-        Check {
-            what: "hooks tier",
-            available: probes.is_ok(),
-            needed: true,
-            detail: match probes {
-                Ok(links) => format!(
-                    "{links} netfilter links a family and {} tracepoints attach",
-                    TRACEPOINTS.len()
-                ),
-                Err(error) => error,
-            },
-        },
+        Check::new("hooks tier", none, Some(WITHOUT_HOOKS), hooks),
+        Check::new("functions tier", none, Some(WITHOUT_FUNCTIONS), functions),
     ];
-    checks.push(check_of_changes());
-    for tool in LAB_TOOLS {
-        let found = tool::find(tool);
-        checks.push(Check {
-            what: tool,
-            available: found.is_ok(),
-            needed: true,
-            detail: found.map_or_else(|e| e.to_string(), |()| "builds the laboratory".to_owned()),
-        });
-    }
-    for mode in Mode::ALL {
-        let lack = require_mode(mode).err();
-        checks.push(Check {
-            what: mode.name(),
-            available: lack.is_none(),
-            needed: false,
-            detail: lack.map_or_else(
-                || format!("with {}", tools_of(mode).join(", ")),
-                |error| error.to_string(),
-            ),
-        });
-    }
+    checks.extend(components);
     checks
+}
+
+/// What each tier is for.
+const WITHOUT_HOOKS: &str = "(kernel 6.4, CONFIG_NETFILTER_BPF_LINK) bench and fault do not work; trace uses the functions tier";
+const WITHOUT_FUNCTIONS: &str =
+    "(kernel 5.17) trace needs the hooks tier, which counts the confirmation of entries as egress";
+
+/// The components that the functions tier meets here, and those that it does not.
+fn components_of(probes: &Probes) -> Vec<Check> {
+    let of_component = |component: &'static Component| {
+        let missing = |missing: &&Missing| missing.component == component;
+        let found = match probes.missing().iter().find(missing) {
+            Some(missing) => Err(format!(
+                "{} (known from {} on)",
+                missing.why, component.since
+            )),
+            None => Ok(functions_of(probes, component)),
+        };
+        let what = format!("functions: {}", component.name);
+        Check::new(what, false, Some(component.without), found)
+    };
+    catalogue::COMPONENTS.iter().map(of_component).collect()
+}
+
+/// `ipt_do_table (ip_tables)`, as attached.
+fn functions_of(probes: &Probes, component: &Component) -> String {
+    let of_component = |probed: &&Probed| {
+        let mut functions = component.functions.iter();
+        functions.any(|(_, name)| *name == probed.function)
+    };
+    let found = probes.probed().iter().filter(of_component);
+    let named = found.map(|probed| match probed.module {
+        Some(module) => format!("{} ({module})", probed.function),
+        None => probed.function.to_owned(),
+    });
+    named.collect::<Vec<_>>().join(", ")
 }
 
 /// How `svcpath trace` hears of rule changes here.
@@ -432,16 +504,13 @@ fn check_of_changes() -> Check {
     let probes = Netns::create("doctor")
         .map_err(|error| error.to_string())
         .and_then(|node| RuleChangeProbes::attach(&node).map_err(|error| error.to_string()));
-    Check {
-        what: "rule changes",
-        available: probes.is_ok(),
-        needed: false,
-        detail: match probes {
-            Ok(probes) => format!("heard at {}", probes.way().title()),
-            Err(error) => format!("only what the kernel announces: {error}"),
-        },
-    }
+    let heard = probes.map(|probes| format!("heard at {}", probes.way().title()));
+    Check::new("rule changes", false, Some(WITHOUT_CHANGES), heard)
 }
+
+/// What is lost without probes on requests.
+const WITHOUT_CHANGES: &str =
+    "only what the kernel announces is heard: transactions of nf_tables and addresses";
 
 /// What the laboratory itself is built with.
 const LAB_TOOLS: [&str; 2] = ["ip", "nft"];
@@ -458,8 +527,7 @@ const fn tools_of(mode: Mode) -> &'static [&'static str] {
 
 /// Can these modes be measured here? Everything that can be known before anything is built.
 pub fn require(modes: &[Mode]) -> Result<(), NodeError> {
-    // Every kernel that can attach the probes describes its netfilter links.
-    if Btf::vmlinux()?.offset_of("bpf_nf_link", "link").is_err() {
+    if Tier::of_this_kernel()? != Tier::Hooks {
         return Err(NodeError::Lacks {
             kernel: crate::kernel::release(),
             what: "netfilter BPF links",
