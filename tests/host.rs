@@ -7,9 +7,18 @@ use tests::changes::{
 use tests::faces::{a_flush_is_in_the_kept_trace, a_trace_is_kept_and_read_back};
 use tests::oracle::walk_agrees_with_the_kernel;
 use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
+use tests::safety::{
+    a_burst_of_new_flows_is_told_or_counted, a_namespace_torn_down_under_its_probes,
+    a_node_that_vanishes_ends_the_session_in_order, rules_flushed_over_and_over,
+    tracing_changes_nothing,
+};
 use tests::trace::{
     a_flush_is_heard_and_what_it_breaks_is_seen, every_flow_is_told_by_its_service,
     only_what_is_chosen_is_traced,
+};
+use tests::truth::{
+    drops_equal_the_counter_over_100_000_packets, stages_sum_to_the_whole,
+    the_traced_way_is_one_foretold,
 };
 use tests::verdicts::{
     a_flow_to_a_dead_endpoint_is_stuck, an_established_flow_to_a_dead_endpoint_is_stuck,
@@ -199,4 +208,74 @@ fn nftables_trace_is_kept() {
 #[test]
 fn nftables_trace_of_a_flush_is_kept() {
     a_flush_is_in_the_kept_trace();
+}
+
+#[test]
+fn iptables_legacy_truth_of_sums() {
+    stages_sum_to_the_whole(Mode::IptablesLegacy);
+}
+
+#[test]
+fn iptables_nft_truth_of_sums() {
+    stages_sum_to_the_whole(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_truth_of_sums() {
+    stages_sum_to_the_whole(Mode::Nftables);
+}
+
+#[test]
+fn truth_of_drops() {
+    drops_equal_the_counter_over_100_000_packets();
+}
+
+#[test]
+fn iptables_legacy_truth_of_ways() {
+    let traced = the_traced_way_is_one_foretold(Mode::IptablesLegacy, 10, 500);
+    assert!(traced.is_true() && traced.to_services > 3000, "{traced:?}");
+}
+
+#[test]
+fn iptables_nft_truth_of_ways() {
+    let traced = the_traced_way_is_one_foretold(Mode::IptablesNft, 10, 500);
+    assert!(traced.is_true() && traced.to_services > 3000, "{traced:?}");
+}
+
+#[test]
+fn nftables_truth_of_ways() {
+    let traced = the_traced_way_is_one_foretold(Mode::Nftables, 10, 500);
+    assert!(traced.is_true() && traced.to_services > 3000, "{traced:?}");
+}
+
+#[test]
+fn iptables_legacy_safety_of_what_is_there() {
+    tracing_changes_nothing(Mode::IptablesLegacy);
+}
+
+#[test]
+fn nftables_safety_of_what_is_there() {
+    tracing_changes_nothing(Mode::Nftables);
+}
+
+#[test]
+fn safety_when_the_node_vanishes() {
+    a_node_that_vanishes_ends_the_session_in_order();
+    a_namespace_torn_down_under_its_probes();
+}
+
+#[test]
+fn iptables_legacy_safety_of_flushes() {
+    rules_flushed_over_and_over(Mode::IptablesLegacy);
+}
+
+#[test]
+fn nftables_safety_of_flushes() {
+    rules_flushed_over_and_over(Mode::Nftables);
+}
+
+#[test]
+fn safety_of_a_burst() {
+    a_burst_of_new_flows_is_told_or_counted(false);
+    a_burst_of_new_flows_is_told_or_counted(true);
 }

@@ -5,8 +5,10 @@ pub mod changes;
 pub mod faces;
 pub mod oracle;
 pub mod rules;
+pub mod safety;
 pub mod tiers;
 pub mod trace;
+pub mod truth;
 pub mod verdicts;
 
 use std::collections::BTreeMap;

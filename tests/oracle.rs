@@ -40,7 +40,7 @@ const FIRST_SOURCE_PORT: u16 = 10_000;
 
 /// What really became of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Seen {
+pub(crate) enum Seen {
     /// It left the node.
     Sent { to: SocketAddr, masqueraded: bool },
     /// The sender was told "port unreachable".
@@ -53,7 +53,7 @@ enum Seen {
 
 /// Where a packet is put in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Via {
+pub(crate) enum Via {
     /// A pod on the node sends it.
     Pods,
     /// It comes from outside.
@@ -63,8 +63,8 @@ enum Via {
 }
 
 /// The node.
-struct Node {
-    ns: Netns,
+pub(crate) struct Node {
+    pub(crate) ns: Netns,
     pods: Tun,
     out: Tun,
     raw: HashMap<Family, Socket>,
@@ -73,7 +73,7 @@ struct Node {
 }
 
 impl Node {
-    fn build() -> Self {
+    pub(crate) fn build() -> Self {
         let ns = Netns::create("oracle").expect("a namespace");
         let (pods, out) = (
             Tun::create(&ns, "pods").expect("a link"),
@@ -148,7 +148,7 @@ impl Node {
     }
 
     /// Sends one packet and sees what becomes of it.
-    fn send(&mut self, packet: &Packet, via: Via, id: u32) -> Seen {
+    pub(crate) fn send(&mut self, packet: &Packet, via: Via, id: u32) -> Seen {
         let bytes = packet_bytes(packet, id);
         match via {
             Via::Pods => self.pods.send(&bytes).expect("pods takes it"),
@@ -219,7 +219,7 @@ fn recv(socket: &Socket, buffer: &mut [u8]) -> io::Result<usize> {
 
 /// The packet as bytes: a TCP SYN (INVALID to conntrack: RST of no flow), a UDP datagram, an SCTP
 /// INIT. `id` is in the payload, the sequence number or the verification tag.
-fn packet_bytes(packet: &Packet, id: u32) -> Vec<u8> {
+pub(crate) fn packet_bytes(packet: &Packet, id: u32) -> Vec<u8> {
     let from_port = packet.from_port.expect("packets have a source port");
     let mut transport = match packet.protocol {
         Protocol::Tcp => vec![0; 20],
@@ -409,7 +409,11 @@ fn link_address(to: IpAddr) -> IpAddr {
 }
 
 /// A prediction in the words of what can be seen.
-fn expected(outcome: &Outcome<'_>, packet: &Packet, local: impl Fn(IpAddr) -> bool) -> Seen {
+pub(crate) fn expected(
+    outcome: &Outcome<'_>,
+    packet: &Packet,
+    local: impl Fn(IpAddr) -> bool,
+) -> Seen {
     // Masquerading gives a packet the address of the link it leaves by, which it can have already.
     let sent = |to: SocketAddr| Seen::Sent {
         to,
@@ -429,7 +433,7 @@ fn expected(outcome: &Outcome<'_>, packet: &Packet, local: impl Fn(IpAddr) -> bo
 }
 
 /// Makes packets to everything in a cluster, and to things beside it.
-struct Packets<'a> {
+pub(crate) struct Packets<'a> {
     rng: ChaCha8Rng,
     ports: Vec<(usize, &'a ServicePort)>,
     cluster: &'a Cluster,
@@ -438,7 +442,7 @@ struct Packets<'a> {
 }
 
 impl<'a> Packets<'a> {
-    fn new(cluster: &'a Cluster, family: Family, seed: u64) -> Self {
+    pub(crate) fn new(cluster: &'a Cluster, family: Family, seed: u64) -> Self {
         let ports = cluster
             .services
             .iter()
@@ -542,7 +546,7 @@ impl<'a> Packets<'a> {
         chosen.unwrap_or((cluster_ip, port.port))
     }
 
-    fn next(&mut self) -> (Packet, Via) {
+    pub(crate) fn next(&mut self) -> (Packet, Via) {
         let index = self.rng.random_range(0..self.ports.len());
         let (service, port) = self.ports[index];
         let (via, from) = self.source(port);
@@ -612,7 +616,7 @@ pub fn walk_agrees_with_the_kernel(mode: Mode, clusters: u64, packets: u32) -> T
 }
 
 /// A CPU's queue of packets is worked off in order; another one's is another.
-fn stay_on_one_cpu() {
+pub(crate) fn stay_on_one_cpu() {
     let mut set = nix::sched::CpuSet::new();
     let allowed =
         nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0)).expect("an affinity");
@@ -623,7 +627,7 @@ fn stay_on_one_cpu() {
     nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).expect("it is ours");
 }
 
-fn view(cluster: &Cluster, ns: &Netns) -> NodeView {
+pub(crate) fn view(cluster: &Cluster, ns: &Netns) -> NodeView {
     let mut view = NodeView::of(cluster, random::NODE).expect("worker-0 is one of the nodes");
     view.addresses = vec![
         NODE_V4.into(),
@@ -637,25 +641,24 @@ fn view(cluster: &Cluster, ns: &Netns) -> NodeView {
     view
 }
 
+/// How many packets of each family: two thirds of the Services are IPv4's.
+pub(crate) fn shares(count: u32) -> [(Family, u32); 2] {
+    [(Family::V4, count - count / 4), (Family::V6, count / 4)]
+}
+
 fn one_cluster(mode: Mode, seed: u64, count: u32, tally: &mut Tally) {
     let cluster = random::cluster(seed, 25);
     let mut node = Node::build();
     let view = view(&cluster, &node.ns);
     apply::apply(&node.ns, &render(&cluster, &view, mode)).expect("the rules go in");
     let texts = dump::dump(&node.ns).expect("the rules come out");
-    for (number, family) in Family::ALL.into_iter().enumerate() {
+    for (family, share) in shares(count) {
         let rules = Rules::parse(&texts, family).expect("they are understood");
         let local = view.addresses.iter().copied().collect();
         let place = rules.place(local, cluster.virtual_ips().collect());
         let layers = rules.layers();
         let oracle = layers.oracle(&place);
         let mut packets = Packets::new(&cluster, family, seed);
-        // Two thirds of the Services are IPv4's.
-        let share = if number == 0 {
-            count - count / 4
-        } else {
-            count / 4
-        };
         let mut choice: Option<(Packet, Via)> = None;
         for id in 0..share {
             let (packet, via) = packets.next();
@@ -692,7 +695,7 @@ fn one_cluster(mode: Mode, seed: u64, count: u32, tally: &mut Tally) {
 }
 
 /// The oracle's answer, a line a step.
-fn lines(outcomes: &[Outcome<'_>]) -> String {
+pub(crate) fn lines(outcomes: &[Outcome<'_>]) -> String {
     let mut text = String::new();
     for outcome in outcomes {
         for visited in &outcome.steps {

@@ -85,7 +85,7 @@ fn sent(node: &TestNode, result: &TrafficResult, mode: Mode) -> BTreeMap<String,
 }
 
 /// Every rule, set, server and address of the node, without counters and dates.
-fn as_dumped(node: &TestNode) -> Vec<String> {
+pub(crate) fn as_dumped(node: &TestNode) -> Vec<String> {
     let texts = dump::dump(node.lab.node()).expect("a dump");
     let Texts {
         v4,

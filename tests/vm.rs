@@ -232,3 +232,35 @@ fn changes_from_a_pod() {
 fn ipvs_trace_is_kept() {
     tests::faces::a_trace_is_kept_and_read_back(Mode::Ipvs);
 }
+
+#[test]
+fn ipvs_truth_of_sums() {
+    tests::truth::stages_sum_to_the_whole(Mode::Ipvs);
+}
+
+#[test]
+fn ipvs_truth_of_ways() {
+    let traced = tests::truth::the_traced_way_is_one_foretold(Mode::Ipvs, 5, 500);
+    assert!(traced.is_true() && traced.to_services > 1500, "{traced:?}");
+}
+
+#[test]
+fn truth_of_a_slower_stage() {
+    for tool in ["iptables-legacy-restore", "nft"] {
+        tests::truth::a_slower_stage_shows_what_was_added(tool);
+    }
+}
+
+#[test]
+fn safety_of_unloaded_modules() {
+    tests::safety::modules_unloaded_under_a_session(
+        Mode::Ipvs,
+        "ip_vs",
+        &["ipvsadm -C", "iptables-nft -t nat -F"],
+    );
+    tests::safety::modules_unloaded_under_a_session(
+        Mode::Nftables,
+        "nf_tables",
+        &["nft flush ruleset"],
+    );
+}

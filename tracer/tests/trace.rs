@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::Read as _;
+use std::os::fd::FromRawFd as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -408,5 +409,79 @@ fn three_capabilities_are_enough() {
     for (number, name) in NEEDED {
         let others: Vec<u8> = all.into_iter().filter(|other| *other != number).collect();
         refused(&mut with(&others), 3, &[name]);
+    }
+}
+
+/// The BPF programs and links that a process holds, by id.
+fn held_by(pid: u32) -> Vec<(Object, u32)> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fdinfo")).expect("it lives");
+    let infos = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
+    let id = |info: &str, name: &str| {
+        let line = info.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().parse().ok()
+    };
+    infos
+        .filter_map(|info| {
+            // A link tells its program's id as well.
+            let link = id(&info, "link_id:").map(|id| (Object::Link, id));
+            link.or_else(|| id(&info, "prog_id:").map(|id| (Object::Program, id)))
+        })
+        .collect()
+}
+
+/// What the kernel knows by a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Object {
+    Program,
+    Link,
+}
+
+/// Is it there, whoever holds it?
+fn is_there(object: Object, id: u32) -> bool {
+    // `BPF_PROG_GET_FD_BY_ID` and `BPF_LINK_GET_FD_BY_ID` (enum bpf_cmd, include/uapi/linux/bpf.h); their
+    // attributes begin with the id.
+    let command = match object {
+        Object::Program => 13,
+        Object::Link => 30,
+    };
+    let mut attributes = [0_u32; 32];
+    attributes[0] = id;
+    // SAFETY: the kernel reads the attributes, as many bytes as it is told; nothing else is passed.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            attributes.as_ptr(),
+            size_of_val(&attributes),
+        )
+    };
+    if let Ok(fd @ 0..) = std::os::fd::RawFd::try_from(answer) {
+        // SAFETY: the kernel made this descriptor for us a moment ago.
+        drop(unsafe { std::os::fd::OwnedFd::from_raw_fd(fd) });
+        return true;
+    }
+    let error = std::io::Error::last_os_error();
+    assert_eq!(error.raw_os_error(), Some(libc::ENOENT), "{error}");
+    false
+}
+
+#[test]
+fn a_killed_session_leaves_no_probe() {
+    let node = node();
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut child = started(&mut trace(&node, &[]), dir.path());
+    let held = held_by(child.id());
+    let count = |object| held.iter().filter(|(o, _)| *o == object).count();
+    // Entry and exit of each hook, and the tracepoints.
+    assert!(count(Object::Link) >= 10, "{held:?}");
+    assert!(count(Object::Program) >= 10, "{held:?}");
+    assert!(held.iter().all(|(object, id)| is_there(*object, *id)));
+    child.kill().expect("it lives");
+    child.wait().expect("it ends");
+    // Links and programs go when the kernel has waited for the packets under way.
+    let begin = Instant::now();
+    while held.iter().any(|(object, id)| is_there(*object, *id)) {
+        assert!(begin.elapsed() < PATIENCE, "a probe is left");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }

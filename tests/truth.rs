@@ -1,0 +1,475 @@
+//! The tracer as an instrument: what it tells against what is known of the same packets by other means.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write as _;
+use std::net::{SocketAddr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use tracer::cluster::random;
+use tracer::kernel::{apply, dump, tool};
+use tracer::lab::plan;
+use tracer::probe::tier::Tier;
+use tracer::record::run::{Histogram, PacketState, StageHistogram};
+use tracer::rules::oracle::Rules;
+use tracer::rules::walk::{Packet, State};
+use tracer::rules::{Mode, render};
+use tracer::scenario::node::TestNode;
+use tracer::trace::flows::{Decided, Key};
+use tracer::trace::journey::{End, Journey};
+use tracer::trace::session::{Event, Options, Session};
+use tracer::trace::summary::Summary;
+use tracer::trace::verdict::Verdict;
+
+use crate::oracle::{self, Node, Packets, Seen, expected};
+use crate::trace::{on_one_thread, options, send};
+
+/// Longer than anything here takes on a machine under load.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Drops what goes to the endpoints of these Services, forwarded and sent by the node itself, and counts it.
+fn forbid(node: &TestNode, services: &[usize]) {
+    let endpoints = services
+        .iter()
+        .flat_map(|service| &node.cluster.services[*service].ports[0].endpoints)
+        .map(|endpoint| endpoint.address.to_string());
+    let endpoints = endpoints.collect::<Vec<_>>().join(", ");
+    let table = format!(
+        "table ip fault {{\n counter dropped {{ }}\n \
+         chain forward {{ type filter hook forward priority 10;\n \
+           ip daddr {{ {endpoints} }} counter name dropped drop\n }}\n \
+         chain output {{ type filter hook output priority 10;\n \
+           ip daddr {{ {endpoints} }} counter name dropped drop\n }}\n}}\n"
+    );
+    tool::run(node.lab.node(), "nft", &["-f", "-"], &table).expect("the rules go in");
+}
+
+/// Packets that [`forbid`]'s rules dropped, by the kernel's own count.
+fn dropped_by_the_kernel(node: &TestNode) -> u64 {
+    let arguments = ["list", "counter", "ip", "fault", "dropped"];
+    let said = tool::run(node.lab.node(), "nft", &arguments, "").expect("it is listed");
+    said.split_once("packets ")
+        .and_then(|(_, rest)| rest.split_whitespace().next())
+        .and_then(|number| number.parse().ok())
+        .expect("a counter")
+}
+
+fn journeys(events: Vec<Event>) -> impl Iterator<Item = Journey> {
+    events.into_iter().filter_map(|event| match event {
+        Event::Journey(journey) => Some(journey),
+        _ => None,
+    })
+}
+
+pub(crate) fn assert_nothing_was_missed(summary: &Summary) {
+    let probes = summary.probes;
+    assert_eq!(
+        (
+            probes.ring_lost,
+            probes.slot_collisions,
+            probes.unpaired,
+            probes.unfinished
+        ),
+        (0, 0, 0, 0),
+        "{probes:?}"
+    );
+}
+
+/// Each first packet's stages sum to its time on the node, whether it arrived or was dropped; and so do
+/// the histograms of each path.
+pub fn stages_sum_to_the_whole(mode: Mode) {
+    const FLOWS: u32 = 300;
+    let node = TestNode::build(10, 3).expect("a laboratory");
+    on_one_thread(node.apply(mode)).expect("rules");
+    forbid(&node, &[2, 3]);
+    let session =
+        Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
+    send(&node, FLOWS, 11);
+    let (events, summary) = session.finish().expect("ends");
+    assert_nothing_was_missed(&summary);
+
+    let mut told: BTreeMap<&str, (u32, u32)> = BTreeMap::new();
+    // What was dropped on its way has stages, and no whole: it did not pass the whole node.
+    let mut dropped_ns: BTreeMap<&str, u64> = BTreeMap::new();
+    for journey in journeys(events).filter(|journey| journey.first) {
+        let steps: u64 = journey.stages.iter().map(|stage| stage.took_ns).sum();
+        assert_eq!(steps, journey.elapsed_ns, "{mode}: {journey:?}");
+        assert!(journey.elapsed_ns > 0, "{journey:?}");
+        let (went, dropped) = told.entry(journey.path).or_default();
+        match &journey.end {
+            End::Dropped { stage, .. } => {
+                assert_ne!(stage, "INPUT deliver", "{journey:?}");
+                *dropped_ns.entry(journey.path).or_default() += steps;
+                *dropped += 1;
+            }
+            _ => *went += 1,
+        }
+    }
+    assert_eq!(told.len(), 3, "{mode}: {told:?}");
+    for path in &summary.paths {
+        let name = path.path.as_str();
+        let (went, dropped) = told[name];
+        assert!(
+            went + dropped >= FLOWS && went > 0 && dropped > 0,
+            "{mode}: {told:?}"
+        );
+        let stages = path
+            .stages
+            .iter()
+            .filter(|stage| stage.state == PacketState::New);
+        let stages: u64 = stages.map(|stage| stage.histogram.sum_ns).sum();
+        let node = &path.node[&PacketState::New];
+        assert_eq!(node.count, u64::from(went), "{mode} {name}");
+        assert_eq!(stages, node.sum_ns + dropped_ns[name], "{mode} {name}");
+    }
+}
+
+/// Datagrams of flows that conntrack never sees answered, and of established ones, every one dropped by a
+/// rule that counts: the kernel's counter, the probes' and the Service's tally are the same number.
+pub fn drops_equal_the_counter_over_100_000_packets() {
+    const PACKETS: u64 = 100_000;
+    /// What is sent between two looks at the ring buffer, which holds some 40,000 records.
+    const BATCH: u64 = 5_000;
+    const ESTABLISHED: usize = 10;
+    const SERVICE: usize = 1;
+    let node = TestNode::build(2, 3).expect("a laboratory");
+    on_one_thread(node.apply(Mode::Nftables)).expect("rules");
+    let service = &node.cluster.services[SERVICE];
+    let vip = SocketAddr::new(service.cluster_ips[0], service.ports[0].port);
+    // Each port once: a flow that is sent again is no new one.
+    let mut ports = plan::SOURCE_PORTS;
+    let mut clients = |count: usize| -> Vec<UdpSocket> {
+        let mut bind = || {
+            let ports = ports.by_ref().take(count);
+            ports
+                .map(|port| UdpSocket::bind(("0.0.0.0", port)).expect("binds"))
+                .collect()
+        };
+        node.lab.client_pod().run(&mut bind).expect("enters")
+    };
+    let mut session =
+        Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
+    let established = clients(ESTABLISHED);
+    for socket in &established {
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        socket.send_to(b"1\n", vip).expect("sends");
+        socket.recv(&mut [0; 64]).expect("an answer");
+    }
+    forbid(&node, &[SERVICE]);
+    let mut new = Vec::new();
+    for batch in 0..PACKETS / BATCH {
+        if batch % 2 == 0 {
+            new = clients(50);
+        }
+        let senders = if batch % 2 == 0 { &new } else { &established };
+        for number in 0..usize::try_from(BATCH).expect("small") {
+            let socket = &senders[number % senders.len()];
+            socket.send_to(b"1\n", vip).expect("sends");
+        }
+        session.poll().expect("polls");
+    }
+    let (_, summary) = session.finish().expect("ends");
+    assert_nothing_was_missed(&summary);
+    assert_eq!(dropped_by_the_kernel(&node), PACKETS);
+    assert_eq!(summary.probes.dropped, PACKETS);
+    let [service] = summary.services.as_slice() else {
+        panic!("{summary}");
+    };
+    let dropped = |verdict: &Verdict| matches!(verdict, Verdict::Dropped { stage, .. } if stage == "FORWARD filter");
+    let first = service.verdicts.iter().filter(|v| dropped(&v.verdict));
+    let first: u64 = first.map(|count| count.count).sum();
+    assert_eq!(first, PACKETS / BATCH / 2 * 50, "{service:#?}");
+    assert_eq!(service.flows, first + ESTABLISHED as u64);
+    assert_eq!(service.repeated, PACKETS / 2 - first);
+    assert_eq!(service.dropped_later(), PACKETS / 2);
+}
+
+/// What the tracer's runs found, over all clusters.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Traced {
+    /// Packets sent.
+    pub packets: u32,
+    /// Those to an address of a Service that the rules name: each is told.
+    pub to_services: u32,
+    /// Of these, those told as what became of them, which is one of the ways that the oracle foretells.
+    pub right: u32,
+    /// Journeys that the probes gave up and counted: two packets wanted one slot.
+    pub given_up: u64,
+}
+
+impl Traced {
+    /// Is every packet to a Service told right, but for as many as were given up?
+    pub fn is_true(&self) -> bool {
+        let (right, all) = (u64::from(self.right), u64::from(self.to_services));
+        right + self.given_up >= all && self.given_up * 100 <= all
+    }
+}
+
+/// Sends random packets into random clusters, as [`oracle::walk_agrees_with_the_kernel`] does, while a
+/// session traces the node: what it tells of each is what became of it, and one of the ways foretold.
+pub fn the_traced_way_is_one_foretold(mode: Mode, clusters: u64, packets: u32) -> Traced {
+    oracle::stay_on_one_cpu();
+    let mut traced = Traced::default();
+    for seed in 0..clusters {
+        trace_one_cluster(mode, seed, packets, &mut traced);
+    }
+    println!("{mode}: {traced:?}");
+    traced
+}
+
+/// A packet that was sent, what became of it, and what the oracle had said.
+struct Sent {
+    packet: Packet,
+    seen: Seen,
+    foretold: Vec<Seen>,
+    ways: String,
+}
+
+fn trace_one_cluster(mode: Mode, seed: u64, count: u32, traced: &mut Traced) {
+    let cluster = random::cluster(seed, 25);
+    let mut node = Node::build();
+    let view = oracle::view(&cluster, &node.ns);
+    apply::apply(&node.ns, &render(&cluster, &view, mode)).expect("the rules go in");
+    let texts = dump::dump(&node.ns).expect("the rules come out");
+    let options = Options {
+        pod_cidrs: random::CLUSTER_CIDRS.into(),
+        ..Options::default()
+    };
+    let mut session = Session::start(&node.ns, options).expect("attaches");
+    let mut sent: HashMap<Key, Sent> = HashMap::new();
+    for (family, share) in oracle::shares(count) {
+        let rules = Rules::parse(&texts, family).expect("they are understood");
+        let local = view.addresses.iter().copied().collect();
+        let place = rules.place(local, cluster.virtual_ips().collect());
+        let layers = rules.layers();
+        let oracle = layers.oracle(&place);
+        let mut packets = Packets::new(&cluster, family, seed);
+        for id in 0..share {
+            let (packet, via) = packets.next();
+            let outcomes = oracle.walk(&packet);
+            let seen = node.send(&packet, via, id);
+            traced.packets += 1;
+            let key = key_of(&packet);
+            let asked = session.directory().asked(key.destination, key.protocol);
+            // What conntrack calls invalid is no flow.
+            if asked.is_none() || packet.state == State::Invalid {
+                continue;
+            }
+            let ways = oracle::lines(&outcomes);
+            let foretold = outcomes
+                .iter()
+                .map(|outcome| expected(outcome, &packet, |a| place.is_local(a)));
+            let foretold = foretold.collect();
+            sent.insert(
+                key,
+                Sent {
+                    packet,
+                    seen,
+                    foretold,
+                    ways,
+                },
+            );
+        }
+    }
+    let mut events = session.poll().expect("polls");
+    let (last, summary) = session.finish().expect("ends");
+    events.extend(last);
+    let probes = summary.probes;
+    assert_eq!(
+        (probes.ring_lost, probes.unpaired, probes.unfinished),
+        (0, 0, 0),
+        "{probes:?}"
+    );
+    traced.to_services += u32::try_from(sent.len()).expect("few");
+    traced.given_up += probes.slot_collisions;
+    let (right, wrong) = compare(&sent, &observed(&events));
+    traced.right += right;
+    assert!(
+        u64::from(right) + probes.slot_collisions >= sent.len() as u64,
+        "{mode}, cluster {seed}: {wrong}"
+    );
+}
+
+fn key_of(packet: &Packet) -> Key {
+    Key {
+        protocol: packet.protocol.number(),
+        source: SocketAddr::new(packet.from, packet.from_port.expect("it has one")),
+        destination: SocketAddr::new(packet.to, packet.to_port),
+    }
+}
+
+/// What the session told of each flow: its last journey and its verdict.
+fn observed(events: &[Event]) -> HashMap<Key, (Option<&Journey>, Option<&Decided>)> {
+    let mut observed: HashMap<Key, (Option<&Journey>, Option<&Decided>)> = HashMap::new();
+    for event in events {
+        match event {
+            Event::Journey(journey) => {
+                let key = Key {
+                    protocol: journey.protocol,
+                    source: journey.source,
+                    destination: journey.destination,
+                };
+                observed.entry(key).or_default().0 = Some(journey);
+            }
+            Event::Verdict(decided) => {
+                let key = Key {
+                    protocol: decided.protocol,
+                    source: decided.source,
+                    destination: decided.destination,
+                };
+                observed.entry(key).or_default().1 = Some(decided);
+            }
+            _ => {}
+        }
+    }
+    observed
+}
+
+/// How many are told as the kernel made them go and as the oracle foretold; and the others, in words.
+fn compare(
+    sent: &HashMap<Key, Sent>,
+    observed: &HashMap<Key, (Option<&Journey>, Option<&Decided>)>,
+) -> (u32, String) {
+    let mut wrong = String::new();
+    let mut right = 0;
+    for (key, sent) in sent {
+        let told = match observed.get(key) {
+            Some((Some(journey), Some(decided))) => in_words(journey, decided),
+            other => Err(format!("{other:?}")),
+        };
+        if told == Ok(sent.seen) && sent.foretold.contains(&sent.seen) {
+            right += 1;
+        } else {
+            writeln!(
+                wrong,
+                "{:?} became {:?}; told: {told:?}; the oracle says\n{}",
+                sent.packet, sent.seen, sent.ways
+            )
+            .expect("String");
+        }
+    }
+    (right, wrong)
+}
+
+/// What was told of a flow in the words of what can be seen from outside; otherwise all that was told.
+fn in_words(journey: &Journey, decided: &Decided) -> Result<Seen, String> {
+    match &decided.verdict {
+        Verdict::Rejected { how, .. } if how == "port unreachable" => Ok(Seen::Refused),
+        // The observer's rule, the last at INPUT.
+        Verdict::Rejected { how, .. } if how == "administratively prohibited" => Ok(Seen::TakenIn),
+        Verdict::Dropped { .. } => Ok(Seen::Nothing),
+        // No answer ever comes.
+        Verdict::Unanswered { .. } | Verdict::Undecided | Verdict::Leaked => {
+            match (journey.headed, journey.source_after) {
+                (Some(to), Some(from)) => Ok(Seen::Sent {
+                    to,
+                    masqueraded: from.ip() != journey.source.ip(),
+                }),
+                _ => Err(format!("{journey:?} {decided:?}")),
+            }
+        }
+        _ => Err(format!("{journey:?} {decided:?}")),
+    }
+}
+
+/// What one session timed of forwarded flows, in guest instructions.
+struct Timed {
+    /// The middle one of first packets, by stage.
+    new: BTreeMap<String, u64>,
+    /// The mean of later packets, by stage: a histogram's cells are 1.6 % wide, its sum is exact.
+    later: BTreeMap<String, f64>,
+}
+
+/// Flows of a pod to a UDP Service, each with a few more packets after its first.
+fn time(node: &TestNode) -> Timed {
+    const FLOWS: usize = 200;
+    const LATER: usize = 5;
+    let service = &node.cluster.services[1];
+    let vip = SocketAddr::new(service.cluster_ips[0], service.ports[0].port);
+    let ask = |flows: usize| {
+        for _ in 0..flows {
+            let bound = || UdpSocket::bind("0.0.0.0:0").expect("binds");
+            let socket = node.lab.client_pod().run(bound).expect("enters");
+            socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+            for _ in 0..=LATER {
+                socket.send_to(b"1\n", vip).expect("sends");
+                socket.recv(&mut [0; 64]).expect("an answer");
+            }
+        }
+    };
+    ask(20);
+    let session = Session::start(
+        node.lab.node(),
+        Options {
+            cost: false,
+            ..options(Vec::new(), Tier::Hooks)
+        },
+    );
+    let session = session.expect("attaches");
+    ask(FLOWS);
+    let (events, summary) = session.finish().expect("ends");
+    assert_nothing_was_missed(&summary);
+    let mut steps: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    for journey in journeys(events) {
+        for stage in journey.stages {
+            let name = format!("{} {}", stage.hook, stage.stage);
+            steps.entry(name).or_default().push(stage.took_ns);
+        }
+    }
+    let middle = |mut times: Vec<u64>| {
+        assert_eq!(times.len(), FLOWS);
+        times.sort_unstable();
+        times[FLOWS / 2]
+    };
+    let [path] = summary.paths.as_slice() else {
+        panic!("{summary}");
+    };
+    let mean = |histogram: &Histogram| {
+        assert_eq!(histogram.count, (FLOWS * LATER) as u64);
+        histogram.sum_ns as f64 / histogram.count as f64
+    };
+    let later = path
+        .stages
+        .iter()
+        .filter(|stage| stage.state == PacketState::Established);
+    let later = later.map(|stage: &StageHistogram| {
+        let name = format!("{} {}", stage.hook, stage.stage);
+        (name, mean(&stage.histogram))
+    });
+    Timed {
+        new: steps
+            .into_iter()
+            .map(|(n, times)| (n, middle(times)))
+            .collect(),
+        later: later.collect(),
+    }
+}
+
+/// Never-matching rules added to one stage make it slower by the same for each rule, and no other stage;
+/// two runs without a change between them differ in nothing. On the virtual clock.
+pub fn a_slower_stage_shows_what_was_added(tool: &str) {
+    assert!(
+        tracer::kernel::clock::is_virtual(),
+        "instructions are counted"
+    );
+    let node = TestNode::build(4, 1).expect("a laboratory");
+    on_one_thread(node.apply(Mode::IptablesLegacy)).expect("rules");
+    let mut runs = Vec::new();
+    for rules in [0, 0, 100, 200, 400] {
+        runs.push((rules, time(&node)));
+        for (name, new) in &runs.last().expect("one").1.new {
+            println!(
+                "{tool} {rules} {name}: new {new}, later {:?}",
+                runs.last().expect("one").1.later.get(name)
+            );
+        }
+    }
+}
+
+/// Waits until something is so.
+pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !is_so() {
+        assert!(begin.elapsed() < PATIENCE, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
