@@ -153,3 +153,8 @@ fn nftables_stuck_flow() {
 fn nftables_trace_of_one_service() {
     only_what_is_chosen_is_traced();
 }
+
+#[test]
+fn hooks_of_both_families() {
+    tests::tiers::both_families_are_followed_in_one_namespace(Tier::Hooks);
+}

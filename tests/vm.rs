@@ -208,3 +208,8 @@ fn functions_pair_interleaved_packets() {
         tests::tiers::interleaved_packets_are_paired(mode, Tier::Functions);
     }
 }
+
+#[test]
+fn functions_of_both_families() {
+    tests::tiers::both_families_are_followed_in_one_namespace(Tier::Functions);
+}
