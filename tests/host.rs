@@ -279,3 +279,8 @@ fn safety_of_a_burst() {
     a_burst_of_new_flows_is_told_or_counted(false);
     a_burst_of_new_flows_is_told_or_counted(true);
 }
+
+#[test]
+fn hooks_of_both_families() {
+    tests::tiers::both_families_are_followed_in_one_namespace(Tier::Hooks);
+}

@@ -8,12 +8,16 @@ use std::time::{Duration, Instant};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use tracer::kernel::netns::Netns;
-use tracer::probe::tier::Tier;
+use tracer::probe::catalogue::{self, Detail};
+use tracer::probe::tier::{Probes, Tier, Watch};
 use tracer::record::run::PacketState;
 use tracer::rules::Mode;
 use tracer::scenario::node::TestNode;
 use tracer::trace::session::{Event, Options, Session};
 use tracer::trace::summary::Summary;
+
+use tracer_ebpf::path::Target;
+use tracer_ebpf::record::{IPV4, IPV6, kind, protocol};
 
 use crate::{trace, verdicts};
 
@@ -139,6 +143,70 @@ pub fn tiers_agree_on_faults(mode: Mode) {
     assert_eq!(sockets.len(), 6);
     let [hooks, functions] = finish(sessions);
     assert_eq!(told(&functions), told(&hooks), "{mode}");
+}
+
+/// First packets of both families are told, with conntrack's stage; what passes in another namespace, at the
+/// same addresses, is not.
+pub fn both_families_are_followed_in_one_namespace(tier: Tier) {
+    const FLOWS: usize = 20;
+    let [node, other] = ["node", "other"].map(tracked_loopback);
+    let watch = Watch {
+        targets: ["127.0.0.1:80", "[::1]:80"]
+            .map(|target| {
+                (
+                    target.parse().expect("an address"),
+                    protocol::UDP,
+                    Target::Pod,
+                )
+            })
+            .to_vec(),
+        node_addresses: ["127.0.0.1", "::1"]
+            .map(|address| address.parse().expect("an address"))
+            .to_vec(),
+        ..Watch::default()
+    };
+    let mut probes = Probes::attach(Some(tier), &node, &watch).expect("attaches");
+    for netns in [&node, &other] {
+        let send = || {
+            for _ in 0..FLOWS {
+                for (from, to) in [("127.0.0.1:0", "127.0.0.1:80"), ("[::1]:0", "[::1]:80")] {
+                    let socket = UdpSocket::bind(from).expect("binds");
+                    socket.send_to(b"x", to).expect("sends");
+                }
+            }
+        };
+        netns.run(send).expect("enters");
+    }
+    let records = probes.drain().expect("drains");
+    for family in [IPV4, IPV6] {
+        let first = records
+            .iter()
+            .filter(|record| (record.family, record.kind) == (family, kind::FIRST));
+        // Out by lo, and in again.
+        assert_eq!(first.count(), 2 * FLOWS, "{tier} {family}");
+    }
+    for record in records.iter().filter(|record| record.kind == kind::FIRST) {
+        let steps = &record.stages.0[..usize::from(record.steps)];
+        let conntrack = ("OUTPUT", "conntrack");
+        let met = steps
+            .iter()
+            .any(|stage| catalogue::stage_name(*stage, Detail::Stages) == conntrack);
+        assert_eq!(met, record.transmitted == 1, "{tier}: {record:?}");
+    }
+    let stats = probes.stats().expect("reads");
+    assert_eq!((stats.unpaired, stats.collisions), (0, 0), "{stats:?}");
+}
+
+/// A namespace with a loopback whose connections are tracked.
+fn tracked_loopback(name: &str) -> Netns {
+    let netns = Netns::create(name).expect("root");
+    let script = "ip link set lo up; \
+        nft 'add table inet t; \
+             add chain inet t out { type filter hook output priority 0; }; \
+             add rule inet t out ct state new counter'";
+    let status = netns.command("sh").args(["-ec", script]).status();
+    assert!(status.expect("there is a shell").success());
+    netns
 }
 
 /// Packets from all sides at once: IPVS calls OUTPUT from within INPUT and OUTPUT, softirqs come on top of

@@ -264,3 +264,8 @@ fn safety_of_unloaded_modules() {
         &["nft flush ruleset"],
     );
 }
+
+#[test]
+fn functions_of_both_families() {
+    tests::tiers::both_families_are_followed_in_one_namespace(Tier::Functions);
+}

@@ -389,7 +389,7 @@ impl Check {
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mark = if self.available { "yes" } else { "no " };
-        write!(f, "{mark}  {:<24} {}", self.what, self.detail)?;
+        write!(f, "{mark}  {:<28} {}", self.what, self.detail)?;
         match self.without {
             Some(without) if !self.available => write!(f, "; without it {without}"),
             _ => Ok(()),
@@ -464,9 +464,9 @@ fn examine_tiers() -> Vec<Check> {
 }
 
 /// What each tier is for.
-const WITHOUT_HOOKS: &str = "(kernel 6.4, CONFIG_NETFILTER_BPF_LINK) bench and fault do not work; trace uses the functions tier";
-const WITHOUT_FUNCTIONS: &str =
-    "(kernel 5.17) trace needs the hooks tier, which counts the confirmation of entries as egress";
+const WITHOUT_HOOKS: &str = "bench and fault do not work, and trace uses the functions tier (it needs kernel 6.4, \
+    CONFIG_NETFILTER_BPF_LINK)";
+const WITHOUT_FUNCTIONS: &str = "trace needs the hooks tier, which counts the confirmation of entries as egress (it needs kernel 5.17)";
 
 /// The components that the functions tier meets here, and those that it does not.
 fn components_of(probes: &Probes) -> Vec<Check> {
