@@ -15,7 +15,9 @@ use tracer::rules::{Mode, NodeView, render};
 use tracer::scenario::matrix::{JobKind, Matrix};
 use tracer_ebpf::histogram::{bounds_of, cell_of};
 use tracer_ebpf::path::{Origin, Path};
-use tracer_ebpf::record::{Aligned, HEADER, IPV4, Record, STAGE_NODE};
+use tracer_ebpf::record::{
+    Aligned, HEADER, IPV4, Record, STAGE_NODE, STEPS, Steps, TUPLE, TUPLE_HASH, TUPLES, kind, state,
+};
 
 /// Endpoints of every Service.
 pub const ENDPOINTS: u32 = 3;
@@ -169,6 +171,53 @@ pub fn records(kind: u8, ports: impl Iterator<Item = u16>) -> Vec<Record> {
             ..Record::ZERO
         })
         .collect()
+}
+
+/// The first packet of each of a client's flows to a Service, with its stages, and an answer a little later.
+pub fn asked_and_answered(ports: impl Iterator<Item = u16>) -> Vec<Record> {
+    let mut records = Vec::new();
+    for asked in records_of_flows(ports) {
+        records.push(asked);
+        records.push(Record {
+            kind: kind::ANSWER,
+            state: state::REPLY,
+            time: asked.time + 500,
+            ..asked
+        });
+    }
+    records
+}
+
+/// As [`records`], tracked, as the probes tell them: conntrack's tuples and the stages of a forwarded packet.
+fn records_of_flows(ports: impl Iterator<Item = u16>) -> impl Iterator<Item = Record> {
+    // `struct nf_conntrack_tuple`: source, port, l3num, destination, port, protocol, direction.
+    let tuple = |source: [u8; 4], sport: u16, destination: [u8; 4], dport: u16| {
+        let mut tuple = [0; TUPLE];
+        tuple[..4].copy_from_slice(&source);
+        tuple[16..18].copy_from_slice(&sport.to_be_bytes());
+        tuple[20..24].copy_from_slice(&destination);
+        tuple[36..38].copy_from_slice(&dport.to_be_bytes());
+        tuple
+    };
+    records(kind::FIRST, ports).into_iter().map(move |record| {
+        let port = u16::from_be_bytes(record.sport);
+        let (client, vip, endpoint) = ([10, 244, 64, 1], [10, 96, 0, 10], [10, 244, 0, 9]);
+        let mut tuples = [0; TUPLES];
+        tuples[..TUPLE].copy_from_slice(&tuple(client, port, vip, 80));
+        tuples[TUPLE_HASH..].copy_from_slice(&tuple(endpoint, 8080, client, port));
+        let mut stages = [0; STEPS];
+        for (at, stage) in (0..6).chain(11..15).chain(21..25).enumerate() {
+            stages[at] = stage;
+        }
+        Record {
+            tracked: 1,
+            tuples: Aligned(tuples),
+            steps: 14,
+            took: Steps([50; STEPS]),
+            stages: Aligned(stages),
+            ..record
+        }
+    })
 }
 
 /// Numbers that look random and never change, so that every benchmark repeats the same work.

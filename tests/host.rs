@@ -8,7 +8,8 @@ use tests::faces::{a_flush_is_in_the_kept_trace, a_trace_is_kept_and_read_back};
 use tests::oracle::walk_agrees_with_the_kernel;
 use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
 use tests::safety::{
-    a_burst_of_new_flows_is_told_or_counted, a_namespace_torn_down_under_its_probes,
+    a_burst_of_new_flows_is_told_or_counted,
+    a_namespace_that_nobody_else_holds_goes_with_its_probes,
     a_node_that_vanishes_ends_the_session_in_order, rules_flushed_over_and_over,
     tracing_changes_nothing,
 };
@@ -261,7 +262,7 @@ fn nftables_safety_of_what_is_there() {
 #[test]
 fn safety_when_the_node_vanishes() {
     a_node_that_vanishes_ends_the_session_in_order();
-    a_namespace_torn_down_under_its_probes();
+    a_namespace_that_nobody_else_holds_goes_with_its_probes();
 }
 
 #[test]

@@ -145,8 +145,10 @@ pub fn a_node_that_vanishes_ends_the_session_in_order() {
     wait_until("the namespace goes", || !has_link(&beyond, "eth0"));
 }
 
-/// The kernel tears a namespace down to which probes are attached: what they told is still there to read.
-pub fn a_namespace_torn_down_under_its_probes() {
+/// Nobody but the probes is left in a namespace: their links hold it (`bpf_nf_link_attach`,
+/// `net/netfilter/nf_bpf_link.c`), so that it cannot be torn down under them, what they told is still there to
+/// read, and the namespace goes with them.
+pub fn a_namespace_that_nobody_else_holds_goes_with_its_probes() {
     let (node, beyond) = (
         Netns::create("node").expect("root"),
         Netns::create("beyond").expect("root"),
@@ -176,10 +178,11 @@ pub fn a_namespace_torn_down_under_its_probes() {
     assert_eq!((before.journeys, before.transmitted), (4, 2), "{before:?}");
     assert!(has_link(&beyond, "eth0"));
     drop(node);
-    wait_until("the namespace goes", || !has_link(&beyond, "eth0"));
     assert_eq!(probes.stats().expect("reads").journeys, 4);
     assert!(!probes.drain().expect("drains").is_empty());
     assert!(!probes.times().expect("reads").is_empty());
+    drop(probes);
+    wait_until("the namespace goes", || !has_link(&beyond, "eth0"));
 }
 
 /// Rules go and come back a hundred times under traffic: every flow is told, every packet's end is known.
