@@ -24,7 +24,8 @@ const PORTS: std::ops::Range<u16> = 33_000..43_000;
 /// The Service that [`asked_and_answered`] asks for, and nine hundred others.
 fn directory() -> Directory {
     let service = |number: u16| {
-        let vip = SocketAddr::from(([10, 96, (number >> 8) as u8, number as u8], 80));
+        let [high, low] = number.to_be_bytes();
+        let vip = SocketAddr::from(([10, 96, high, low], 80));
         FoundService {
             name: Some(format!("lab/svc-{number:05}:p")),
             mode: "nftables",
