@@ -359,9 +359,10 @@ pub fn modules_unloaded_under_a_session(mode: Mode, module: &str, flush: &[&str]
         let arguments: Vec<&str> = command.split(' ').collect();
         tool::run(node.lab.node(), arguments[0], &arguments[1..], "").expect("it is flushed");
     }
+    // Those that use it go first.
     wait_until("the module goes", || {
         for (name, users) in modules() {
-            let ours = ["nft_", "nf_tables", "ip_vs"]
+            let ours = ["nft_", "nf_tables", "ip_vs", "xt_"]
                 .iter()
                 .any(|p| name.starts_with(p));
             if ours && users == 0 {

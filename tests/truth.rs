@@ -9,7 +9,7 @@ use tracer::cluster::random;
 use tracer::kernel::{apply, dump, tool};
 use tracer::lab::plan;
 use tracer::probe::tier::Tier;
-use tracer::record::run::{Histogram, PacketState, StageHistogram};
+use tracer::record::run::{Histogram, PacketState};
 use tracer::rules::oracle::Rules;
 use tracer::rules::walk::{Packet, State};
 use tracer::rules::{Mode, render};
@@ -375,19 +375,43 @@ fn in_words(journey: &Journey, decided: &Decided) -> Result<Seen, String> {
 struct Timed {
     /// The middle one of first packets, by stage.
     new: BTreeMap<String, u64>,
-    /// The mean of later packets, by stage: a histogram's cells are 1.6 % wide, its sum is exact.
-    later: BTreeMap<String, f64>,
+    /// Of later packets, by stage.
+    later: BTreeMap<String, Later>,
 }
 
-/// Flows of a pod to a UDP Service, each with a few more packets after its first.
-fn time(node: &TestNode) -> Timed {
+/// What a histogram tells.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Later {
+    /// Exact, and with the interrupts that fell into it.
+    mean: f64,
+    /// The cell, at most 1.6 % wide, of the middle one.
+    middle: [u64; 2],
+}
+
+impl Later {
+    fn of(histogram: &Histogram) -> Self {
+        let mut passed = 0;
+        let middle = histogram.buckets.iter().find(|[_, _, count]| {
+            passed += count;
+            2 * passed > histogram.count
+        });
+        let [low, high, _] = *middle.expect("it is not empty");
+        Self {
+            mean: histogram.sum_ns as f64 / histogram.count as f64,
+            middle: [low, high],
+        }
+    }
+}
+
+/// Flows of a pod to a UDP Service, each with a few more packets after its first, each from a port of its own.
+fn time(node: &TestNode, ports: &mut impl Iterator<Item = u16>) -> Timed {
     const FLOWS: usize = 200;
     const LATER: usize = 5;
     let service = &node.cluster.services[1];
     let vip = SocketAddr::new(service.cluster_ips[0], service.ports[0].port);
-    let ask = |flows: usize| {
-        for _ in 0..flows {
-            let bound = || UdpSocket::bind("0.0.0.0:0").expect("binds");
+    let mut ask = |flows: usize| {
+        for port in ports.by_ref().take(flows) {
+            let bound = || UdpSocket::bind(("0.0.0.0", port)).expect("binds");
             let socket = node.lab.client_pod().run(bound).expect("enters");
             socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
             for _ in 0..=LATER {
@@ -423,17 +447,14 @@ fn time(node: &TestNode) -> Timed {
     let [path] = summary.paths.as_slice() else {
         panic!("{summary}");
     };
-    let mean = |histogram: &Histogram| {
-        assert_eq!(histogram.count, (FLOWS * LATER) as u64);
-        histogram.sum_ns as f64 / histogram.count as f64
-    };
     let later = path
         .stages
         .iter()
         .filter(|stage| stage.state == PacketState::Established);
-    let later = later.map(|stage: &StageHistogram| {
+    let later = later.map(|stage| {
+        assert_eq!(stage.histogram.count, (FLOWS * LATER) as u64);
         let name = format!("{} {}", stage.hook, stage.stage);
-        (name, mean(&stage.histogram))
+        (name, Later::of(&stage.histogram))
     });
     Timed {
         new: steps
@@ -444,8 +465,41 @@ fn time(node: &TestNode) -> Timed {
     }
 }
 
+/// Rules at FORWARD that no packet matches.
+fn add_rules(node: &TestNode, tool: &str, count: u32) {
+    // A network for documentation (RFC 5737) from which nobody sends.
+    const NOBODY: &str = "198.51.100.77";
+    let rules = |rule: &str| rule.repeat(usize::try_from(count).expect("small"));
+    let (arguments, text) = match tool {
+        "nft" => (
+            &["-f", "-"],
+            format!(
+                "table ip added {{ chain c {{ type filter hook forward priority 5;\n{}}}\n}}\n",
+                rules(&format!("ip saddr {NOBODY} drop\n"))
+            ),
+        ),
+        _ => (
+            &["--noflush", "--wait"],
+            // In front of the others, some of which accept.
+            format!(
+                "*filter\n{}COMMIT\n",
+                rules(&format!("-I FORWARD -s {NOBODY} -j DROP\n"))
+            ),
+        ),
+    };
+    tool::run(node.lab.node(), tool, arguments, &text).expect("the rules go in");
+}
+
+/// The stage that is made slower.
+const SLOWER: &str = "FORWARD filter";
+
+/// Are two figures the same to one in a hundred?
+fn same(a: f64, b: f64) -> bool {
+    (a - b).abs() <= a.max(b) / 100.0
+}
+
 /// Never-matching rules added to one stage make it slower by the same for each rule, and no other stage;
-/// two runs without a change between them differ in nothing. On the virtual clock.
+/// two runs with nothing changed between them differ in nothing. On the virtual clock.
 pub fn a_slower_stage_shows_what_was_added(tool: &str) {
     assert!(
         tracer::kernel::clock::is_virtual(),
@@ -453,16 +507,53 @@ pub fn a_slower_stage_shows_what_was_added(tool: &str) {
     );
     let node = TestNode::build(4, 1).expect("a laboratory");
     on_one_thread(node.apply(Mode::IptablesLegacy)).expect("rules");
-    let mut runs = Vec::new();
-    for rules in [0, 0, 100, 200, 400] {
-        runs.push((rules, time(&node)));
-        for (name, new) in &runs.last().expect("one").1.new {
-            println!(
-                "{tool} {rules} {name}: new {new}, later {:?}",
-                runs.last().expect("one").1.later.get(name)
+    let mut ports = plan::SOURCE_PORTS;
+    let (once, again) = (time(&node, &mut ports), time(&node, &mut ports));
+    let runs = [100, 100, 200].map(|added| {
+        add_rules(&node, tool, added);
+        time(&node, &mut ports)
+    });
+    for (name, ns) in &once.new {
+        let all = runs.each_ref().map(|run| (run.new[name], run.later[name]));
+        println!(
+            "{tool} {name}: {:?}, {:?}, then {all:?}",
+            (ns, once.later[name]),
+            (again.new[name], again.later[name]),
+        );
+    }
+    assert_eq!(once.new, again.new, "nothing was changed");
+    let [one, two, four] = &runs;
+    for (name, first) in &one.new {
+        let (new, later) = (
+            [one, two, four].map(|run| run.new[name]),
+            [one, two, four].map(|run| run.later[name]),
+        );
+        if name == SLOWER {
+            let new = a_rule_costs(tool, "first packets", new.map(|ns| ns as f64));
+            let later = a_rule_costs(tool, "later packets", later.map(|later| later.mean));
+            assert!(same(new, later), "a packet's state does not matter to them");
+        } else {
+            let unchanged = |ns: u64| same(ns as f64, *first as f64);
+            assert!(new.into_iter().all(unchanged), "{name}: {first} {new:?}");
+            assert_eq!(
+                later.map(|later| later.middle),
+                [later[0].middle; 3],
+                "{name}"
             );
+            assert_eq!(again.later[name].middle, later[0].middle, "{name}");
         }
     }
+}
+
+/// What each rule added, if it is the same from 100 to 200 as from 200 to 400 rules.
+fn a_rule_costs(tool: &str, what: &str, [one, two, four]: [f64; 3]) -> f64 {
+    let (first, second) = ((two - one) / 100.0, (four - two) / 200.0);
+    println!("{tool}, {what}: {first:.2} and {second:.2} instructions a rule");
+    assert!(
+        first > 1.0 && same(first, second),
+        "{what}: {first} and {second}"
+    );
+    first
 }
 
 /// Waits until something is so.

@@ -83,7 +83,7 @@ impl Collector {
 
     /// As a session does between two looks at the ring buffer.
     fn take_in(&mut self, records: &[Record]) -> Vec<Event> {
-        let mut events = Vec::new();
+        let mut events = Vec::with_capacity(records.len());
         for record in records {
             match self.reader.read(record, &self.directory) {
                 Told::Journey {

@@ -424,7 +424,11 @@ fn damaged_runs_are_refused() {
     };
     fails(&mut report(), 1, &["cannot read", "run.json"]);
     let mut folder = svcpath(&["report"]);
-    fails(folder.arg(dir.path()), 1, &["neither run.json nor trace.json"]);
+    fails(
+        folder.arg(dir.path()),
+        1,
+        &["neither run.json nor trace.json"],
+    );
     for (text, word) in [
         ("garbage", "not JSON"),
         ("", "not JSON"),

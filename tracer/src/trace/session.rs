@@ -320,7 +320,10 @@ impl Session {
             }
             events.push(Event::RuleChange(change));
         }
-        for record in self.probes.drain()? {
+        let records = self.probes.drain()?;
+        // Most become an event, and events are large to move.
+        events.reserve(records.len());
+        for record in records {
             self.hear(&record, &mut events);
         }
         events.extend(self.learn()?);
