@@ -18,7 +18,7 @@ use tracer::trace::run::TraceEnvironment;
 use tracer::trace::session::{Event, Session};
 use tracer::trace::summary::Summary;
 
-use crate::trace::{node, options, send};
+use crate::trace::{flush, node, options, send};
 
 /// A folder of this process's own, gone afterwards.
 struct Folder(PathBuf);
@@ -181,14 +181,7 @@ pub fn a_flush_is_in_the_kept_trace() {
     send(&node, 10, 1);
     // Flows and the flush are told apart by the timeline's bins.
     std::thread::sleep(Duration::from_millis(100));
-    let flushed = node
-        .lab
-        .node()
-        .command("nft")
-        .args(["flush", "table", "ip", "kube-proxy"])
-        .status()
-        .expect("nft runs");
-    assert!(flushed.success());
+    flush(&node);
     let begin = Instant::now();
     let mut heard = false;
     while !heard {

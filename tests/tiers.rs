@@ -108,6 +108,9 @@ pub fn tiers_agree_on_traffic(mode: Mode) {
     });
     assert_eq!((hooks, functions), (120, 120));
     let [hooks, functions] = finish(sessions);
+    for summary in [&hooks, &functions] {
+        assert_eq!(summary.probes.slot_collisions, 0, "{:?}", summary.probes);
+    }
     assert_eq!(told(&functions), told(&hooks), "{mode}");
     let (by_hooks, by_functions) = (stages(&hooks), stages(&functions));
     for (place, count) in &by_functions {

@@ -174,11 +174,8 @@ pub fn every_flow_is_told_by_its_service(mode: Mode, tier: Tier) {
     assert!(as_dumped(&node) == before, "tracing only reads");
 }
 
-/// Who flushes is named, and what it breaks is leaked.
-pub fn a_flush_is_heard_and_what_it_breaks_is_seen() {
-    let node = node(Mode::Nftables);
-    let mut session =
-        Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
+/// Empties kube-proxy's chains, by a process called nft.
+pub(crate) fn flush(node: &TestNode) {
     let flushed = node
         .lab
         .node()
@@ -187,6 +184,14 @@ pub fn a_flush_is_heard_and_what_it_breaks_is_seen() {
         .status()
         .expect("nft runs");
     assert!(flushed.success());
+}
+
+/// Who flushes is named, and what it breaks is leaked.
+pub fn a_flush_is_heard_and_what_it_breaks_is_seen() {
+    let node = node(Mode::Nftables);
+    let mut session =
+        Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
+    flush(&node);
     let begin = Instant::now();
     let change = loop {
         assert!(begin.elapsed() < PATIENCE, "the change was never heard of");

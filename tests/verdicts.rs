@@ -210,6 +210,25 @@ fn wanted(node: &TestNode) -> Vec<(usize, Vec<Verdict>)> {
     wanted
 }
 
+/// Sends from one port until something is told that is wanted.
+fn sends_until<T>(
+    socket: &UdpSocket,
+    to: SocketAddr,
+    session: &mut Session,
+    wanted: impl Fn(Event) -> Option<T>,
+) -> T {
+    let begin = Instant::now();
+    loop {
+        assert!(begin.elapsed() < PATIENCE, "never told");
+        socket.send_to(b"1\n", to).expect("sends");
+        std::thread::sleep(Duration::from_millis(20));
+        let events = session.poll().expect("polls");
+        if let Some(found) = events.into_iter().find_map(&wanted) {
+            return found;
+        }
+    }
+}
+
 /// An established flow whose endpoint goes, and whose client goes on sending.
 pub fn an_established_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
     const SERVICE: usize = HEALTHY[1];
@@ -228,20 +247,10 @@ pub fn an_established_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
     node.cluster.services[SERVICE].ports[0].endpoints[0].address =
         plan::server_pod(0, Family::V4).nth(200);
     on_one_thread(node.apply(mode)).expect("rules");
-    let begin = Instant::now();
-    let stuck = loop {
-        assert!(begin.elapsed() < PATIENCE, "never told");
-        socket.send_to(b"1\n", vip).expect("sends");
-        std::thread::sleep(Duration::from_millis(20));
-        let events = session.poll().expect("polls");
-        let mut stuck = events.into_iter().filter_map(|event| match event {
-            Event::Stuck(stuck) => Some(stuck),
-            _ => None,
-        });
-        if let Some(stuck) = stuck.next() {
-            break stuck;
-        }
-    };
+    let stuck = sends_until(&socket, vip, &mut session, |event| match event {
+        Event::Stuck(stuck) => Some(stuck),
+        _ => None,
+    });
     assert_eq!((stuck.destination, stuck.endpoint), (vip, dead));
     let (_, summary) = session.finish().expect("ends");
     let text = summary.to_string();
@@ -264,23 +273,12 @@ pub fn a_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
     node.cluster.services[SERVICE].ports[0].endpoints[0].address =
         plan::server_pod(0, Family::V4).nth(200);
     on_one_thread(node.apply(mode)).expect("rules");
-    let begin = Instant::now();
-    let stuck = loop {
-        assert!(begin.elapsed() < PATIENCE, "never told");
-        socket.send_to(b"1 x\n", vip).expect("sends");
-        std::thread::sleep(Duration::from_millis(20));
-        let events = session.poll().expect("polls");
-        let verdicts = events.into_iter().filter_map(|event| match event {
-            Event::Verdict(decided) => Some(decided),
-            _ => None,
-        });
-        let stuck = verdicts
-            .into_iter()
-            .find(|decided| matches!(decided.verdict, Verdict::Stuck { .. }));
-        if let Some(stuck) = stuck {
-            break stuck;
+    let stuck = sends_until(&socket, vip, &mut session, |event| match event {
+        Event::Verdict(decided) => {
+            matches!(decided.verdict, Verdict::Stuck { .. }).then_some(decided)
         }
-    };
+        _ => None,
+    });
     assert_eq!(stuck.verdict, Verdict::Stuck { endpoint: dead });
     assert_eq!(stuck.destination, vip);
     let (_, summary) = session.finish().expect("ends");

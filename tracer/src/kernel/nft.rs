@@ -295,15 +295,7 @@ pub fn count_elements(message: Attributes<'_>) -> Result<u64, NetlinkError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-        let length = u16::try_from(4 + value.len()).expect("short");
-        let mut bytes = length.to_ne_bytes().to_vec();
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(value);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes
-    }
+    use crate::kernel::netlink::attribute;
 
     #[test]
     fn named_sets_are_told_from_anonymous_ones() {

@@ -139,7 +139,7 @@ pub fn destination_of(record: &Record) -> SocketAddr {
 }
 
 /// The address in a record's sixteen bytes.
-fn address(family: u8, bytes: [u8; 16]) -> IpAddr {
+pub(crate) fn address(family: u8, bytes: [u8; 16]) -> IpAddr {
     if family == IPV4 {
         IpAddr::V4(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]))
     } else {

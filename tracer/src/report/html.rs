@@ -11,14 +11,14 @@ use std::fmt::Write as _;
 
 use self::sheet::Sheet;
 use super::blocks::{self, MISSING, Table, services};
-use super::plot::bars::{Bar, BarPlot, Kind, Segment};
+use super::plot::bars::{Bar, BarPlot};
 use super::plot::dots::{DotPlot, Group, Pair};
 use super::plot::lines::{Axis, LinePlot, Series};
 use super::plot::{escape, linear_ticks, log_ticks, timeline};
 use super::quantile::{mean, quantile};
 use super::{answer, figures, units};
 use crate::record::run::{
-    Cell, Clock, Fault, FaultKind, Histogram, PacketState, Place, ProbeHealth, Run,
+    Cell, Clock, Fault, FaultKind, Histogram, PacketState, Place, ProbeHealth, Run, StageHistogram,
 };
 
 /// The whole page.
@@ -493,42 +493,15 @@ impl Page<'_> {
     fn bar(&self, cell: &Cell, id: &str, state: PacketState) -> Option<Bar> {
         let path = figures::path(cell, id)?;
         let packets = figures::node(cell, id, state).map(|histogram| histogram.count);
-        let mut segments: Vec<Segment> = Vec::new();
-        for stage in path
-            .stages
-            .iter()
-            .filter(|stage| stage.state == state && stage.histogram.count > 0)
-        {
+        let of_state = |stage: &&StageHistogram| stage.state == state && stage.histogram.count > 0;
+        let stages = path.stages.iter().filter(of_state).map(|stage| {
             // Some packets skip a stage: its share is of all packets.
-            let value =
-                stage.histogram.sum_ns as f64 / packets.unwrap_or(stage.histogram.count) as f64;
-            match segments
-                .iter_mut()
-                .find(|segment| segment.name == stage.stage)
-            {
-                Some(segment) => segment.value += value,
-                None => segments.push(Segment {
-                    name: stage.stage.clone(),
-                    value,
-                    kind: Kind::of(&stage.stage, Some(cell.mode)),
-                    written: String::new(),
-                }),
-            }
-        }
-        if segments.is_empty() {
-            return None;
-        }
-        for segment in &mut segments {
-            segment.written = self.cost(segment.value);
-        }
-        segments.sort_by_key(|segment| segment.kind);
-        let total: f64 = segments.iter().map(|segment| segment.value).sum();
-        Some(Bar {
-            mode: Some(cell.mode),
-            label: cell.mode.name().to_owned(),
-            segments,
-            total: self.cost(total),
-        })
+            let all = packets.unwrap_or(stage.histogram.count);
+            let value = stage.histogram.sum_ns as f64 / all as f64;
+            (stage.stage.as_str(), value)
+        });
+        let mode = cell.mode;
+        Bar::of_stages(Some(mode), mode.name(), stages, |value| self.cost(value))
     }
 
     fn stage_table(&self, id: &str, state: PacketState, words: &str) -> Table {

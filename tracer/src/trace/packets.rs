@@ -1,7 +1,7 @@
 //! What the probes told of a packet, in the words of Services.
 
 use std::collections::HashSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{IPV4, OUTPUT_FIRST, Record, STEPS, TUPLE_HASH, kind, state};
@@ -11,7 +11,7 @@ use super::flows::{Back, Key};
 use super::journey::{End, Journey, StageTime};
 use super::verdict::{self, Who};
 use crate::probe::catalogue::{self, Detail};
-use crate::record::evidence::{Reasons, destination_of, source_of};
+use crate::record::evidence::{Reasons, address, destination_of, source_of};
 use crate::record::headers::dissect;
 
 /// What a record is about.
@@ -70,14 +70,7 @@ fn tuples_of(record: &Record) -> Option<Tuples> {
     let [original, reply] = [0, TUPLE_HASH].map(|at| &record.tuples.0[at..]);
     let socket = |bytes: &[u8]| {
         let port = u16::from_be_bytes([bytes[16], bytes[17]]);
-        let address: [u8; 16] = bytes[..16].try_into().ok()?;
-        let address = if record.family == IPV4 {
-            IpAddr::V4(Ipv4Addr::new(
-                address[0], address[1], address[2], address[3],
-            ))
-        } else {
-            IpAddr::V6(Ipv6Addr::from(address))
-        };
+        let address = address(record.family, bytes[..16].try_into().ok()?);
         Some(SocketAddr::new(address, port))
     };
     Some(Tuples {

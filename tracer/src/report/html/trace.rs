@@ -6,7 +6,7 @@ use super::method;
 use super::sheet::Sheet;
 use crate::record::run::{Histogram, PacketState, StageHistogram};
 use crate::report::blocks::Table;
-use crate::report::plot::bars::{Bar, BarPlot, Kind, Segment};
+use crate::report::plot::bars::{Bar, BarPlot};
 use crate::report::plot::escape;
 use crate::report::plot::timeline::{Change, Row, Timeline};
 use crate::report::quantile::{merge, quantile};
@@ -134,36 +134,13 @@ impl Page<'_> {
     fn bar(&self, path: &PathSummary, state: PacketState) -> Option<Bar> {
         let of_state = |stage: &&StageHistogram| stage.state == state && stage.histogram.count > 0;
         let packets = path.node.get(&state).map(|node| node.count);
-        let mut segments: Vec<Segment> = Vec::new();
-        for stage in path.stages.iter().filter(of_state) {
+        let stages = path.stages.iter().filter(of_state).map(|stage| {
             // Some packets skip a stage: its share is of all packets.
             let all = packets.unwrap_or(stage.histogram.count).max(1);
             let value = stage.histogram.sum_ns as f64 / all as f64;
-            let mut known = segments.iter_mut();
-            match known.find(|segment| segment.name == stage.stage) {
-                Some(segment) => segment.value += value,
-                None => segments.push(Segment {
-                    name: stage.stage.clone(),
-                    value,
-                    kind: Kind::of(&stage.stage, self.mode),
-                    written: String::new(),
-                }),
-            }
-        }
-        if segments.is_empty() {
-            return None;
-        }
-        for segment in &mut segments {
-            segment.written = self.cost(segment.value);
-        }
-        segments.sort_by_key(|segment| segment.kind);
-        let total: f64 = segments.iter().map(|segment| segment.value).sum();
-        Some(Bar {
-            mode: self.mode,
-            label: path.path.clone(),
-            segments,
-            total: self.cost(total),
-        })
+            (stage.stage.as_str(), value)
+        });
+        Bar::of_stages(self.mode, &path.path, stages, |value| self.cost(value))
     }
 
     /// New flows and what went wrong against rule changes.

@@ -81,6 +81,45 @@ pub struct Bar {
     pub total: String,
 }
 
+impl Bar {
+    /// A bar of stages and their values: those of one name together, whatever the hook. `None` if there are
+    /// none.
+    pub fn of_stages<'a>(
+        mode: Option<Mode>,
+        label: &str,
+        stages: impl Iterator<Item = (&'a str, f64)>,
+        written: impl Fn(f64) -> String,
+    ) -> Option<Self> {
+        let mut segments: Vec<Segment> = Vec::new();
+        for (name, value) in stages {
+            let mut known = segments.iter_mut();
+            match known.find(|segment| segment.name == name) {
+                Some(segment) => segment.value += value,
+                None => segments.push(Segment {
+                    name: name.to_owned(),
+                    value,
+                    kind: Kind::of(name, mode),
+                    written: String::new(),
+                }),
+            }
+        }
+        if segments.is_empty() {
+            return None;
+        }
+        for segment in &mut segments {
+            segment.written = written(segment.value);
+        }
+        segments.sort_by_key(|segment| segment.kind);
+        let total: f64 = segments.iter().map(|segment| segment.value).sum();
+        Some(Self {
+            mode,
+            label: label.to_owned(),
+            segments,
+            total: written(total),
+        })
+    }
+}
+
 /// A plot of stacked bars.
 #[derive(Clone, Debug)]
 pub struct BarPlot {

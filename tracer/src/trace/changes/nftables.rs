@@ -232,19 +232,10 @@ const fn word(family: u8) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::netlink::attribute;
 
     const NFTA_SET_FLAGS: u16 = 3;
     const NFTA_ELEMENTS: u16 = 3;
-
-    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        let length = u16::try_from(4 + value.len()).expect("short");
-        bytes.extend(length.to_ne_bytes());
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(value);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes
-    }
 
     fn take(ledger: &mut Ledger, message: u8, bytes: &[u8]) -> Option<Announced> {
         let announcement = Announcement {
