@@ -233,20 +233,29 @@ fn truth_of_drops() {
 
 #[test]
 fn iptables_legacy_truth_of_ways() {
-    let traced = the_traced_way_is_one_foretold(Mode::IptablesLegacy, 10, 500);
-    assert!(traced.is_true() && traced.to_services > 3000, "{traced:?}");
+    let traced = the_traced_way_is_one_foretold(Mode::IptablesLegacy, 20, 500);
+    assert!(
+        traced.right == traced.to_services && traced.to_services > 6000,
+        "{traced:?}"
+    );
 }
 
 #[test]
 fn iptables_nft_truth_of_ways() {
-    let traced = the_traced_way_is_one_foretold(Mode::IptablesNft, 10, 500);
-    assert!(traced.is_true() && traced.to_services > 3000, "{traced:?}");
+    let traced = the_traced_way_is_one_foretold(Mode::IptablesNft, 20, 500);
+    assert!(
+        traced.right == traced.to_services && traced.to_services > 6000,
+        "{traced:?}"
+    );
 }
 
 #[test]
 fn nftables_truth_of_ways() {
-    let traced = the_traced_way_is_one_foretold(Mode::Nftables, 10, 500);
-    assert!(traced.is_true() && traced.to_services > 3000, "{traced:?}");
+    let traced = the_traced_way_is_one_foretold(Mode::Nftables, 20, 500);
+    assert!(
+        traced.right == traced.to_services && traced.to_services > 6000,
+        "{traced:?}"
+    );
 }
 
 #[test]

@@ -12,7 +12,6 @@ use tracer::probe::tier::Tier;
 use tracer::rules::Mode;
 use tracer::scenario::node::TestNode;
 use tracer::trace::session::{Event, Options, Session};
-use tracer::trace::summary::Summary;
 use tracer::trace::verdict::{Verdict, Who};
 
 use crate::trace::on_one_thread;
@@ -132,13 +131,11 @@ pub fn prepared_faults_are_told(mode: Mode, tier: Tier) {
         tier: Some(tier),
         ..Options::default()
     };
-    let [summary] = without_collisions(|| {
-        let session = Session::start(node.lab.node(), options.clone()).expect("attaches");
-        let sockets = ask(&node);
-        assert_eq!(sockets.len(), 6);
-        let (_, summary) = session.finish().expect("ends");
-        [summary]
-    });
+    let session = Session::start(node.lab.node(), options).expect("attaches");
+    let sockets = ask(&node);
+    assert_eq!(sockets.len(), 6);
+    let (_, summary) = session.finish().expect("ends");
+    assert_eq!(summary.probes.slot_collisions, 0, "{summary}");
     let told: BTreeMap<&str, Vec<&Verdict>> = summary
         .services
         .iter()
@@ -160,23 +157,6 @@ pub fn prepared_faults_are_told(mode: Mode, tier: Tier) {
             "{name}: {found:?} is not one of {wanted:?}\n{summary}"
         );
     }
-}
-
-/// A REJECT's error is sent while the packet that it is about is under way: where both fall into one slot, a
-/// journey is given up, and counted. What is claimed here is claimed of sessions that gave up none.
-pub(crate) fn without_collisions<const N: usize>(
-    mut session: impl FnMut() -> [Summary; N],
-) -> [Summary; N] {
-    for _ in 0..5 {
-        let summaries = session();
-        if summaries
-            .iter()
-            .all(|summary| summary.probes.slot_collisions == 0)
-        {
-            return summaries;
-        }
-    }
-    panic!("five sessions in a row gave up journeys");
 }
 
 /// What each Service's flow has to be told as.

@@ -240,8 +240,11 @@ fn ipvs_truth_of_sums() {
 
 #[test]
 fn ipvs_truth_of_ways() {
-    let traced = tests::truth::the_traced_way_is_one_foretold(Mode::Ipvs, 5, 500);
-    assert!(traced.is_true() && traced.to_services > 1500, "{traced:?}");
+    let traced = tests::truth::the_traced_way_is_one_foretold(Mode::Ipvs, 20, 500);
+    assert!(
+        traced.right == traced.to_services && traced.to_services > 6000,
+        "{traced:?}"
+    );
 }
 
 #[test]

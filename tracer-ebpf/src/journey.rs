@@ -1,11 +1,11 @@
 //! A packet's journey over the node, from probe to probe.
 //!
-//! **Pairing.** A packet's journey is kept in a per-CPU slot chosen by the skb's address and owned
-//! by it: a probe that finds another owner, or its own packet at another step than expected, counts
-//! that and records nothing. A hook runs on one CPU, and a journey that is interrupted by another
-//! (a softirq) lands in another slot or takes the slot over, which its owner then notices. A slot
-//! is given up when its packet leaves by a device, is dropped, or when the address is seen again at
-//! a first probe.
+//! **Pairing.** A packet's journey is kept in one of two per-CPU slots chosen by the skb's address, and
+//! owned by it: a probe that finds another owner, or its own packet at another step than expected, counts
+//! that and records nothing. A hook runs on one CPU, and a journey within another (a softirq, or the ICMP
+//! error that a packet causes) takes the other slot of the two; a third one takes that over, which its owner
+//! then notices. A slot is given up when its packet leaves by a device, is dropped, or when the address is
+//! seen again at a first probe.
 //!
 //! **Time.** A probe reads the clock when it begins and again when it ends, so stages do not
 //! contain the probes' own work. What it read is kept in the slot; histograms are updated when the journey
@@ -86,11 +86,27 @@ unsafe fn copy<T>(to: *mut T, from: *const T) {
     }
 }
 
-/// The slot of an skb. Skbs lie at multiples of 256 bytes.
+/// The slot that an skb has, or may have. Skbs lie at multiples of 256 bytes.
 #[inline(always)]
 pub(crate) unsafe fn slot_of(table: *mut Table, skb: *const u8) -> *mut Slot {
     let index = ((low_half(skb) >> 8) as usize) & (SLOTS - 1);
-    unsafe { (&raw mut (*table).slots).cast::<Slot>().add(index) }
+    unsafe {
+        let slots = (&raw mut (*table).slots).cast::<Slot>();
+        let (first, second) = (slots.add(index), slots.add(index ^ 1));
+        if (*first).skb == skb as u64 {
+            first
+        } else if (*second).skb == skb as u64 || is_taken(first) {
+            second
+        } else {
+            first
+        }
+    }
+}
+
+/// Is a packet under way in this slot?
+#[inline(always)]
+unsafe fn is_taken(slot: *const Slot) -> bool {
+    unsafe { (*slot).skb != 0 && (*slot).phase == phase::UNDERWAY }
 }
 
 /// A packet enters a hook: one that is under way goes on, others may begin.
@@ -148,7 +164,7 @@ unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool, 
             }
             return;
         }
-        if !ours && (*slot).skb != 0 && (*slot).phase == phase::UNDERWAY {
+        if !ours && is_taken(slot) {
             (*table).stats.collisions += 1;
         }
         (*table).stats.journeys += 1;
