@@ -233,7 +233,7 @@ fn truth_of_drops() {
 
 #[test]
 fn iptables_legacy_truth_of_ways() {
-    let traced = the_traced_way_is_one_foretold(Mode::IptablesLegacy, 20, 500);
+    let traced = the_traced_way_is_one_foretold(Mode::IptablesLegacy, 10, 1000);
     assert!(
         traced.right == traced.to_services && traced.to_services > 6000,
         "{traced:?}"
@@ -242,7 +242,7 @@ fn iptables_legacy_truth_of_ways() {
 
 #[test]
 fn iptables_nft_truth_of_ways() {
-    let traced = the_traced_way_is_one_foretold(Mode::IptablesNft, 20, 500);
+    let traced = the_traced_way_is_one_foretold(Mode::IptablesNft, 10, 1000);
     assert!(
         traced.right == traced.to_services && traced.to_services > 6000,
         "{traced:?}"

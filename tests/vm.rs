@@ -240,7 +240,7 @@ fn ipvs_truth_of_sums() {
 
 #[test]
 fn ipvs_truth_of_ways() {
-    let traced = tests::truth::the_traced_way_is_one_foretold(Mode::Ipvs, 20, 500);
+    let traced = tests::truth::the_traced_way_is_one_foretold(Mode::Ipvs, 5, 2000);
     assert!(
         traced.right == traced.to_services && traced.to_services > 6000,
         "{traced:?}"
