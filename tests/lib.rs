@@ -3,6 +3,7 @@
 
 pub mod changes;
 pub mod faces;
+pub mod met;
 pub mod oracle;
 pub mod rules;
 pub mod safety;

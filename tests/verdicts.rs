@@ -170,6 +170,7 @@ fn wanted(node: &TestNode) -> Vec<(usize, Vec<Verdict>)> {
     let dropped = |stage: &str| Verdict::Dropped {
         reason: "NETFILTER_DROP".to_owned(),
         stage: stage.to_owned(),
+        by: None,
     };
     let [tcp, udp] = NOBODY_LISTENS.map(|service| Who::Endpoint(endpoint_of(node, service)));
     let mut wanted = vec![

@@ -190,6 +190,17 @@ fn functions_of_every_component_are_attached_to() {
 }
 
 #[test]
+fn what_packets_meet() {
+    for mode in Mode::ALL {
+        tests::met::what_packets_meet_is_told(mode);
+    }
+    for mode in [Mode::IptablesLegacy, Mode::IptablesNft] {
+        tests::met::a_drop_has_its_table(mode);
+    }
+    tests::met::a_port_used_again_is_told();
+}
+
+#[test]
 fn tiers_agree_on_traffic() {
     for mode in Mode::ALL {
         tests::tiers::tiers_agree_on_traffic(mode);

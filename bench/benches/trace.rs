@@ -9,6 +9,7 @@ use bench::asked_and_answered;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tracer::cluster::{Family, Protocol};
 use tracer::probe::catalogue::Detail;
+use tracer::probe::tier::Heard;
 use tracer::record::evidence::Reasons;
 use tracer::rules::services::{Found, FoundService, Frontend, FrontendKind};
 use tracer::trace::directory::Directory;
@@ -85,7 +86,11 @@ impl Collector {
     fn take_in(&mut self, records: &[Record]) -> Vec<Event> {
         let mut events = Vec::with_capacity(records.len());
         for record in records {
-            match self.reader.read(record, &self.directory) {
+            let heard = Heard {
+                record: *record,
+                met: Vec::new(),
+            };
+            match self.reader.read(&heard, &self.directory) {
                 Told::Journey {
                     key,
                     index,

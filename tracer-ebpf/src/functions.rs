@@ -23,9 +23,10 @@ use aya_ebpf::macros::{fentry, fexit, map};
 use aya_ebpf::maps::Array;
 use aya_ebpf::programs::{FEntryContext, FExitContext};
 use tracer_ebpf::record::{
-    HOOKS, IPV4, IPV6, MOST_STAGES, NO_PRIORITY, NO_STAGE, Slot, Table, hook, phase, role,
+    HOOKS, IPV4, IPV6, MOST_STAGES, NO_PRIORITY, NO_STAGE, Slot, Table, hook, met, phase, role,
 };
 
+use crate::details::{self, TABLE_NAME};
 use crate::journey::{Here, enter, slot_of, step, table};
 use crate::kernel::{NET_INUM, NETNS};
 
@@ -51,8 +52,6 @@ static STATE_PF: Global<u32> = Global::new(0);
 static STATE_NET: Global<u32> = Global::new(0);
 
 // `struct xt_table` (include/linux/netfilter/x_tables.h).
-#[unsafe(no_mangle)]
-static TABLE_NAME: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static TABLE_PRIORITY: Global<u32> = Global::new(0);
 
@@ -109,8 +108,8 @@ fn tracking_begins(ctx: FEntryContext) -> i32 {
     unsafe {
         component(ctx.arg(0), ctx.arg(1), |at| {
             Some(byte(STAGES.load(), at.hook))
-        })
-    };
+        });
+    }
     0
 }
 
@@ -121,8 +120,8 @@ fn component_begins(ctx: FEntryContext) -> i32 {
     unsafe {
         component(ctx.arg(1), ctx.arg(2), |at| {
             Some(byte(STAGES.load(), at.hook))
-        })
-    };
+        });
+    }
     0
 }
 
@@ -132,13 +131,16 @@ fn table_begins(ctx: FEntryContext) -> i32 {
     let table: u64 = ctx.arg(0);
     // SAFETY: as above; the table is read by a helper that checks the address.
     unsafe {
-        component(ctx.arg(1), ctx.arg(2), |at| {
+        let met = component(ctx.arg(1), ctx.arg(2), |at| {
             if read::<u32>(table + u64::from(TABLE_NAME.load())) == NAT {
                 return None;
             }
             let priority = read(table + u64::from(TABLE_PRIORITY.load()));
             stage_at(at.hook, priority)
         });
+        if let Some((journeys, slot)) = met {
+            details::called(journeys, slot, met::TABLE, table);
+        }
     }
     0
 }
@@ -150,9 +152,8 @@ fn chain_begins(ctx: FEntryContext) -> i32 {
     let chain: u64 = ctx.arg(1);
     // SAFETY: as above.
     unsafe {
-        let skb = ptr::read_volatile(pktinfo.add(PKTINFO_SKB.load() as usize).cast());
         let state = ptr::read_volatile(pktinfo.add(PKTINFO_STATE.load() as usize).cast());
-        component(skb, state, |at| {
+        let met = component(skb_of(pktinfo), state, |at| {
             let base = chain - u64::from(BASE_CHAIN.load());
             let kind: u64 = read(base + u64::from(BASE_TYPE.load()));
             if read::<u32>(kind + u64::from(CHAIN_TYPE.load())) == CHAIN_IS_NAT {
@@ -160,8 +161,17 @@ fn chain_begins(ctx: FEntryContext) -> i32 {
             }
             stage_at(at.hook, read(base + u64::from(BASE_PRIORITY.load())))
         });
+        if let Some((journeys, slot)) = met {
+            details::called(journeys, slot, met::CHAIN, chain);
+        }
     }
     0
+}
+
+/// The packet of a `struct nft_pktinfo`.
+#[inline(always)]
+pub(crate) unsafe fn skb_of(pktinfo: *const u8) -> *const u8 {
+    unsafe { ptr::read_volatile(pktinfo.add(PKTINFO_SKB.load() as usize).cast()) }
 }
 
 /// A call of a hook of the node.
@@ -234,22 +244,31 @@ unsafe fn hook_exit(skb: *const u8, state: *const u8) {
     }
 }
 
-/// A packet enters a component of a hook.
+/// A packet enters a component of a hook: its slot, if it goes on.
 #[inline(always)]
-unsafe fn component(skb: *const u8, state: *const u8, stage_of: impl FnOnce(At) -> Option<u8>) {
+unsafe fn component(
+    skb: *const u8,
+    state: *const u8,
+    stage_of: impl FnOnce(At) -> Option<u8>,
+) -> Option<(*mut Table, *mut Slot)> {
     unsafe {
-        let Some((table, slot, at)) = under_way(skb, state) else {
-            return;
-        };
+        let (table, slot, at) = under_way(skb, state)?;
         if !is_at((*slot).boundary, at.hook) {
-            return;
+            return None;
         }
         match stage_of(at) {
             Some(stage) if stage == (*slot).boundary || stage == NO_STAGE => {}
             Some(stage) if stage > (*slot).boundary => go(table, slot, skb, at, stage, 0),
-            Some(_) => give_up(table, slot),
+            Some(_) => {
+                give_up(table, slot);
+                return None;
+            }
             None => {}
         }
+        if details::are_wanted() {
+            (*table).last = skb as u64;
+        }
+        Some((table, slot))
     }
 }
 

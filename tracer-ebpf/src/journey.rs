@@ -22,10 +22,11 @@ use tracer_ebpf::histogram::{CELLS, cell_of};
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{
     ANSWERED, Address, Aligned, Cells, HISTOGRAMS, IPV4, IPV6, RESENT, Record, SLOTS, STAGE_NODE,
-    STAGE_RECEIVE, STEPS, Slot, Table, histogram_index, hook, kind, phase, protocol, role, sctp,
-    state, tcp, timed,
+    STAGE_RECEIVE, STEPS, Slot, Table, Told, histogram_index, hook, kind, phase, protocol, role,
+    sctp, state, tcp, timed,
 };
 
+use crate::details;
 use crate::flow::{Flow, NOTHING, origin_of, read, recognise, target_of};
 use crate::kernel::{connection, first4, halves, is_confirmed, low_half, read_start, read_tuples};
 
@@ -177,6 +178,7 @@ unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool, 
         (*slot).steps = 0;
         (*slot).kind = 0;
         (*slot).confirmed = 0;
+        (*slot).notes = 0;
         (*slot).phase = phase::UNDERWAY;
         (*slot).boundary = here.stage;
         (*slot).began = here.stage;
@@ -559,19 +561,37 @@ unsafe fn count(index: u32, value: u64) {
 
 /// Writes a record, or counts that there was no room.
 #[inline(always)]
-unsafe fn send(
-    table: *mut Table,
+unsafe fn send(table: *mut Table, slot: *mut Slot, reason: u32, location: u64, transmitted: bool) {
+    unsafe {
+        if details::are_wanted() {
+            let Some(mut entry) = RECORDS.reserve::<Told>(0) else {
+                (*table).stats.ring_lost += 1;
+                return;
+            };
+            let told = entry.as_mut_ptr();
+            write(&raw mut (*told).record, slot, reason, location, transmitted);
+            details::tell(table, slot, told);
+            entry.submit(u64::from(BPF_RB_NO_WAKEUP));
+        } else {
+            let Some(mut entry) = RECORDS.reserve::<Record>(0) else {
+                (*table).stats.ring_lost += 1;
+                return;
+            };
+            write(entry.as_mut_ptr(), slot, reason, location, transmitted);
+            entry.submit(u64::from(BPF_RB_NO_WAKEUP));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn write(
+    record: *mut Record,
     slot: *const Slot,
     reason: u32,
     location: u64,
     transmitted: bool,
 ) {
     unsafe {
-        let Some(mut entry) = RECORDS.reserve::<Record>(0) else {
-            (*table).stats.ring_lost += 1;
-            return;
-        };
-        let record = entry.as_mut_ptr();
         (*record).time = bpf_ktime_get_ns();
         (*record).started = (*slot).started;
         (*record).elapsed = (*slot).elapsed;
@@ -607,7 +627,6 @@ unsafe fn send(
         copy(&raw mut (*record).stages, &raw const (*slot).stages);
         copy(&raw mut (*record).tuples, &raw const (*slot).tuples);
         copy(&raw mut (*record).header, &raw const (*slot).header);
-        entry.submit(u64::from(BPF_RB_NO_WAKEUP));
     }
 }
 

@@ -131,6 +131,8 @@ pub const SLOTS: usize = 64;
 /// Steps of one journey that are remembered: more than the longest path has boundaries (IPVS sends on
 /// from INPUT: 1 + 6 + 4 + 6 + 4).
 pub const STEPS: usize = 24;
+/// Functions met by one packet that are remembered: more than there are on the longest path.
+pub const MET: usize = 24;
 /// Bytes of a packet that a record carries: what an `ICMPv6` error quotes, up to the ports.
 pub const HEADER: usize = 96;
 /// `struct nf_conntrack_tuple` (`include/net/netfilter/nf_conntrack_tuple.h`): source address (16 bytes),
@@ -217,8 +219,10 @@ pub struct Slot {
     pub confirmed: u8,
     /// See [`Record::began`].
     pub began: u8,
+    /// How many [`Note`]s there are.
+    pub notes: u8,
     /// Zero.
-    pub pad: [u8; 6],
+    pub pad: [u8; 5],
     /// Source address at the first boundary; IPv4 in the first four bytes.
     pub source: Address,
     /// Destination address at the first boundary.
@@ -279,6 +283,92 @@ pub struct Table {
     pub stats: Stats,
     /// Packets to pass until the next one is sampled.
     pub skip: u64,
+    /// The skb that entered a component last, where notes are wanted.
+    pub last: u64,
+}
+
+/// What a packet met in the kernel's functions.
+pub mod met {
+    /// A table of iptables-legacy was gone through; the result is its verdict, or -1 if it did not return.
+    pub const TABLE: u8 = 1;
+    /// The same of a base chain of `nf_tables`, and of all that it jumps to.
+    pub const CHAIN: u8 = 2;
+    /// The connection's source was bound: the result is the verdict.
+    pub const SOURCE_NAT: u8 = 3;
+    /// The same of its destination.
+    pub const DESTINATION_NAT: u8 = 4;
+    /// The connection's entry went into conntrack's table: the result is the verdict.
+    pub const CONFIRM: u8 = 5;
+    /// IPVS asked a scheduler: the result is 1 if there was a real server.
+    pub const SCHEDULE: u8 = 6;
+    /// IPVS sends to a real server: the result is one of [`super::method`].
+    pub const SEND: u8 = 7;
+    /// IPVS gave up an old connection of the same addresses and ports.
+    pub const EXPIRE: u8 = 8;
+}
+
+/// How IPVS sends to a real server.
+pub mod method {
+    /// With translated addresses.
+    pub const NAT: i32 = 1;
+    /// By its hardware address: direct routing.
+    pub const ROUTE: i32 = 2;
+    /// In a tunnel.
+    pub const TUNNEL: i32 = 3;
+    /// To the node itself.
+    pub const LOCAL: i32 = 4;
+    /// Past the real servers, to the destination itself.
+    pub const BYPASS: i32 = 5;
+}
+
+/// A function that a packet met.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Note {
+    /// See [`met`].
+    pub what: u8,
+    /// The stage.
+    pub stage: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+    /// What came of it: see [`met`].
+    pub result: i32,
+    /// Address of what it is about: a table, a chain, a connection of IPVS; 0 for nothing.
+    pub object: u64,
+}
+
+/// What one packet met.
+pub type Notes = [Note; MET];
+
+/// A function that a packet met, as it is told.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Met {
+    /// See [`met`].
+    pub what: u8,
+    /// The stage.
+    pub stage: u8,
+    /// IPVS: the real server's port, network order.
+    pub port: [u8; 2],
+    /// What came of it: see [`met`].
+    pub result: i32,
+    /// IPVS: the real server's address, IPv4 in the first four bytes. Of a chain, the table's name, which ends
+    /// in zero or is cut.
+    pub owner: Aligned<16>,
+    /// The name of the table, chain or scheduler; it ends in zero or is cut.
+    pub name: Aligned<32>,
+}
+
+/// What goes through the ring buffer where notes are wanted.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Told {
+    /// The packet.
+    pub record: Record,
+    /// How many of `met` are set.
+    pub count: u64,
+    /// What it met, in order.
+    pub met: [Met; MET],
 }
 
 /// Kinds of [`Record`].
@@ -432,5 +522,6 @@ pub type Cells = Histogram;
 // The kernel refuses a per-CPU value above PCPU_MIN_UNIT_SIZE (include/linux/percpu.h).
 const _: () = assert!(core::mem::size_of::<Table>() <= 32 << 10);
 const _: () = assert!(core::mem::size_of::<Cells>() <= 32 << 10);
+const _: () = assert!(core::mem::size_of::<[Notes; SLOTS]>() <= 32 << 10);
 const _: () = assert!(Path::COUNT < 0xff && STAGES < 0xff);
 const _: () = assert!(core::mem::size_of::<Key4>() == 8 && core::mem::size_of::<Key6>() == 20);

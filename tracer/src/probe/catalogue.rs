@@ -9,7 +9,7 @@
 
 use tracer_ebpf::record::{
     BOUNDARIES, HOOKS, MOST_STAGES, NO_PRIORITY, OUTPUT_COUNT, OUTPUT_FIRST, RESENT, STAGE_NODE,
-    STAGE_RECEIVE, STAGE_RESENT, hook, role,
+    STAGE_RECEIVE, STAGE_RESENT, hook, method, role,
 };
 
 /// One probe between two kernel components.
@@ -182,20 +182,22 @@ pub const ALL: [Boundary; BOUNDARIES] = [
 const OUTPUT_BY_IPVS: &str = "OUTPUT-ipvs";
 
 /// How finely a packet's way over the node is divided.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Detail {
     /// Entry and exit of each hook: what a live node carries all day.
     Hooks,
     /// Every component.
     #[default]
     Stages,
+    /// Every component, and what first packets meet in it: see [`TELLERS`]. The functions tier alone.
+    Functions,
 }
 
 /// The ids of the boundaries of a hook, or of its first and last, in a packet's order. OUTPUT has no exit:
 /// POSTROUTING follows.
 pub fn boundaries(detail: Detail) -> impl Iterator<Item = usize> {
     let wanted = move |id: &usize| {
-        detail == Detail::Stages || is_first(*id) || (is_last(*id) && ALL[*id].hook != hook::OUTPUT)
+        detail >= Detail::Stages || is_first(*id) || (is_last(*id) && ALL[*id].hook != hook::OUTPUT)
     };
     (0..ALL.len()).filter(wanted)
 }
@@ -361,7 +363,7 @@ pub const TRACEPOINTS: [Tracepoint; 3] = [
 /// The tracepoints that go with a detail: when a packet was received is not asked between hooks only.
 pub fn tracepoints(detail: Detail) -> impl Iterator<Item = &'static Tracepoint> {
     TRACEPOINTS.iter().filter(move |tracepoint| {
-        detail == Detail::Stages || tracepoint.name != "netif_receive_skb"
+        detail >= Detail::Stages || tracepoint.name != "netif_receive_skb"
     })
 }
 
@@ -485,6 +487,143 @@ pub const COMPONENTS: [Component; 6] = [
         at: &[],
         since: "5.4",
         without: "the chains of nftables count as part of the stages before them",
+    },
+];
+
+/// What a function tells of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tells {
+    /// The verdict of a table of iptables-legacy.
+    Table,
+    /// The verdict of a base chain.
+    Chain,
+    /// That nat bound a connection's source or destination.
+    Nat,
+    /// Whether the connection's entry went into conntrack's table.
+    Confirmation,
+    /// The real server that IPVS' scheduler chose.
+    Scheduling,
+    /// The real server that IPVS sends to, and how: see [`method`].
+    Sending(i32),
+    /// That IPVS gave up an old connection.
+    Expiry,
+}
+
+/// Functions that tell more of a first packet than where it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Teller {
+    /// What they are about.
+    pub name: &'static str,
+    /// Module and name. Those that are there are attached to.
+    pub functions: &'static [(&'static str, &'static str)],
+    /// The names of all their parameters.
+    pub parameters: &'static [&'static str],
+    /// What they tell.
+    pub tells: Tells,
+    /// The oldest kernel whose functions are known.
+    pub since: &'static str,
+    /// What is lost without them.
+    pub without: &'static str,
+}
+
+const fn sending(
+    name: &'static str,
+    functions: &'static [(&'static str, &'static str)],
+    method: i32,
+) -> Teller {
+    Teller {
+        name,
+        functions,
+        parameters: &["skb", "cp", "pp", "ipvsh"],
+        tells: Tells::Sending(method),
+        since: "3.19",
+        without: "packets that IPVS sends this way do not tell the real server",
+    }
+}
+
+/// Every function that tells more.
+pub const TELLERS: [Teller; 11] = [
+    Teller {
+        name: "verdicts of iptables",
+        functions: &[
+            ("ip_tables", "ipt_do_table"),
+            ("ip6_tables", "ip6t_do_table"),
+        ],
+        parameters: &["priv", "skb", "state"],
+        tells: Tells::Table,
+        since: "5.16",
+        without: "tables are not told, nor which one dropped a packet",
+    },
+    Teller {
+        name: "verdicts of nftables",
+        functions: &[("nf_tables", "nft_do_chain")],
+        parameters: &["pkt", "priv"],
+        tells: Tells::Chain,
+        since: "5.4",
+        without: "chains are not told, nor which one dropped a packet",
+    },
+    Teller {
+        name: "nat's bindings",
+        functions: &[("nf_nat", "nf_nat_setup_info")],
+        parameters: &["ct", "range", "maniptype"],
+        tells: Tells::Nat,
+        since: "4.18",
+        without: "whether nat found a free tuple is not told",
+    },
+    Teller {
+        name: "conntrack's confirmation",
+        functions: &[("nf_conntrack", "__nf_conntrack_confirm")],
+        parameters: &["skb"],
+        tells: Tells::Confirmation,
+        since: "2.6",
+        without: "an entry that clashes with another (insert_failed) is not told",
+    },
+    Teller {
+        name: "IPVS' scheduler",
+        functions: &[("ip_vs", "ip_vs_schedule")],
+        parameters: &["svc", "skb", "pd", "ignored", "iph"],
+        tells: Tells::Scheduling,
+        since: "3.10",
+        without: "scheduler and real server of new connections are not told",
+    },
+    sending(
+        "IPVS' masquerading",
+        &[("ip_vs", "ip_vs_nat_xmit"), ("ip_vs", "ip_vs_nat_xmit_v6")],
+        method::NAT,
+    ),
+    sending(
+        "IPVS' direct routing",
+        &[("ip_vs", "ip_vs_dr_xmit"), ("ip_vs", "ip_vs_dr_xmit_v6")],
+        method::ROUTE,
+    ),
+    sending(
+        "IPVS' tunnels",
+        &[
+            ("ip_vs", "ip_vs_tunnel_xmit"),
+            ("ip_vs", "ip_vs_tunnel_xmit_v6"),
+        ],
+        method::TUNNEL,
+    ),
+    sending(
+        "IPVS to the node",
+        &[("ip_vs", "ip_vs_null_xmit")],
+        method::LOCAL,
+    ),
+    sending(
+        "IPVS' bypass",
+        &[
+            ("ip_vs", "ip_vs_bypass_xmit"),
+            ("ip_vs", "ip_vs_bypass_xmit_v6"),
+        ],
+        method::BYPASS,
+    ),
+    Teller {
+        name: "IPVS' reuse of connections",
+        functions: &[("ip_vs", "ip_vs_conn_expire_now")],
+        parameters: &["cp"],
+        tells: Tells::Expiry,
+        since: "4.1",
+        without: "that IPVS gives up an old connection of the same port is not told",
     },
 ];
 

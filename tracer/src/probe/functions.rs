@@ -15,7 +15,9 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use tracer_ebpf::record::{IPV4, NO_STAGE};
 
-use super::catalogue::{self, COMPONENTS, Component, Detail, HOOK, HOOK_PARAMETERS, Shape};
+use super::catalogue::{
+    self, COMPONENTS, Component, Detail, HOOK, HOOK_PARAMETERS, Shape, TELLERS, Teller, Tells,
+};
 use super::offsets;
 use super::program::{self, Callee, Constants, Kind, Link, Programs};
 use super::tier::{Attached, Missing, ProbeError, Probed, Watch};
@@ -32,11 +34,24 @@ pub(super) fn attach(
     constants.extend(of_stages(watch));
     constants.extend(values(offsets::of_hooks(Btf::vmlinux()?)?));
     let mut attached = Attached::default();
-    if watch.detail == Detail::Stages {
+    // Before the components: a call is noted only where its return is.
+    if watch.detail >= Detail::Functions {
+        for teller in &TELLERS {
+            if let Err(error) = attach_teller(programs, teller, &constants, &mut attached) {
+                attached.missing.push(Missing {
+                    name: teller.name,
+                    without: teller.without,
+                    why: error.to_string(),
+                });
+            }
+        }
+    }
+    if watch.detail >= Detail::Stages {
         for component in &COMPONENTS {
             if let Err(error) = attach_component(programs, component, &constants, &mut attached) {
                 attached.missing.push(Missing {
-                    component,
+                    name: component.name,
+                    without: component.without,
                     why: error.to_string(),
                 });
             }
@@ -90,32 +105,94 @@ fn attach_component(
 ) -> Result<(), ProbeError> {
     let mut constants = constants.clone();
     constants.insert("STAGES", of_component(component).to_ne_bytes().to_vec());
+    let program = program_of(component.shape);
+    let known = |found: &[String]| {
+        let parameters = component.shape.parameters();
+        found.len() >= parameters.len() && found[..parameters.len()] == *parameters
+    };
+    for_each(component.functions, known, |object, callee, probed| {
+        constants.extend(values(offsets::of_shape(object.btf(), component.shape)?));
+        let returns = u32::from(attached.probed.contains(&probed));
+        constants.insert("NOTED", returns.to_ne_bytes().to_vec());
+        let link = link(programs, program, Kind::Entry(callee), &constants)?;
+        attached.links.push(link);
+        if !attached.probed.contains(&probed) {
+            attached.probed.push(probed);
+        }
+        Ok(())
+    })
+}
+
+/// The same of functions that tell more.
+fn attach_teller(
+    programs: &mut Programs,
+    teller: &'static Teller,
+    constants: &Constants,
+    attached: &mut Attached,
+) -> Result<(), ProbeError> {
+    let mut constants = constants.clone();
+    if let Tells::Sending(method) = teller.tells {
+        constants.insert("METHOD", method.to_ne_bytes().to_vec());
+    }
+    // What a function returns is found behind its parameters.
+    let known = |found: &[String]| *found == *teller.parameters;
+    for_each(teller.functions, known, |object, callee, probed| {
+        let (program, kind) = match teller.tells {
+            Tells::Table => ("table_ends", Kind::Exit(callee)),
+            Tells::Chain => {
+                constants.extend(values(offsets::of_shape(object.btf(), Shape::Chain)?));
+                ("chain_ends", Kind::Exit(callee))
+            }
+            Tells::Nat => ("nat_ends", Kind::Exit(callee)),
+            Tells::Confirmation => ("confirmation_ends", Kind::Exit(callee)),
+            Tells::Scheduling => ("scheduling_ends", Kind::Exit(callee)),
+            Tells::Sending(_) => ("sending_begins", Kind::Entry(callee)),
+            Tells::Expiry => ("expiry_begins", Kind::Entry(callee)),
+        };
+        let link = link(programs, program, kind, &constants)?;
+        attached.links.push(link);
+        attached.probed.push(probed);
+        Ok(())
+    })
+}
+
+/// Attaches to each of these functions that is there and has known parameters.
+///
+/// # Errors
+///
+/// None is there: why the first is not, which is the one that a kernel of today has.
+fn for_each(
+    functions: &'static [(&'static str, &'static str)],
+    known: impl Fn(&[String]) -> bool,
+    mut attach: impl FnMut(&Object, Callee<'_>, Probed) -> Result<(), ProbeError>,
+) -> Result<(), ProbeError> {
     let mut why = None;
-    let before = attached.probed.len();
-    for (module, name) in component.functions.iter().copied() {
-        let (object, function) = match find(module, name, component.shape) {
+    let mut found = false;
+    for (module, name) in functions.iter().copied() {
+        let (object, function) = match find(module, name) {
+            Ok((_, function)) if !known(&function.parameters) => {
+                why.get_or_insert(ProbeError::Parameters(name));
+                continue;
+            }
             Ok(found) => found,
             Err(error) => {
-                // The first is the one that a kernel of today has.
                 why.get_or_insert(error);
                 continue;
             }
         };
-        constants.extend(values(offsets::of_shape(object.btf(), component.shape)?));
         let callee = Callee {
             id: function.id,
             module: object.fd(),
         };
-        let program = program_of(component.shape);
-        let link = link(programs, program, Kind::Entry(callee), &constants)?;
-        attached.links.push(link);
-        attached.probed.push(Probed {
+        let probed = Probed {
             module: object.fd().map(|_| module),
             function: name,
-        });
+        };
+        attach(&object, callee, probed)?;
+        found = true;
     }
     match why {
-        Some(error) if attached.probed.len() == before => Err(error),
+        Some(error) if !found => Err(error),
         _ => Ok(()),
     }
 }
@@ -164,7 +241,7 @@ impl Object {
 }
 
 /// Finds a function in its module, or in a kernel that has the module built in.
-fn find(module: &str, name: &'static str, shape: Shape) -> Result<(Object, Function), ProbeError> {
+fn find(module: &str, name: &'static str) -> Result<(Object, Function), ProbeError> {
     let object = match Btf::module(module) {
         Ok(btf) => Object::Module(Box::new(btf), program::module_btf(module)?),
         Err(BtfError::Missing { .. }) => Object::Kernel(Btf::vmlinux()?),
@@ -179,15 +256,6 @@ fn find(module: &str, name: &'static str, shape: Shape) -> Result<(Object, Funct
         }
         (found, _) => found?,
     };
-    if !function
-        .parameters
-        .iter()
-        .map(String::as_str)
-        .take(shape.parameters().len())
-        .eq(shape.parameters().iter().copied())
-    {
-        return Err(ProbeError::Parameters(name));
-    }
     Ok((object, function))
 }
 

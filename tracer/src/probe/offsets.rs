@@ -61,6 +61,38 @@ pub(super) fn of_shape(btf: &Btf, shape: Shape) -> Result<Vec<(&'static str, u32
     })
 }
 
+/// Fields by which what functions are called for is named: constant, module, structure, field.
+const NAMES: [(&str, &str, &str, &str); 10] = [
+    ("TABLE_NAME", "x_tables", "xt_table", "name"),
+    ("CHAIN_NAME", "nf_tables", "nft_chain", "name"),
+    ("CHAIN_TABLE", "nf_tables", "nft_chain", "table"),
+    ("NFT_TABLE_NAME", "nf_tables", "nft_table", "name"),
+    ("CONN_ADDRESS", "ip_vs", "ip_vs_conn", "daddr"),
+    ("CONN_PORT", "ip_vs", "ip_vs_conn", "dport"),
+    ("CONN_DEST", "ip_vs", "ip_vs_conn", "dest"),
+    ("DEST_SERVICE", "ip_vs", "ip_vs_dest", "svc"),
+    ("SERVICE_SCHEDULER", "ip_vs", "ip_vs_service", "scheduler"),
+    ("SCHEDULER_NAME", "ip_vs", "ip_vs_scheduler", "name"),
+];
+
+/// Their offsets. Of a module that is not there nothing is ever met.
+pub(super) fn of_names() -> Result<Vec<(&'static str, u32)>, BtfError> {
+    let mut found = Vec::with_capacity(NAMES.len());
+    for (constant, module, structure, field) in NAMES {
+        let offset = match Btf::module(module) {
+            Ok(btf) => btf.offset_of(structure, field)?,
+            Err(BtfError::Missing { .. }) => match Btf::vmlinux()?.offset_of(structure, field) {
+                Ok(offset) => offset,
+                Err(BtfError::NoType(_)) => continue,
+                Err(error) => return Err(error),
+            },
+            Err(error) => return Err(error),
+        };
+        found.push((constant, offset));
+    }
+    Ok(found)
+}
+
 /// The kernel's number of the function that casts an address to a type; `None` before 6.2.
 pub(super) fn rdonly_cast(btf: &Btf) -> Result<Option<u32>, BtfError> {
     match btf.function("bpf_rdonly_cast") {

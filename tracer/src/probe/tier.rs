@@ -14,11 +14,11 @@ use aya::maps::{Array, HashMap as BpfHashMap, Map, PerCpuArray, RingBuf};
 use tracer_ebpf::histogram::{CELLS, bounds_of};
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{
-    Cells, IPV4, IPV6, Key4, Key6, MOST_STAGES, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE,
-    RDONLY_CAST, Record, Stats, Table, histogram_index, state,
+    Cells, IPV4, IPV6, Key4, Key6, MET, MOST_STAGES, Met, PORT_BITS, PORT_IS_DESTINATION,
+    PORT_IS_SOURCE, RDONLY_CAST, Record, Stats, Table, Told, histogram_index, state,
 };
 
-use super::catalogue::{self, Component, Detail, Tracepoint};
+use super::catalogue::{self, Detail, Tracepoint};
 pub use super::program::RunTime;
 use super::program::{self, Constants, Counting, Kind, Link, ProgramError, Programs};
 use super::{OBJECT, functions, hooks, log, offsets};
@@ -163,11 +163,13 @@ pub struct Probed {
     pub function: &'static str,
 }
 
-/// A component whose functions could not be attached to.
+/// A component or teller whose functions could not be attached to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Missing {
-    /// Which.
-    pub component: &'static Component,
+    /// Its name in the catalogue.
+    pub name: &'static str,
+    /// What is lost without it.
+    pub without: &'static str,
     /// Why not.
     pub why: String,
 }
@@ -208,6 +210,15 @@ pub struct Probes {
     detail: Detail,
 }
 
+/// A packet that the ring buffer told of.
+#[derive(Clone, Debug)]
+pub struct Heard {
+    /// The packet.
+    pub record: Record,
+    /// What it met: see [`Detail::Functions`].
+    pub met: Vec<Met>,
+}
+
 /// A plain value of one of the probes' maps.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
@@ -228,7 +239,12 @@ impl Probes {
     pub fn attach(tier: Option<Tier>, node: &Netns, watch: &Watch) -> Result<Self, ProbeError> {
         let tier = tier.map_or_else(Tier::of_this_kernel, Ok)?;
         let btf = Btf::vmlinux()?;
-        let constants = constants(btf, node, watch)?;
+        let mut constants = constants(btf, node, watch)?;
+        if tells_more(tier, watch.detail) {
+            constants.insert("DETAILS", 1_u32.to_ne_bytes().to_vec());
+            let names = offsets::of_names()?.into_iter();
+            constants.extend(names.map(|(name, value)| (name, value.to_ne_bytes().to_vec())));
+        }
         let room = u32::try_from(watch.targets.len().max(1))
             .unwrap_or(u32::MAX)
             .saturating_add(watch.spare);
@@ -401,23 +417,39 @@ impl Probes {
 
     /// Takes everything out of the ring buffer.
     pub fn drain(&mut self) -> Result<Vec<Record>, ProbeError> {
+        Ok(self.hear()?.into_iter().map(|heard| heard.record).collect())
+    }
+
+    /// The same, with what packets met.
+    pub fn hear(&mut self) -> Result<Vec<Heard>, ProbeError> {
         if let Some(messages) = &mut self.messages {
             messages.flush();
         }
+        let tells_more = tells_more(self.tier, self.detail);
         let map = self
             .programs
             .map_mut("RECORDS")
             .ok_or_else(|| missing("RECORDS"))?;
         let mut ring = RingBuf::try_from(map).map_err(map_error("RECORDS"))?;
-        let mut records = Vec::new();
+        let mut all = Vec::new();
         while let Some(bytes) = ring.next() {
-            if bytes.len() >= size_of::<Record>() {
+            if tells_more && bytes.len() >= size_of::<Told>() {
+                // SAFETY: as below; of met, only what was written is looked at.
+                let told = unsafe { bytes.as_ptr().cast::<Told>().read_unaligned() };
+                let count = usize::try_from(told.count).unwrap_or(MET).min(MET);
+                all.push(Heard {
+                    record: told.record,
+                    met: told.met[..count].to_vec(),
+                });
+            } else if bytes.len() >= size_of::<Record>() {
                 // SAFETY: Record is repr(C), made of integers and arrays of them, and the bytes
                 // were written as one by the kernel program.
-                records.push(unsafe { bytes.as_ptr().cast::<Record>().read_unaligned() });
+                let record = unsafe { bytes.as_ptr().cast::<Record>().read_unaligned() };
+                let met = Vec::new();
+                all.push(Heard { record, met });
             }
         }
-        Ok(records)
+        Ok(all)
     }
 
     fn map<'a, T>(&'a self, name: &'static str) -> Result<T, ProbeError>
@@ -427,6 +459,11 @@ impl Probes {
         let map = self.programs.map(name).ok_or_else(|| missing(name))?;
         T::try_from(map).map_err(map_error(name))
     }
+}
+
+/// Do records tell what packets met?
+fn tells_more(tier: Tier, detail: Detail) -> bool {
+    tier == Tier::Functions && detail >= Detail::Functions
 }
 
 pub(super) fn missing(name: &'static str) -> ProbeError {

@@ -545,6 +545,7 @@ pub(crate) fn trace() -> Trace {
     let dropped = Fate::Dropped {
         reason: "NO_SOCKET".to_owned(),
         stage: "INPUT deliver".to_owned(),
+        by: None,
     };
     let mut dice = Dice(11);
     let mut times = |base, n| {
@@ -554,6 +555,7 @@ pub(crate) fn trace() -> Trace {
     let later = End::Dropped {
         reason: "NO_SOCKET".to_owned(),
         stage: "INPUT deliver".to_owned(),
+        by: None,
     };
     let service = |name: &str, verdicts: Vec<VerdictCount>, later_drops, node| ServiceSummary {
         name: name.to_owned(),

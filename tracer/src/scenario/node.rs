@@ -21,7 +21,7 @@ use crate::lab::plan;
 use crate::lab::sink::{SinkError, Sinks};
 use crate::lab::topology::{Lab, LabError, LabOptions};
 use crate::lab::traffic::{self, FlowRecord, TrafficError, TrafficPlan};
-use crate::probe::catalogue::{self, Component};
+use crate::probe::catalogue::{self, Detail};
 use crate::probe::rule_changes::RuleChangeProbes;
 use crate::probe::tier::{Missing, ProbeError, Probed, Probes, Tier, Times, Watch};
 use crate::probe::trial;
@@ -434,6 +434,7 @@ fn examine_tiers() -> Vec<Check> {
         ]
         .map(|address| (SocketAddr::new(address, 80), 6, Target::ClusterIp))
         .into(),
+        detail: Detail::Functions,
         ..Watch::default()
     };
     let attach = |tier| {
@@ -468,27 +469,28 @@ const WITHOUT_HOOKS: &str = "bench and fault do not work, and trace uses the fun
     CONFIG_NETFILTER_BPF_LINK)";
 const WITHOUT_FUNCTIONS: &str = "trace needs the hooks tier, which counts the confirmation of entries as egress (it needs kernel 5.17)";
 
-/// The components that the functions tier meets here, and those that it does not.
+/// What the functions tier meets here, and what it does not.
 fn components_of(probes: &Probes) -> Vec<Check> {
-    let of_component = |component: &'static Component| {
-        let missing = |missing: &&Missing| missing.component == component;
+    let check = |name, functions, since, without| {
+        let missing = |missing: &&Missing| missing.name == name;
         let found = match probes.missing().iter().find(missing) {
-            Some(missing) => Err(format!(
-                "{} (known from {} on)",
-                missing.why, component.since
-            )),
-            None => Ok(functions_of(probes, component)),
+            Some(missing) => Err(format!("{} (known from {since} on)", missing.why)),
+            None => Ok(functions_of(probes, functions)),
         };
-        let what = format!("functions: {}", component.name);
-        Check::new(what, false, Some(component.without), found)
+        let what = format!("functions: {name}");
+        Check::new(what, false, Some(without), found)
     };
-    catalogue::COMPONENTS.iter().map(of_component).collect()
+    let components = catalogue::COMPONENTS.iter();
+    let components = components.map(|one| check(one.name, one.functions, one.since, one.without));
+    let tellers = catalogue::TELLERS.iter();
+    let tellers = tellers.map(|one| check(one.name, one.functions, one.since, one.without));
+    components.chain(tellers).collect()
 }
 
 /// `ipt_do_table (ip_tables)`, as attached.
-fn functions_of(probes: &Probes, component: &Component) -> String {
+fn functions_of(probes: &Probes, functions: &[(&str, &str)]) -> String {
     let of_component = |probed: &&Probed| {
-        let mut functions = component.functions.iter();
+        let mut functions = functions.iter();
         functions.any(|(_, name)| *name == probed.function)
     };
     let found = probes.probed().iter().filter(of_component);

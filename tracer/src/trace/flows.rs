@@ -411,9 +411,10 @@ impl Flow {
     /// The verdict of a first packet that was dropped.
     fn dropped(&self) -> Option<Verdict> {
         match &self.end {
-            End::Dropped { reason, stage } => Some(Verdict::Dropped {
+            End::Dropped { reason, stage, by } => Some(Verdict::Dropped {
                 reason: reason.clone(),
                 stage: stage.clone(),
+                by: by.clone(),
             }),
             _ => None,
         }
@@ -592,6 +593,7 @@ mod tests {
         let end = End::Dropped {
             reason: "NETFILTER_DROP".to_owned(),
             stage: "FORWARD filter".to_owned(),
+            by: None,
         };
         for port in [1, 2] {
             flows.first(key(port), 0, &journey(0, ENDPOINT, end.clone()), false);

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use tracer_ebpf::record::HEADER;
 
+use super::met::Meeting;
+
 /// How a new flow's first packet left the node's netfilter hooks.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -26,6 +28,10 @@ pub enum End {
         reason: String,
         /// `HOOK stage`.
         stage: String,
+        /// The table or chain that did, or what else: known only where the functions tier tells what packets
+        /// meet.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
     },
     /// The packet's headers could not be read.
     Unknown,
@@ -82,10 +88,24 @@ impl std::fmt::Display for End {
             Self::Leaked => f.write_str("leaked"),
             Self::Untranslated => f.write_str("untranslated to a local socket"),
             Self::Elsewhere => f.write_str("sent elsewhere"),
-            Self::Dropped { reason, stage } => write!(f, "dropped at {stage} ({reason})"),
+            Self::Dropped { reason, stage, by } => write_drop(f, reason, stage, by.as_deref()),
             Self::Unknown => f.write_str("unknown"),
         }
     }
+}
+
+/// Where, why and by whom a packet was dropped.
+pub(super) fn write_drop(
+    f: &mut std::fmt::Formatter<'_>,
+    reason: &str,
+    stage: &str,
+    by: Option<&str>,
+) -> std::fmt::Result {
+    write!(f, "dropped at {stage}")?;
+    if let Some(by) = by {
+        write!(f, " by {by}")?;
+    }
+    write!(f, " ({reason})")
 }
 
 /// The first packet of a flow to a Service, or a later one that was dropped.
@@ -116,6 +136,9 @@ pub struct Journey {
     /// The stages that it passed, in order; empty if they were not recorded one by one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub stages: Vec<StageTime>,
+    /// What it met on its way; empty unless the functions tier was asked for it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub met: Vec<Meeting>,
     /// The packet's first bytes at the end of its journey, from the IP header on; zeros behind its end.
     #[serde(skip)]
     pub header: [u8; HEADER],
@@ -170,6 +193,7 @@ impl Journey {
             elapsed_ns: 32_000,
             source_after: Some(socket("10.244.0.7:51544")),
             stages: Vec::new(),
+            met: Vec::new(),
             header: [0; HEADER],
             end: End::Sent,
         }

@@ -10,6 +10,7 @@ pub mod directory;
 pub mod flows;
 pub mod hints;
 pub mod journey;
+pub mod met;
 pub mod outages;
 pub mod packets;
 pub mod pcapng;

@@ -9,8 +9,10 @@ use tracer_ebpf::record::{IPV4, OUTPUT_FIRST, Record, STEPS, TUPLE_HASH, kind, s
 use super::directory::Directory;
 use super::flows::{Back, Key};
 use super::journey::{End, Journey, StageTime};
+use super::met::Meeting;
 use super::verdict::{self, Who};
 use crate::probe::catalogue::{self, Detail};
+use crate::probe::tier::Heard;
 use crate::record::evidence::{Reasons, address, destination_of, source_of};
 use crate::record::headers::dissect;
 
@@ -82,7 +84,8 @@ fn tuples_of(record: &Record) -> Option<Tuples> {
 
 impl Reader {
     /// Reads a record.
-    pub fn read(&self, record: &Record, directory: &Directory) -> Told {
+    pub fn read(&self, heard: &Heard, directory: &Directory) -> Told {
+        let record = &heard.record;
         let tuples = tuples_of(record);
         let key = key_of(record, tuples.as_ref());
         let Some(index) = directory.asked(key.destination, key.protocol) else {
@@ -96,7 +99,7 @@ impl Reader {
                     known: record.confirmed != 0,
                     further: record.state != state::REPLY
                         && destination_of(record) != key.destination,
-                    journey: Box::new(self.journey(record, key, index, directory)),
+                    journey: Box::new(self.journey(heard, key, index, directory)),
                 };
             }
             kind::ANSWER => tuples.map(|tuples| Back::Answer(tuples.answers)),
@@ -115,7 +118,12 @@ impl Reader {
         }
     }
 
-    fn journey(&self, record: &Record, key: Key, index: usize, directory: &Directory) -> Journey {
+    fn journey(&self, heard: &Heard, key: Key, index: usize, directory: &Directory) -> Journey {
+        let record = &heard.record;
+        let met = heard.met.iter();
+        let met: Vec<_> = met
+            .filter_map(|met| Meeting::of(met, record.family))
+            .collect();
         let headers = dissect(&record.header.0);
         let (source_after, headed) = headers.and_then(|h| h.addresses()).unzip();
         let path = Path::ALL.get(usize::from(record.path));
@@ -131,6 +139,7 @@ impl Reader {
                 End::Dropped {
                     reason: drop.reason,
                     stage: drop.stage,
+                    by: met.last().and_then(Meeting::dropper),
                 }
             }
             (_, None) => End::Unknown,
@@ -158,6 +167,7 @@ impl Reader {
             elapsed_ns: record.elapsed,
             source_after,
             stages: stages_of(record, self.detail),
+            met,
             header: record.header.0,
             end,
         }

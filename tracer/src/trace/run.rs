@@ -163,6 +163,7 @@ mod tests {
             end: End::Dropped {
                 reason: "NO_SOCKET".to_owned(),
                 stage: "INPUT deliver".to_owned(),
+                by: None,
             },
             ..Journey::sample()
         };

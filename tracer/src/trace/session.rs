@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use tracer_ebpf::path::{Path, Target};
-use tracer_ebpf::record::Record;
 
 use super::changes::{ChangesError, Listening, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
@@ -28,7 +27,7 @@ use crate::kernel::dump;
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::kernel::tool::ToolError;
 use crate::probe::catalogue::Detail;
-use crate::probe::tier::{ProbeError, Probes, Tier, Watch};
+use crate::probe::tier::{Heard, ProbeError, Probes, Tier, Watch};
 use crate::record::evidence::Reasons;
 use crate::record::times;
 use crate::rules::dump::Unreadable;
@@ -224,8 +223,7 @@ impl Session {
             .missing()
             .iter()
             .map(|missing| {
-                let component = missing.component;
-                let (name, without) = (component.name, component.without);
+                let (name, without) = (missing.name, missing.without);
                 format!("no probe at {name} ({}): {without}", missing.why)
             })
             .collect();
@@ -320,11 +318,11 @@ impl Session {
             }
             events.push(Event::RuleChange(change));
         }
-        let records = self.probes.drain()?;
+        let heard = self.probes.hear()?;
         // Most become an event, and events are large to move.
-        events.reserve(records.len());
-        for record in records {
-            self.hear(&record, &mut events);
+        events.reserve(heard.len());
+        for heard in heard {
+            self.hear(&heard, &mut events);
         }
         events.extend(self.learn()?);
         let reading = self.changed.is_some() || self.reading.is_some();
@@ -382,8 +380,8 @@ impl Session {
     }
 
     /// Takes in what the probes told.
-    fn hear(&mut self, record: &Record, events: &mut Vec<Event>) {
-        match self.reader.read(record, &self.directory) {
+    fn hear(&mut self, heard: &Heard, events: &mut Vec<Event>) {
+        match self.reader.read(heard, &self.directory) {
             Told::Journey {
                 key,
                 index,

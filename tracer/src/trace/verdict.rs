@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::journey::write_drop;
+
 /// What became of a flow.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -24,6 +26,9 @@ pub enum Verdict {
         reason: String,
         /// `HOOK stage`.
         stage: String,
+        /// The table or chain that did: see [`End::Dropped`](super::journey::End::Dropped).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
     },
     /// It left the node with the Service's virtual address.
     Leaked,
@@ -168,7 +173,7 @@ impl std::fmt::Display for Verdict {
         match self {
             Self::Delivered => f.write_str("delivered"),
             Self::Rejected { by, how } => write!(f, "rejected by {by} ({how})"),
-            Self::Dropped { reason, stage } => write!(f, "dropped at {stage} ({reason})"),
+            Self::Dropped { reason, stage, by } => write_drop(f, reason, stage, by.as_deref()),
             Self::Leaked => f.write_str("leaked"),
             Self::Misdelivered { by } => write!(f, "misdelivered: answered by {by}"),
             Self::Stuck { endpoint } => write!(f, "stuck on the dead endpoint {endpoint}"),

@@ -33,6 +33,7 @@ use super::exit;
 #[command(after_help = "Examples:\n  \
     sudo svcpath trace --duration 30s\n  \
     sudo svcpath trace --service shop/web --journeys\n  \
+    sudo svcpath trace --service shop/web --journeys --detail functions\n  \
     sudo svcpath trace --duration 5m -o trace && svcpath report trace\n  \
     sudo svcpath trace --output pcapng | wireshark -k -i -\n  \
     sudo svcpath trace --vip 10.96.0.10:53 --output json -- dig @10.96.0.10 kubernetes.default\n  \
@@ -63,8 +64,8 @@ pub(crate) struct Args {
     /// the kernel's functions; auto: links where the kernel has them.
     #[arg(long, value_enum, default_value = "auto")]
     tier: TierChoice,
-    /// How finely packets are followed: entry and exit of each hook, or every component of it; default:
-    /// stages with --journeys, else hooks, which cost less.
+    /// How finely packets are followed: entry and exit of each hook, every component of it, or also what first
+    /// packets meet there; default: stages with --journeys, else hooks, which cost less.
     #[arg(long, value_enum, value_name = "WHAT")]
     detail: Option<Depth>,
     /// Time one in N packets that are not the first of their flow: `1/64`, `64`; first packets always are,
@@ -135,6 +136,9 @@ enum Depth {
     Hooks,
     /// Every component.
     Stages,
+    /// Every component, and what first packets meet in it: tables and chains with their verdicts, nat's bindings,
+    /// the confirmation of entries, IPVS' scheduler and real servers. With programs at functions only.
+    Functions,
 }
 
 /// A way into the node, by [`Path::id`].
@@ -158,12 +162,21 @@ impl FromStr for OnPath {
 }
 
 impl Args {
+    /// What tells where packets are. Only functions tell what packets meet.
+    fn tier(&self) -> Option<Tier> {
+        match self.detail {
+            Some(Depth::Functions) => Some(Tier::Functions),
+            _ => self.tier.tier(),
+        }
+    }
+
     /// How finely packets are followed.
     fn detail(&self) -> Detail {
         match self.detail {
             Some(Depth::Hooks) => Detail::Hooks,
             None if !self.journeys => Detail::Hooks,
             Some(Depth::Stages) | None => Detail::Stages,
+            Some(Depth::Functions) => Detail::Functions,
         }
     }
 }
@@ -226,7 +239,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         choices: choices.collect(),
         pod_cidrs: args.pod_cidr.clone(),
         cost: args.cost,
-        tier: args.tier.tier(),
+        tier: args.tier(),
         detail: args.detail(),
         sample: args.sample,
         pods: args.pod.clone(),
@@ -241,6 +254,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 /// What would fail only after the probes are attached is found out before.
 fn check(args: &Args) -> anyhow::Result<()> {
+    if args.tier == TierChoice::Hooks && args.detail == Some(Depth::Functions) {
+        let remedy = "--detail functions is told by programs at functions: leave --tier hooks out";
+        return Err(exit::Usage(remedy.to_owned()).into());
+    }
     if args.output == Output::Pcapng && std::io::stdout().is_terminal() {
         let remedy = "--output pcapng is not for terminals: write it to a file (> trace.pcapng) or to a \
                       reader (| wireshark -k -i -)";

@@ -6,6 +6,7 @@ use tracer::record::run::Clock;
 use tracer::report::units;
 use tracer::report::write::printable;
 use tracer::trace::journey::{Journey, StageTime};
+use tracer::trace::met::Meeting;
 
 /// A journey that began at a time, which is written `+0.040271 s`: a line, and below it one for each
 /// stage that was recorded. Ends in a newline.
@@ -28,6 +29,10 @@ pub(super) fn journey(clock: Clock, at: &str, journey: &Journey) -> String {
         );
         // Writing into a String cannot fail.
         let _ = writeln!(text, "{}", line.trim_end());
+        let here = |met: &&Meeting| (met.hook, met.stage) == (stage.hook, stage.stage);
+        for met in journey.met.iter().filter(here) {
+            let _ = writeln!(text, "{:>41}· {}", "", printable(&met.to_string()));
+        }
     }
     let _ = writeln!(text, "      = {cost} on this node · {}{later}", journey.end);
     text
@@ -115,6 +120,7 @@ mod tests {
             elapsed_ns: stages.iter().map(|stage| stage.took_ns).sum(),
             source_after: Some(socket("10.244.0.7:51544")),
             stages,
+            met: Vec::new(),
             header: [0; tracer_ebpf::record::HEADER],
             end: End::Sent,
         }
