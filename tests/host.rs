@@ -22,8 +22,8 @@ use tests::truth::{
     the_traced_way_is_one_foretold,
 };
 use tests::verdicts::{
-    a_flow_to_a_dead_endpoint_is_stuck, an_established_flow_to_a_dead_endpoint_is_stuck,
-    prepared_faults_are_told,
+    a_flow_to_a_dead_endpoint_is_stuck, a_stranger_that_answers_is_told,
+    an_established_flow_to_a_dead_endpoint_is_stuck, prepared_faults_are_told,
 };
 use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
@@ -159,6 +159,11 @@ fn nftables_verdicts() {
 #[test]
 fn iptables_nft_stuck_flow() {
     a_flow_to_a_dead_endpoint_is_stuck(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_stranger_answers() {
+    a_stranger_that_answers_is_told(Mode::Nftables);
 }
 
 #[test]

@@ -210,32 +210,88 @@ fn sends_until<T>(
     }
 }
 
-/// An established flow whose endpoint goes, and whose client goes on sending.
+/// Two established flows whose endpoints are taken out of the rules, and whose clients go on sending: one
+/// endpoint is dead, the other answers still. Only the first flow is stuck.
 pub fn an_established_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
-    const SERVICE: usize = HEALTHY[1];
+    const SERVICES_OF: [usize; 2] = [1, 3];
     let mut node = TestNode::build(SERVICES, 1).expect("a laboratory");
     on_one_thread(node.apply(mode)).expect("rules");
-    let (vip, dead) = (vip_of(&node, SERVICE), endpoint_of(&node, SERVICE));
-    let socket = node
-        .lab
-        .node()
-        .run(|| UdpSocket::bind("0.0.0.0:0").expect("binds"))
-        .expect("enters");
-    socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let vips = SERVICES_OF.map(|service| vip_of(&node, service));
+    let [dead, alive] = SERVICES_OF.map(|service| endpoint_of(&node, service));
+    assert_ne!(dead, alive);
     let mut session = Session::start(node.lab.node(), Options::default()).expect("attaches");
-    socket.send_to(b"1\n", vip).expect("sends");
-    socket.recv(&mut [0; 64]).expect("an answer");
-    node.cluster.services[SERVICE].ports[0].endpoints[0].address =
-        plan::server_pod(0, Family::V4).nth(200);
-    on_one_thread(node.apply(mode)).expect("rules");
-    let stuck = sends_until(&socket, vip, &mut session, |event| match event {
-        Event::Stuck(stuck) => Some(stuck),
-        _ => None,
+    let [to_dead, to_alive] = vips.map(|vip| {
+        let bind = || UdpSocket::bind("0.0.0.0:0").expect("binds");
+        let socket = node.lab.node().run(bind).expect("enters");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        socket.send_to(b"1\n", vip).expect("sends");
+        socket.recv(&mut [0; 64]).expect("an answer");
+        socket
     });
-    assert_eq!((stuck.destination, stuck.endpoint), (vip, dead));
+    for service in SERVICES_OF {
+        node.cluster.services[service].ports[0].endpoints[0].address =
+            plan::server_pod(0, Family::V4).nth(200);
+    }
+    let silence = format!(
+        "add table ip fault; add chain ip fault in {{ type filter hook input priority 0; }}; \
+         add rule ip fault in ip daddr {} udp dport {} drop",
+        dead.ip(),
+        dead.port()
+    );
+    for pod in node.lab.server_pods() {
+        run(pod, "nft", &[&silence]);
+    }
+    on_one_thread(node.apply(mode)).expect("rules");
+    let stuck = sends_until(&to_dead, vips[0], &mut session, |event| {
+        to_alive.send_to(b"1\n", vips[1]).expect("sends");
+        to_alive.recv(&mut [0; 64]).expect("an answer");
+        match event {
+            Event::Stuck(stuck) => Some(stuck),
+            _ => None,
+        }
+    });
+    assert_eq!((stuck.destination, stuck.endpoint), (vips[0], dead));
     let (_, summary) = session.finish().expect("ends");
     let text = summary.to_string();
     assert!(text.contains("1 established flow is stuck"), "{text}");
+}
+
+/// Somebody answers who is no endpoint: a rule of somebody else translates to it first.
+pub fn a_stranger_that_answers_is_told(mode: Mode) {
+    const SERVICE: usize = HEALTHY[1];
+    const STRANGER: u16 = 7777;
+    let node = TestNode::build(SERVICES, 1).expect("a laboratory");
+    on_one_thread(node.apply(mode)).expect("rules");
+    let vip = vip_of(&node, SERVICE);
+    let address = endpoint_of(&node, SERVICE).ip();
+    let bind = || UdpSocket::bind((address, STRANGER)).ok();
+    let mut pods = node.lab.server_pods().iter();
+    let stranger = pods.find_map(|pod| pod.run(bind).expect("enters"));
+    let stranger = stranger.expect("one of them has the address");
+    let steal = format!(
+        "add table ip fault; add chain ip fault steal {{ type nat hook output priority -112; }}; \
+         add rule ip fault steal ip daddr {} udp dport {} dnat to {address}:{STRANGER}",
+        vip.ip(),
+        vip.port()
+    );
+    run(node.lab.node(), "nft", &[&steal]);
+    let session = Session::start(node.lab.node(), Options::default()).expect("attaches");
+    let bind = || UdpSocket::bind("0.0.0.0:0").expect("binds");
+    let client = node.lab.node().run(bind).expect("enters");
+    for socket in [&client, &stranger] {
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    }
+    client.send_to(b"1\n", vip).expect("sends");
+    let (_, asker) = stranger.recv_from(&mut [0; 64]).expect("is asked");
+    stranger.send_to(b"2\n", asker).expect("answers");
+    client.recv(&mut [0; 64]).expect("an answer");
+    let (_, summary) = session.finish().expect("ends");
+    let [service] = summary.services.as_slice() else {
+        panic!("{summary}");
+    };
+    let by = SocketAddr::new(address, STRANGER);
+    let told: Vec<_> = service.verdicts.iter().map(|one| &one.verdict).collect();
+    assert_eq!(told, [&Verdict::Misdelivered { by }], "{summary}");
 }
 
 /// A client that goes on sending from one port to an endpoint that is gone: conntrack remembers it.

@@ -1,12 +1,13 @@
 //! Whose packet is it? Addresses, ports, and what user space said of them.
 
 use aya_ebpf::Global;
+use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap};
 use tracer_ebpf::path::{Origin, Path, Target};
 use tracer_ebpf::record::{
-    Address, Aligned, Key4, Key6, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE, hook, protocol,
-    tcp,
+    Address, Aligned, Key4, Key6, Known, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE, hook,
+    protocol, tcp,
 };
 
 use crate::kernel::{COPY, Header, field, first4, halves, header_at, network_header};
@@ -25,12 +26,12 @@ static POD_MASK6: Global<u64> = Global::new(0);
 #[map]
 static PORTS: Array<[u8; PORT_BITS]> = Array::with_max_entries(1, 0);
 
-/// Addresses and ports of interest; the value is a [`Target`].
+/// Addresses and ports of interest.
 #[map]
-static TARGETS4: HashMap<Key4, u32> = HashMap::with_max_entries(1, 0);
+static TARGETS4: HashMap<Key4, Known> = HashMap::with_max_entries(1, 0);
 /// The same for IPv6.
 #[map]
-static TARGETS6: HashMap<Key6, u32> = HashMap::with_max_entries(1, 0);
+static TARGETS6: HashMap<Key6, Known> = HashMap::with_max_entries(1, 0);
 
 /// The node's own addresses.
 #[map]
@@ -123,13 +124,19 @@ pub(crate) unsafe fn recognise(skb: *const u8, ipv4: bool, at: u32, flow: &mut F
                 return origin * 3 + target;
             }
         }
-        if flow.may_answer() {
-            let target = target_of(ipv4, &flow.source, flow.sport, flow.protocol);
-            if target == Target::Pod as u32 {
-                return Path::COUNT as u32;
+        if flow.may_answer()
+            && let Some(known) = known(ipv4, &flow.source, flow.sport, flow.protocol)
+        {
+            let target = (*known).target;
+            if (*known).former != 0 && !flow.error {
+                (*known).heard = bpf_ktime_get_ns();
             }
             if target < Target::Pod as u32 && flow.refuses() {
                 return origin_of(ipv4, &flow.destination, &flow.source) * 3 + target;
+            }
+            // A Service's address answers only where nobody translates.
+            if target <= Target::Pod as u32 {
+                return Path::COUNT as u32;
             }
         }
         NOTHING
@@ -272,24 +279,66 @@ unsafe fn put6(to: &mut Address, high: u64, low: u64) {
 /// What stands behind an address and port, or [`NOTHING`].
 #[inline(always)]
 pub(crate) unsafe fn target_of(ipv4: bool, address: &Address, port: [u8; 2], protocol: u8) -> u32 {
-    unsafe {
-        let found = if ipv4 {
-            TARGETS4.get(Key4 {
-                address: first4(address).to_ne_bytes(),
-                port,
-                protocol,
-                pad: 0,
-            })
-        } else {
-            TARGETS6.get(Key6 {
-                address: address.0,
-                port,
-                protocol,
-                pad: 0,
-            })
-        };
-        found.copied().unwrap_or(NOTHING)
+    known(ipv4, address, port, protocol).map_or(NOTHING, |known| unsafe { (*known).target })
+}
+
+#[inline(always)]
+fn known(ipv4: bool, address: &Address, port: [u8; 2], protocol: u8) -> Option<*mut Known> {
+    if ipv4 {
+        TARGETS4.get_ptr_mut(key4(address, port, protocol))
+    } else {
+        TARGETS6.get_ptr_mut(key6(address, port, protocol))
     }
+}
+
+#[inline(always)]
+fn key4(address: &Address, port: [u8; 2], protocol: u8) -> Key4 {
+    Key4 {
+        // SAFETY: the address has sixteen bytes.
+        address: unsafe { first4(address) }.to_ne_bytes(),
+        port,
+        protocol,
+        pad: 0,
+    }
+}
+
+#[inline(always)]
+fn key6(address: &Address, port: [u8; 2], protocol: u8) -> Key6 {
+    Key6 {
+        address: address.0,
+        port,
+        protocol,
+        pad: 0,
+    }
+}
+
+/// Who answers a new flow will be recognised, even if no rule that was read names it. Where there is no room, it
+/// is not: user space sees that the map is full.
+#[inline(always)]
+pub(crate) unsafe fn expect_answer(ipv4: bool, from: &Address, port: [u8; 2], protocol: u8) {
+    let new = Known {
+        target: Target::Pod as u32,
+        former: 0,
+        heard: 0,
+    };
+    let may_answer = port_is(port, PORT_IS_SOURCE);
+    let known = known(ipv4, from, port, protocol).is_some();
+    if known && may_answer {
+        return;
+    }
+    if !known {
+        let _ = if ipv4 {
+            TARGETS4.insert(key4(from, port, protocol), new, 0)
+        } else {
+            TARGETS6.insert(key6(from, port, protocol), new, 0)
+        };
+    }
+    let Some(ports) = PORTS.get_ptr_mut(0) else {
+        return;
+    };
+    let port = u16::from_be_bytes(port) as usize;
+    // SAFETY: as in `port_is`. A bit that another CPU sets in the same byte may be lost, until its next flow.
+    unsafe { *ports.cast::<u8>().add(port >> 2) |= PORT_IS_SOURCE << ((port & 3) << 1) };
 }
 
 /// Who has this address, seen from the node? A packet whose source is its own destination was sent

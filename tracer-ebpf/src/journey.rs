@@ -22,12 +22,12 @@ use tracer_ebpf::histogram::{CELLS, cell_of};
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{
     ANSWERED, Address, Aligned, Cells, HISTOGRAMS, IPV4, IPV6, RESENT, Record, SLOTS, STAGE_NODE,
-    STAGE_RECEIVE, STEPS, Slot, Table, Told, histogram_index, hook, kind, phase, protocol, role,
-    sctp, state, tcp, timed,
+    STAGE_RECEIVE, STEPS, Slot, TUPLE_HASH, Table, Told, histogram_index, hook, kind, phase,
+    protocol, role, sctp, state, tcp, timed,
 };
 
 use crate::details;
-use crate::flow::{Flow, NOTHING, origin_of, read, recognise, target_of};
+use crate::flow::{Flow, NOTHING, expect_answer, origin_of, read, recognise, target_of};
 use crate::kernel::{connection, first4, halves, is_confirmed, low_half, read_start, read_tuples};
 
 /// One in how many later packets is timed; first packets always are.
@@ -327,6 +327,12 @@ unsafe fn finish(table: *mut Table, slot: *mut Slot, transmitted: bool) {
             if let Some(first) = histograms_of(slot) {
                 count(first + u32::from(STAGE_NODE), (*slot).elapsed);
             }
+        }
+        if (*slot).kind == kind::FIRST && (*slot).ct != 0 {
+            let reply = (&raw const (*slot).tuples).cast::<u8>().add(TUPLE_HASH);
+            let port = [*reply.add(16), *reply.add(17)];
+            let from = address_at(reply);
+            expect_answer((*slot).family == IPV4, &from, port, (*slot).protocol);
         }
         if (*slot).kind != 0 {
             send(table, slot, 0, 0, transmitted);

@@ -119,6 +119,18 @@ pub struct Key6 {
     pub pad: u8,
 }
 
+/// What is known of an address, port and protocol of interest.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// What stands there: a [`Target`](crate::path::Target).
+    pub target: u32,
+    /// 1 if it was an endpoint, and is none any more: it is remembered when it was heard of.
+    pub former: u32,
+    /// When a packet came from it last (`CLOCK_MONOTONIC`, ns), if it is a former endpoint; 0 if none did.
+    pub heard: u64,
+}
+
 /// Two bits a port: is it a destination port of interest, a source port of interest?
 pub const PORT_BITS: usize = 65536 * 2 / 8;
 /// First bit of a port in the port map: a Service, NodePort or endpoint port.

@@ -75,6 +75,40 @@ impl Cidr {
         }
     }
 
+    /// The network with this lowest and highest address, if there is one.
+    pub fn from_ends(first: IpAddr, last: IpAddr) -> Option<Self> {
+        let same = match (first, last) {
+            (IpAddr::V4(first), IpAddr::V4(last)) => {
+                (first.to_bits() ^ last.to_bits()).leading_zeros()
+            }
+            (IpAddr::V6(first), IpAddr::V6(last)) => {
+                (first.to_bits() ^ last.to_bits()).leading_zeros()
+            }
+            _ => return None,
+        };
+        let prefix = u8::try_from(same).ok()?;
+        let network = Self {
+            base: first,
+            prefix,
+        };
+        (network.network() == network && network.last() == last).then_some(network)
+    }
+
+    /// The highest address.
+    pub fn last(self) -> IpAddr {
+        let prefix = u32::from(self.prefix);
+        match self.base {
+            IpAddr::V4(base) => {
+                Ipv4Addr::from_bits(base.to_bits() | u32::MAX.checked_shr(prefix).unwrap_or(0))
+                    .into()
+            }
+            IpAddr::V6(base) => {
+                Ipv6Addr::from_bits(base.to_bits() | u128::MAX.checked_shr(prefix).unwrap_or(0))
+                    .into()
+            }
+        }
+    }
+
     /// Its family.
     pub const fn family(self) -> Family {
         Family::of(self.base)

@@ -6,6 +6,7 @@
 //!
 //! That of the tier; BTF for both.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
@@ -14,7 +15,7 @@ use aya::maps::{Array, HashMap as BpfHashMap, Map, PerCpuArray, RingBuf};
 use tracer_ebpf::histogram::{CELLS, bounds_of};
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{
-    Cells, IPV4, IPV6, Key4, Key6, MET, MOST_STAGES, Met, PORT_BITS, PORT_IS_DESTINATION,
+    Cells, IPV4, IPV6, Key4, Key6, Known, MET, MOST_STAGES, Met, PORT_BITS, PORT_IS_DESTINATION,
     PORT_IS_SOURCE, RDONLY_CAST, Record, Stats, Table, Told, histogram_index, state,
 };
 
@@ -116,6 +117,9 @@ impl fmt::Display for Tier {
 pub struct Watch {
     /// Where flows go to: address, IP protocol number, and what stands there.
     pub targets: Vec<(SocketAddr, u8, Target)>,
+    /// Which of `targets` were endpoints, and are none any more: when they were heard of is remembered, see
+    /// [`Probes::heard`].
+    pub former: HashSet<(SocketAddr, u8)>,
     /// The node's own addresses.
     pub node_addresses: Vec<IpAddr>,
     /// The addresses of this node's pods, at most one prefix a family.
@@ -299,6 +303,19 @@ impl Probes {
     /// There is no room for them, or the kernel takes them not.
     pub fn watch_also(&mut self, watch: &Watch) -> Result<(), ProbeError> {
         fill(&mut self.programs, watch)
+    }
+
+    /// When a packet came from a former endpoint last (`CLOCK_MONOTONIC`, ns); `None` if none did since it is one.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not tell.
+    pub fn heard(&self, endpoint: SocketAddr, protocol: u8) -> Result<Option<u64>, ProbeError> {
+        let known = match key_of(endpoint, protocol) {
+            Key::V4(key) => look_up(&self.programs, "TARGETS4", key)?,
+            Key::V6(key) => look_up(&self.programs, "TARGETS6", key)?,
+        };
+        Ok(known.map(|known| known.heard).filter(|heard| *heard > 0))
     }
 
     /// Lets the kernel count what the probes cost from here on, which costs a little more.
@@ -533,7 +550,9 @@ fn fill_priorities(programs: &mut Programs) -> Result<(), ProbeError> {
 }
 
 fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
-    let mut ports = [0_u8; PORT_BITS];
+    let mut map: Array<_, Plain<[u8; PORT_BITS]>> = map_mut(programs, "PORTS")?;
+    // What the probes themselves found to answer goes on.
+    let mut ports = map.get(&0, 0).map_err(map_error("PORTS"))?.0;
     for (address, _, target) in &watch.targets {
         let port = usize::from(address.port());
         ports[port / 4] |= PORT_IS_DESTINATION << (port % 4 * 2);
@@ -541,42 +560,22 @@ fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
             ports[port / 4] |= PORT_IS_SOURCE << (port % 4 * 2);
         }
     }
-    let mut map: Array<_, Plain<[u8; PORT_BITS]>> = map_mut(programs, "PORTS")?;
     map.set(0, Plain(ports), 0).map_err(map_error("PORTS"))?;
 
-    let targets = || watch.targets.iter();
-    insert_all(
-        programs,
-        "TARGETS4",
-        targets().filter_map(|(address, protocol, target)| match address.ip() {
-            IpAddr::V4(ip) => Some((
-                Key4 {
-                    address: ip.octets(),
-                    port: address.port().to_be_bytes(),
-                    protocol: *protocol,
-                    pad: 0,
-                },
-                *target as u32,
-            )),
-            IpAddr::V6(_) => None,
-        }),
-    )?;
-    insert_all(
-        programs,
-        "TARGETS6",
-        targets().filter_map(|(address, protocol, target)| match address.ip() {
-            IpAddr::V6(ip) => Some((
-                Key6 {
-                    address: ip.octets(),
-                    port: address.port().to_be_bytes(),
-                    protocol: *protocol,
-                    pad: 0,
-                },
-                *target as u32,
-            )),
-            IpAddr::V4(_) => None,
-        }),
-    )?;
+    let (mut v4, mut v6) = (Vec::new(), Vec::new());
+    for (address, protocol, target) in &watch.targets {
+        let known = Known {
+            target: *target as u32,
+            former: u32::from(watch.former.contains(&(*address, *protocol))),
+            heard: 0,
+        };
+        match key_of(*address, *protocol) {
+            Key::V4(key) => v4.push((key, known)),
+            Key::V6(key) => v6.push((key, known)),
+        }
+    }
+    know_all(programs, "TARGETS4", v4)?;
+    know_all(programs, "TARGETS6", v6)?;
     let nodes = || watch.node_addresses.iter();
     insert_all(
         programs,
@@ -594,6 +593,66 @@ fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
             IpAddr::V4(_) => None,
         }),
     )
+}
+
+/// A key of one of the two families' maps.
+enum Key {
+    V4(Key4),
+    V6(Key6),
+}
+
+fn key_of(socket: SocketAddr, protocol: u8) -> Key {
+    let port = socket.port().to_be_bytes();
+    match socket.ip() {
+        IpAddr::V4(ip) => Key::V4(Key4 {
+            address: ip.octets(),
+            port,
+            protocol,
+            pad: 0,
+        }),
+        IpAddr::V6(ip) => Key::V6(Key6 {
+            address: ip.octets(),
+            port,
+            protocol,
+            pad: 0,
+        }),
+    }
+}
+
+/// What the probes know of a target; `None` if they do not know it.
+fn look_up<K: Copy + 'static>(
+    programs: &Programs,
+    name: &'static str,
+    key: K,
+) -> Result<Option<Known>, ProbeError> {
+    let map = programs.map(name).ok_or_else(|| missing(name))?;
+    let map: BpfHashMap<_, Plain<K>, Plain<Known>> =
+        BpfHashMap::try_from(map).map_err(map_error(name))?;
+    match map.get(&Plain(key), 0) {
+        Ok(known) => Ok(Some(known.0)),
+        Err(aya::maps::MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(map_error(name)(error)),
+    }
+}
+
+/// Tells the probes of targets. When a former endpoint was heard is theirs to say, and not overwritten.
+fn know_all<K: Copy + 'static>(
+    programs: &mut Programs,
+    name: &'static str,
+    targets: Vec<(K, Known)>,
+) -> Result<(), ProbeError> {
+    let mut map: BpfHashMap<_, Plain<K>, Plain<Known>> = map_mut(programs, name)?;
+    for (key, known) in targets {
+        if known.former != 0
+            && let Ok(before) = map.get(&Plain(key), 0)
+            && before.0.former != 0
+        {
+            continue;
+        }
+        map.insert(Plain(key), Plain(known), 0)
+            .map_err(map_error(name))?;
+    }
+    Ok(())
 }
 
 /// Puts every entry into one of the hash maps, which is looked up once.

@@ -184,10 +184,13 @@ impl Directory {
         self.services.iter().any(|known| !known.former.is_empty())
     }
 
-    /// What was an endpoint of some Service, and is none of it any more.
-    pub fn former(&self) -> HashSet<SocketAddr> {
-        let former = self.services.iter().flat_map(|known| known.former.keys());
-        former.copied().collect()
+    /// What was an endpoint of some Service, and is none of it any more: address and protocol number.
+    pub fn former(&self) -> HashSet<(SocketAddr, u8)> {
+        let former = self.services.iter().flat_map(|known| {
+            let former = known.former.keys();
+            former.map(|endpoint| (*endpoint, known.protocol))
+        });
+        former.collect()
     }
 
     /// What is known under an index.

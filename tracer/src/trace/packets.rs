@@ -97,8 +97,7 @@ impl Reader {
                     key,
                     index,
                     known: record.confirmed != 0,
-                    further: record.state != state::REPLY
-                        && destination_of(record) != key.destination,
+                    further: record.state != state::REPLY && self.is_further(record, &key),
                     journey: Box::new(self.journey(heard, key, index, directory)),
                 };
             }
@@ -145,7 +144,11 @@ impl Reader {
             (_, None) => End::Unknown,
             (_, Some(headed)) if is_endpoint(&headed) && transmitted => End::Sent,
             (_, Some(headed)) if is_endpoint(&headed) => End::Delivered,
-            (_, Some(headed)) if headed == asked && !transmitted => End::Untranslated,
+            (_, Some(headed))
+                if headed == asked && (!transmitted || self.local.contains(&headed.ip())) =>
+            {
+                End::Untranslated
+            }
             (_, Some(headed)) if headed == asked && virtual_address => End::Leaked,
             (_, Some(_)) => End::Elsewhere,
         };
@@ -173,20 +176,34 @@ impl Reader {
         }
     }
 
+    /// Has the packet been over the node before: translated to an endpoint on this very node, or sent by the node
+    /// to itself?
+    fn is_further(&self, record: &Record, key: &Key) -> bool {
+        let came_from_us = !is_ours(record) && self.local.contains(&key.source.ip());
+        destination_of(record) != key.destination || came_from_us && record.confirmed != 0
+    }
+
     /// Who sent the RST?
     fn who_reset(&self, record: &Record, tuples: Option<&Tuples>) -> Who {
         match tuples {
-            Some(tuples) if record.state == state::REPLY => {
-                if is_ours(record) && !self.local.contains(&tuples.answers.ip()) {
-                    Who::Node
-                } else {
-                    Who::Endpoint(tuples.answers)
-                }
-            }
+            Some(tuples) if record.state == state::REPLY => self.who_answers(record, tuples),
             Some(_) => Who::Client,
             // Conntrack does not track what refuses an untracked packet.
             None if is_ours(record) => Who::Node,
             None => Who::Endpoint(source_of(record)),
+        }
+    }
+
+    /// Who refuses a tracked flow? What comes from the node itself comes from an endpoint if the flow was
+    /// translated to one of its addresses. An untranslated one was for no endpoint.
+    fn who_answers(&self, record: &Record, tuples: &Tuples) -> Who {
+        let local = self.local.contains(&tuples.answers.ip());
+        let translated = tuples.answers != tuples.destination;
+        match (is_ours(record), translated) {
+            (true, true) if local => Who::Endpoint(tuples.answers),
+            (true, _) => Who::Node,
+            (false, true) => Who::Endpoint(tuples.answers),
+            (false, false) => Who::Beyond,
         }
     }
 
@@ -196,15 +213,7 @@ impl Reader {
             return None;
         }
         let who = match tuples {
-            // Untranslated, it was for nobody but the node.
-            Some(tuples) if is_ours(record) => {
-                let translated = tuples.answers != tuples.destination;
-                if translated && self.local.contains(&tuples.answers.ip()) {
-                    Who::Endpoint(tuples.answers)
-                } else {
-                    Who::Node
-                }
-            }
+            Some(tuples) if is_ours(record) => self.who_answers(record, tuples),
             None if is_ours(record) => Who::Node,
             // Translation leaves nothing of the error's own source; but only its destination can say that
             // nobody listens there.

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tracer_ebpf::path::{Path, Target};
+use tracer_ebpf::path::{Origin, Path, Target};
 
 use super::changes::{ChangesError, Listening, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
@@ -19,7 +19,7 @@ use super::stuck::{self, Stuck};
 use super::summary::{Health, Rest, Summary};
 use super::tally::Tally;
 use super::timeline::Timeline;
-use crate::cluster::Cidr;
+use crate::cluster::{Cidr, Family};
 use crate::kernel::addresses::{self, AddressError};
 use crate::kernel::btf::BtfError;
 use crate::kernel::clock::monotonic_ns;
@@ -39,6 +39,8 @@ const SPARE: u32 = 16 << 10;
 const CHANGES: usize = 10_000;
 /// Outages that a summary holds at most.
 const OUTAGES: usize = 1000;
+/// Packets at most that wait for the rules to be read.
+const HELD: usize = 10_000;
 /// How long the rules must have been left alone before they are read again.
 const SETTLED: Duration = Duration::from_millis(500);
 
@@ -91,7 +93,7 @@ pub struct Options {
     /// Only these; empty: all Services.
     pub choices: Vec<Choice>,
     /// Where pods live: who comes from there comes from a pod, everybody else but the node itself from
-    /// outside. At most one network a family.
+    /// outside. At most one network a family; of a family without one, what the rules say.
     pub pod_cidrs: Vec<Cidr>,
     /// Have the kernel count what the probes cost, which costs a little more.
     pub cost: bool,
@@ -118,6 +120,14 @@ impl Options {
         let mut ends = ends.into_iter().flatten();
         (self.pods.is_empty() || ends.any(|end| self.pods.contains(&end.ip())))
             && (self.paths.is_empty() || self.paths.iter().any(|path| path.title() == journey.path))
+    }
+
+    /// Are flows of pods asked for, and is it not known where pods live?
+    fn no_pods(&self) -> Option<String> {
+        let asked = self.paths.iter().any(|path| path.origin == Origin::Pod);
+        let hint = "the rules do not say where pods live: all their flows count as external, and none as a pod's; \
+                    name their network with --pod-cidr";
+        (asked && self.pod_cidrs.is_empty()).then(|| hint.to_owned())
     }
 
     /// Are all flows of the chosen Services asked for?
@@ -168,6 +178,19 @@ impl Event {
     }
 }
 
+/// Which packet of its flow is it?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// The first.
+    First,
+    /// The first, sent once more.
+    Repeated,
+    /// The first, further on its way over the node.
+    Further,
+    /// A later one.
+    Later,
+}
+
 /// Probes at work.
 #[derive(Debug)]
 pub struct Session {
@@ -178,6 +201,8 @@ pub struct Session {
     watcher: Watcher,
     reader: Reader,
     flows: Flows,
+    /// Packets that went to no known endpoint, while the rules are read again.
+    held: Vec<(Turn, Heard)>,
     stuck: stuck::Watch,
     outages: Outages,
     ended_outages: Vec<Outage>,
@@ -213,6 +238,10 @@ impl Session {
                 unmatched: hints::unmatched(&options.choices, &found),
             });
         }
+        let options = Options {
+            pod_cidrs: pod_cidrs(&options.pod_cidrs, &found.pod_cidrs),
+            ..options
+        };
         let started_ns = monotonic_ns();
         let mut probes = Probes::attach(
             options.tier,
@@ -238,6 +267,7 @@ impl Session {
                 local: local.iter().copied().collect(),
             },
             flows: Flows::default(),
+            held: Vec::new(),
             stuck: stuck::Watch::default(),
             outages: Outages::default(),
             ended_outages: Vec::new(),
@@ -246,6 +276,7 @@ impl Session {
                 .chain(hints::unmatched(&options.choices, &found))
                 .chain(hints::hijacked(&addresses::absorbed(ns)?, &found))
                 .chain(missing)
+                .chain(options.no_pods())
                 .collect(),
             options,
             probes,
@@ -324,11 +355,20 @@ impl Session {
         for heard in heard {
             self.hear(&heard, &mut events);
         }
-        events.extend(self.learn()?);
-        let reading = self.changed.is_some() || self.reading.is_some();
+        self.learn(&mut events)?;
+        let reading = self.is_outdated();
         let decided = self.flows.decide(&self.directory, reading, monotonic_ns());
         self.count(decided, &mut events);
-        for stuck in self.stuck.poll(&self.ns, &self.directory) {
+        let probes = &self.probes;
+        let heard = |endpoint, protocol| probes.heard(endpoint, protocol);
+        // By rules that were read before they changed, an endpoint is not dead.
+        let stuck = if reading {
+            self.stuck.pause();
+            Vec::new()
+        } else {
+            self.stuck.poll(&self.ns, &self.directory, heard)?
+        };
+        for stuck in stuck {
             *self.tallies[stuck.index]
                 .stuck
                 .entry(stuck.endpoint)
@@ -344,17 +384,25 @@ impl Session {
         Ok(events)
     }
 
+    /// Have the rules changed since they were read?
+    const fn is_outdated(&self) -> bool {
+        self.changed.is_some() || self.reading.is_some()
+    }
+
     /// Has what was asked to be read again, in the background, been read?
-    fn learn(&mut self) -> Result<Option<Event>, TraceError> {
+    fn learn(&mut self, events: &mut Vec<Event>) -> Result<(), TraceError> {
         if let Some(reading) = &self.reading {
             let found = match reading.try_recv() {
-                Err(TryRecvError::Empty) => return Ok(None),
+                Err(TryRecvError::Empty) => return Ok(()),
                 // The thread is gone without a word: it panicked, and has said so.
                 Err(TryRecvError::Disconnected) => None,
                 Ok(found) => Some(found?),
             };
             self.reading = None;
-            let Some(found) = found else { return Ok(None) };
+            let Some(found) = found else {
+                self.tell_held(events);
+                return Ok(());
+            };
             let local = addresses::of_node(&self.ns)?;
             self.directory.learn(&found, &local, self.changed_ns);
             self.reader.local = local.iter().copied().collect();
@@ -366,17 +414,19 @@ impl Session {
                 let services = self.directory.services().iter();
                 services.filter(|service| service.there == there).count()
             };
-            return Ok(Some(Event::Services {
+            events.push(Event::Services {
                 time_ns: monotonic_ns(),
                 there: there(true),
                 gone: there(false),
-            }));
+            });
+            self.tell_held(events);
+            return Ok(());
         }
         if self.changed.is_some_and(|at| at.elapsed() >= SETTLED) {
             self.changed = None;
             self.reading = Some(begin_to_read(&self.ns));
         }
-        Ok(None)
+        Ok(())
     }
 
     /// Takes in what the probes told.
@@ -393,20 +443,26 @@ impl Session {
                     self.others += 1;
                     return;
                 }
-                if further && journey.first {
+                let turn = if !journey.first {
+                    Turn::Later
+                } else if further {
                     self.flows.further(key, &journey);
                     if !matches!(journey.end, End::Dropped { .. }) {
                         return;
                     }
-                } else if !journey.first {
-                    self.tallies[index].add_later(&journey);
+                    Turn::Further
                 } else if self.flows.first(key, index, &journey, known) {
-                    self.tallies[index].add(&journey);
-                    self.timeline.add(self.started_ns, &journey);
+                    Turn::First
                 } else {
-                    self.tallies[index].repeated += 1;
+                    Turn::Repeated
+                };
+                // The rules that are about to be read may say that it went to an endpoint.
+                let open = journey.end == End::Elsewhere && self.is_outdated();
+                if open && self.held.len() < HELD {
+                    self.held.push((turn, heard.clone()));
+                } else {
+                    self.tell(turn, index, *journey, events);
                 }
-                events.push(Event::Journey(*journey));
             }
             Told::Back {
                 key,
@@ -423,6 +479,31 @@ impl Session {
                 }
             }
             Told::Other => self.others += 1,
+        }
+    }
+
+    /// Counts a packet, and tells of it.
+    fn tell(&mut self, turn: Turn, index: usize, journey: Journey, events: &mut Vec<Event>) {
+        match turn {
+            Turn::First => {
+                self.tallies[index].add(&journey);
+                self.timeline.add(self.started_ns, &journey);
+            }
+            Turn::Repeated => self.tallies[index].repeated += 1,
+            // Its flow is counted with what became of it.
+            Turn::Further => {}
+            Turn::Later => self.tallies[index].add_later(&journey),
+        }
+        events.push(Event::Journey(journey));
+    }
+
+    /// Tells of the packets that waited for the rules.
+    fn tell_held(&mut self, events: &mut Vec<Event>) {
+        for (turn, heard) in std::mem::take(&mut self.held) {
+            if let Told::Journey { index, journey, .. } = self.reader.read(&heard, &self.directory)
+            {
+                self.tell(turn, index, *journey, events);
+            }
         }
     }
 
@@ -452,7 +533,7 @@ impl Session {
             self.reading = Some(begin_to_read(&self.ns));
         }
         while self.reading.is_some() {
-            events.extend(self.learn()?);
+            self.learn(&mut events)?;
             std::thread::sleep(Duration::from_millis(1));
         }
         let decided = self.flows.finish(&self.directory, monotonic_ns());
@@ -513,9 +594,19 @@ fn read(ns: &Netns) -> Result<Found, TraceError> {
     Ok(services::read(&dump::dump(ns)?)?)
 }
 
+/// Where pods live: what was asked for, and of other families what the rules say.
+fn pod_cidrs(asked: &[Cidr], found: &[Cidr]) -> Vec<Cidr> {
+    let of = |family| {
+        let mut all = asked.iter().chain(found).copied();
+        all.find(|cidr: &Cidr| cidr.family() == family)
+    };
+    Family::ALL.into_iter().filter_map(of).collect()
+}
+
 fn watch(directory: &Directory, local: Vec<IpAddr>, options: &Options) -> Watch {
     Watch {
         targets: directory.targets(),
+        former: directory.former(),
         node_addresses: local,
         pod_cidrs: options
             .pod_cidrs

@@ -2,7 +2,8 @@
 //!
 //! Nothing but conntrack's own list tells of them: their packets are no first packets. It is read in the
 //! background while the rules have dropped endpoints, and an entry whose remaining time does not run down
-//! has packets that keep it alive.
+//! has packets that keep it alive. The endpoint may still answer them: kube-proxy leaves established TCP
+//! connections alone. A flow is stuck if its entry was renewed twice, and nothing came from the endpoint meanwhile.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -16,11 +17,14 @@ use super::flows::Key;
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::conntrack::{self, ConntrackError, Entry};
 use crate::kernel::netns::Netns;
+use crate::probe::tier::ProbeError;
 
 /// How often the list is read while there may be something in it.
 const EVERY: Duration = Duration::from_secs(2);
 /// The most flows that are remembered.
 const MOST: usize = 100_000;
+/// A request may be seen before its answer: one renewal says nothing.
+const UNHEARD: u32 = 2;
 /// Entries' times are told in whole seconds: one that lags behind the clock by more than this was renewed.
 const ROUNDING_S: u64 = 1;
 
@@ -59,7 +63,10 @@ impl std::fmt::Display for Stuck {
 struct Seen {
     at: Instant,
     timeout_s: u32,
-    told: bool,
+    /// When its endpoint had been heard of last (`CLOCK_MONOTONIC`, ns).
+    heard_ns: Option<u64>,
+    /// How often it was renewed while nothing came from its endpoint.
+    unheard: u32,
 }
 
 /// Looks for stuck flows.
@@ -78,21 +85,32 @@ impl Watch {
         self.failure.as_deref()
     }
 
-    /// The flows of which it is known since the last call that they are stuck.
-    pub fn poll(&mut self, ns: &Netns, directory: &Directory) -> Vec<Stuck> {
+    /// The directory is not to be believed at the moment.
+    pub fn pause(&mut self) {
+        self.reading = None;
+    }
+
+    /// The flows of which it is known since the last call that they are stuck. `heard` tells when a packet came
+    /// from a former endpoint last.
+    pub fn poll(
+        &mut self,
+        ns: &Netns,
+        directory: &Directory,
+        heard: impl Fn(SocketAddr, u8) -> Result<Option<u64>, ProbeError>,
+    ) -> Result<Vec<Stuck>, ProbeError> {
         if let Some(reading) = &self.reading {
             let entries = match reading.try_recv() {
-                Err(TryRecvError::Empty) => return Vec::new(),
+                Err(TryRecvError::Empty) => return Ok(Vec::new()),
                 Err(TryRecvError::Disconnected) => Ok(Vec::new()),
                 Ok(entries) => entries,
             };
             self.reading = None;
             self.last = Some(Instant::now());
             return match entries {
-                Ok(entries) => self.compare(&entries, directory, Instant::now()),
+                Ok(entries) => self.compare(&entries, directory, Instant::now(), heard),
                 Err(error) => {
                     self.failure = Some(error.to_string());
-                    Vec::new()
+                    Ok(Vec::new())
                 }
             };
         }
@@ -100,10 +118,16 @@ impl Watch {
         if due && self.failure.is_none() && directory.has_former() {
             self.reading = Some(begin(ns, directory));
         }
-        Vec::new()
+        Ok(Vec::new())
     }
 
-    fn compare(&mut self, entries: &[Entry], directory: &Directory, now: Instant) -> Vec<Stuck> {
+    fn compare(
+        &mut self,
+        entries: &[Entry],
+        directory: &Directory,
+        now: Instant,
+        heard: impl Fn(SocketAddr, u8) -> Result<Option<u64>, ProbeError>,
+    ) -> Result<Vec<Stuck>, ProbeError> {
         let mut stuck = Vec::new();
         let mut seen = HashMap::with_capacity(entries.len().min(MOST));
         for entry in entries.iter().take(MOST) {
@@ -121,8 +145,10 @@ impl Watch {
                 let left_s = u64::from(before.timeout_s).saturating_sub(passed_s);
                 u64::from(entry.timeout_s) > left_s + ROUNDING_S
             });
-            let told = before.is_some_and(|before| before.told);
-            if renewed && !told {
+            let heard_ns = heard(entry.answers, entry.protocol)?;
+            let silent = before.filter(|before| before.heard_ns == heard_ns);
+            let unheard = silent.map_or(0, |before| before.unheard + u32::from(renewed));
+            if renewed && unheard == UNHEARD {
                 stuck.push(Stuck {
                     time_ns: monotonic_ns(),
                     index,
@@ -137,12 +163,13 @@ impl Watch {
             let this = Seen {
                 at: now,
                 timeout_s: entry.timeout_s,
-                told: told || renewed,
+                heard_ns,
+                unheard,
             };
             seen.insert(key, before.copied().filter(|_| !renewed).unwrap_or(this));
         }
         self.seen = seen;
-        stuck
+        Ok(stuck)
     }
 }
 
@@ -165,7 +192,9 @@ fn begin(ns: &Netns, directory: &Directory) -> Receiver<Result<Vec<Entry>, Connt
     let former = directory.former();
     let ns = ns.clone();
     std::thread::spawn(move || {
-        let entries = conntrack::list(&ns, |entry| former.contains(&entry.answers));
+        let entries = conntrack::list(&ns, |entry| {
+            former.contains(&(entry.answers, entry.protocol))
+        });
         // A session that has ended does not want to know.
         let _ = tell.send(entries);
     });
@@ -197,25 +226,38 @@ mod tests {
         };
         let mut watch = Watch::default();
         let begin = Instant::now();
-        let mut look = |after_s, entries: &[Entry]| {
+        let mut look = |after_s, heard_ns: Option<u64>, entries: &[Entry]| {
             let now = begin + Duration::from_secs(after_s);
-            let stuck = watch.compare(entries, &directory, now);
+            let heard = |_, _| Ok(heard_ns);
+            let stuck = watch.compare(entries, &directory, now, heard);
             stuck
+                .expect("nothing fails here")
                 .iter()
                 .map(|stuck| stuck.source.port())
                 .collect::<Vec<_>>()
         };
+        let none = [0_u16; 0];
         assert_eq!(
-            look(0, &[entry(1, 100), entry(2, 100), unanswered]),
-            [0_u16; 0]
+            look(0, None, &[entry(1, 100), entry(2, 100), unanswered]),
+            none
         );
-        assert_eq!(look(3, &[entry(1, 97), entry(2, 99), unanswered]), [2]);
-        // Told once.
+        // Once may be a request whose answer is under way.
         assert_eq!(
-            look(6, &[entry(1, 94), entry(2, 99), unanswered]),
-            [0_u16; 0]
+            look(3, None, &[entry(1, 97), entry(2, 99), unanswered]),
+            none
         );
+        assert_eq!(
+            look(6, None, &[entry(1, 94), entry(2, 99), unanswered]),
+            [2]
+        );
+        // Told once; and the endpoint is there after all.
+        assert_eq!(look(9, None, &[entry(1, 91), entry(2, 99)]), none);
+        assert_eq!(look(12, Some(1), &[entry(1, 99), entry(2, 99)]), none);
+        assert_eq!(look(15, Some(2), &[entry(1, 99)]), none);
         // Renewed rarely.
-        assert_eq!(look(9, &[entry(1, 99)]), [1]);
+        assert_eq!(look(18, Some(2), &[entry(1, 96)]), none);
+        assert_eq!(look(21, Some(2), &[entry(1, 99)]), none);
+        assert_eq!(look(24, Some(2), &[entry(1, 96)]), none);
+        assert_eq!(look(27, Some(2), &[entry(1, 99)]), [1]);
     }
 }

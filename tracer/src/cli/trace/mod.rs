@@ -72,7 +72,8 @@ pub(crate) struct Args {
     /// and drops and answers are told of all.
     #[arg(long, value_name = "1/N", value_parser = sample, default_value = "1/64")]
     sample: u32,
-    /// Where pods live: tells pod→ClusterIP from external→ClusterIP; one network a family.
+    /// Where pods live: tells pod→ClusterIP from external→ClusterIP; one network a family; default: what the
+    /// rules say.
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
     pod_cidr: Vec<Cidr>,
     /// The node's network namespace, as a path; default: this one.

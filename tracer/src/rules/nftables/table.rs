@@ -687,6 +687,12 @@ impl Ranges {
         Self(ranges)
     }
 
+    /// The network that they are; `None` if they are none.
+    pub fn network(&self) -> Option<Cidr> {
+        let [range] = self.0[..] else { return None };
+        Cidr::from_ends(range.first, range.last)
+    }
+
     /// Does `address` lie in one of them?
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.iter().any(|range| range.contains(address))

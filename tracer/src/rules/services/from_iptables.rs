@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 
 use super::{Collector, Foreign, Found, FoundService, FrontendKind, Refusal, owner};
-use crate::cluster::{Protocol, TrafficPolicy};
+use crate::cluster::{Cidr, Protocol, TrafficPolicy};
 use crate::rules::Mode;
 use crate::rules::iptables::rule::{
     Chain, IpProtocol, Match, Rule, Table, Tables, Target, built_in_chains,
@@ -63,6 +63,11 @@ pub(super) fn read(tables: &Tables<'_>, mode: &'static str, found: &mut Found) {
         for rule in rules(nat, "KUBE-NODEPORTS") {
             add_node_port(nat, rule, &mut collector);
         }
+        for rule in nat.chains.iter().flat_map(|chain| &chain.rules) {
+            if let Some(pods) = pods_of(rule) {
+                found.add_pod_cidr(pods);
+            }
+        }
     }
     if let Some(filter) = tables.table("filter") {
         for (chain, kind) in [
@@ -87,6 +92,12 @@ pub(super) fn read(tables: &Tables<'_>, mode: &'static str, found: &mut Found) {
     for table in &tables.list {
         add_foreign(tables, table, found);
     }
+}
+
+/// The pod network, of a rule that has everybody else masqueraded.
+fn pods_of(rule: &Rule<'_>) -> Option<Cidr> {
+    let source = rule.source.as_ref()?;
+    (rule.chain() == Some(MARK_MASQ) && source.negated).then_some(source.value)
 }
 
 fn rules<'t, 'a>(table: &'t Table<'a>, chain: &str) -> &'t [Rule<'a>] {

@@ -7,11 +7,11 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::{Collector, Foreign, Found, FoundService, FrontendKind, NftTable, Refusal, owner};
-use crate::cluster::{Family, Protocol, TrafficPolicy};
+use crate::cluster::{Cidr, Family, Protocol, TrafficPolicy};
 use crate::rules::Mode;
 use crate::rules::nftables::table::{
-    Chain, Element, Field, Key, KeyText, Mapped, Operand, Ruleset, Set, Statement, Table, Target,
-    Value, Verdict, VerdictMap,
+    Chain, Element, Field, Key, KeyText, Mapped, Operand, Rule, Ruleset, Set, Statement, Table,
+    Target, Value, Verdict, VerdictMap,
 };
 
 const SERVICE: &str = "service-";
@@ -25,6 +25,11 @@ pub(super) fn read(ruleset: &Ruleset, family: Family, found: &mut Found) {
         let mut collector = Collector::new(Mode::Nftables.name(), family);
         add_table(table, &mut collector);
         collector.finish(found);
+        for rule in table.chains.values().flat_map(|chain| &chain.rules) {
+            if let Some(pods) = pods_of(rule) {
+                found.add_pod_cidr(pods);
+            }
+        }
     }
     found
         .nft_tables
@@ -40,6 +45,24 @@ pub(super) fn read(ruleset: &Ruleset, family: Family, found: &mut Found) {
             owner: owner(name),
             count: None,
         }));
+}
+
+/// The pod network, of a rule that has everybody else masqueraded.
+fn pods_of(rule: &Rule) -> Option<Cidr> {
+    let mut statements = rule.statements.iter();
+    if !statements.any(|one| matches!(one, Statement::Mark(_))) {
+        return None;
+    }
+    rule.statements
+        .iter()
+        .find_map(|statement| match statement {
+            Statement::Match {
+                fields,
+                negated: true,
+                operand: Operand::Addresses(addresses),
+            } if matches!(fields[..], [Field::Source(_)]) => addresses.network(),
+            _ => None,
+        })
 }
 
 fn add_table(table: &Table, collector: &mut Collector) {

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::dump::{self, Texts, Unreadable};
 use super::{Mode, nftables};
-use crate::cluster::{Family, Protocol, TrafficPolicy};
+use crate::cluster::{Cidr, Family, Protocol, TrafficPolicy};
 
 mod from_iptables;
 mod from_ipvs;
@@ -24,6 +24,10 @@ pub struct Found {
     /// The modes whose rules are there; more than one if a switch left some behind. `iptables`
     /// where the dump does not say which back end it is of.
     pub modes: Vec<&'static str>,
+    /// The pod networks: who does not come from there is masqueraded. Empty if the rules name none, as where
+    /// kube-proxy knows pods by their interfaces.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pod_cidrs: Vec<Cidr>,
     /// Every `ServicePort`, by mode, family, name and protocol.
     pub services: Vec<FoundService>,
     /// Health check NodePorts whose Service the rules do not name, as in IPVS mode.
@@ -38,6 +42,13 @@ pub struct Found {
 }
 
 impl Found {
+    /// Takes in a pod network, once.
+    fn add_pod_cidr(&mut self, cidr: Cidr) {
+        if !self.pod_cidrs.contains(&cidr) {
+            self.pod_cidrs.push(cidr);
+        }
+    }
+
     /// Every address of a Service that the rules name.
     pub fn virtual_ips(&self) -> impl Iterator<Item = IpAddr> {
         let frontends = self.services.iter().flat_map(|service| &service.frontends);

@@ -54,6 +54,14 @@ fn real_nftables() -> Found {
     read(&texts).expect("a real dump")
 }
 
+#[test]
+fn rules_name_the_pod_networks() {
+    let cidr = |text| Cidr::parse_sloppy(text).expect("a network");
+    let wanted = [cidr("10.244.0.0/16"), cidr("fd00:10:244::/56")];
+    assert_eq!(real_iptables().pod_cidrs, wanted);
+    assert_eq!(real_nftables().pod_cidrs, wanted);
+}
+
 fn one_text(text: &str) -> Found {
     let source = Source {
         origin: "iptables.save".to_owned(),
