@@ -10,7 +10,8 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use aya::Pod;
-use aya::maps::{Array, HashMap as BpfHashMap, Map, PerCpuArray, RingBuf};
+use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, PerCpuArray, RingBuf};
+use serde::Serialize;
 use tracer_ebpf::histogram::{CELLS, bounds_of};
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{
@@ -70,7 +71,8 @@ pub enum ProbeError {
 }
 
 /// What tells where packets are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Tier {
     /// Netfilter links between the components of each hook: kernel 6.4 and later.
     Hooks,
@@ -197,15 +199,26 @@ pub struct Times {
 }
 
 /// The attached probes; dropping them detaches everything.
-#[derive(Debug)]
 pub struct Probes {
     tier: Tier,
     programs: Programs,
+    /// Mapped once: to map its 16 MB, twice each, takes as long as a thousand records.
+    records: RingBuf<MapData>,
     messages: Option<log::Reader>,
     tracepoints: Vec<Link>,
     attached: Attached,
     counting: Option<Counting>,
     detail: Detail,
+}
+
+impl fmt::Debug for Probes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Probes")
+            .field("tier", &self.tier)
+            .field("detail", &self.detail)
+            .field("attached", &self.attached)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A plain value of one of the probes' maps.
@@ -250,9 +263,13 @@ impl Probes {
                 functions::attach(&mut programs, watch, &constants)?
             }
         };
+        let records = programs
+            .take_map("RECORDS")
+            .ok_or_else(|| missing("RECORDS"))?;
         Ok(Self {
             tier,
             programs,
+            records: RingBuf::try_from(records).map_err(map_error("RECORDS"))?,
             messages: log::reader("kfree_skb"),
             tracepoints,
             attached,
@@ -404,13 +421,8 @@ impl Probes {
         if let Some(messages) = &mut self.messages {
             messages.flush();
         }
-        let map = self
-            .programs
-            .map_mut("RECORDS")
-            .ok_or_else(|| missing("RECORDS"))?;
-        let mut ring = RingBuf::try_from(map).map_err(map_error("RECORDS"))?;
         let mut records = Vec::new();
-        while let Some(bytes) = ring.next() {
+        while let Some(bytes) = self.records.next() {
             if bytes.len() >= size_of::<Record>() {
                 // SAFETY: Record is repr(C), made of integers and arrays of them, and the bytes
                 // were written as one by the kernel program.
