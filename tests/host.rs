@@ -295,6 +295,13 @@ fn safety_of_a_burst() {
     a_burst_of_new_flows_is_told_or_counted(true);
 }
 
+/// `cargo test --release -p tests --test host rates -- --ignored --nocapture`
+#[test]
+#[ignore = "measures this machine, which tells only of a release build on an idle one"]
+fn rates_of_new_flows() {
+    tests::safety::rates_of_new_flows();
+}
+
 #[test]
 fn hooks_of_both_families() {
     tests::tiers::both_families_are_followed_in_one_namespace(Tier::Hooks);

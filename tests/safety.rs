@@ -9,16 +9,18 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::time::{ClockId, clock_gettime};
 use tracer::cluster::Protocol;
 use tracer::kernel::netns::Netns;
 use tracer::kernel::tun::Tun;
 use tracer::kernel::{conntrack, tool};
 use tracer::lab::plan;
+use tracer::probe::catalogue::Detail;
 use tracer::probe::tier::{Probes, Tier, Watch};
 use tracer::rules::Mode;
 use tracer::rules::walk::{Origin, Packet, State};
 use tracer::scenario::node::TestNode;
-use tracer::trace::session::Session;
+use tracer::trace::session::{Options, Session};
 use tracer_ebpf::path::Target;
 
 use crate::oracle::packet_bytes;
@@ -268,29 +270,32 @@ fn resident() -> u64 {
     kilobytes.expect("a number") << 10
 }
 
-/// New flows as fast as one CPU can send them, to a Service whose endpoint is silent: told and lost are
-/// together all, and what they take of memory has an end. A session that is `deaf` meanwhile, which is more than
-/// the ring buffer can bear, counts what it lost; one that listens loses nothing.
-pub fn a_burst_of_new_flows_is_told_or_counted(deaf: bool) {
-    const FLOWS: u32 = 100_000;
-    const PORTS_EACH: u32 = 10_000;
-    /// Of the pods' network, and nobody's.
-    const SOURCES: Ipv4Addr = Ipv4Addr::new(10, 244, 112, 0);
-    const MOST_MEMORY: u64 = 256 << 20;
-    let mut node = TestNode::build(2, 1).expect("a laboratory");
-    let silent = plan::NODE2_SERVERS.nth(100);
-    node.cluster.services[SERVICE].ports[0].endpoints[0].address = silent;
-    on_one_thread(node.apply(Mode::Nftables)).expect("rules");
-    let silence = format!(
-        "add table ip fault; add chain ip fault in {{ type filter hook prerouting priority -300; }}; \
-         add rule ip fault in ip daddr {silent} drop"
-    );
-    tool::run(node.lab.node2(), "nft", &[&silence], "").expect("nft");
-    let mut link = Tun::create(node.lab.node(), "burst").expect("a link");
-    tool::run(node.lab.node(), "ip", &["link", "set", "burst", "up"], "").expect("ip");
-    let vip = vip_of(&node);
-    let packets: Vec<Vec<u8>> = (0..FLOWS)
-        .map(|number| {
+/// New flows to a Service whose endpoint is silent, ready to be sent.
+struct Burst {
+    node: TestNode,
+    link: Tun,
+    packets: Vec<Vec<u8>>,
+}
+
+impl Burst {
+    /// As many flows, each from an address and port of its own.
+    fn new(flows: u32) -> Self {
+        const PORTS_EACH: u32 = 10_000;
+        /// Of the pods' network, and nobody's.
+        const SOURCES: Ipv4Addr = Ipv4Addr::new(10, 244, 112, 0);
+        let mut node = TestNode::build(2, 1).expect("a laboratory");
+        let silent = plan::NODE2_SERVERS.nth(100);
+        node.cluster.services[SERVICE].ports[0].endpoints[0].address = silent;
+        on_one_thread(node.apply(Mode::Nftables)).expect("rules");
+        let silence = format!(
+            "add table ip fault; add chain ip fault in {{ type filter hook prerouting priority -300; }}; \
+             add rule ip fault in ip daddr {silent} drop"
+        );
+        tool::run(node.lab.node2(), "nft", &[&silence], "").expect("nft");
+        let link = Tun::create(node.lab.node(), "burst").expect("a link");
+        tool::run(node.lab.node(), "ip", &["link", "set", "burst", "up"], "").expect("ip");
+        let vip = vip_of(&node);
+        let packet = |number: u32| {
             let from = u32::from(SOURCES) + 1 + number / PORTS_EACH;
             let packet = Packet {
                 origin: Origin::Link(Some("burst".to_owned())),
@@ -302,23 +307,51 @@ pub fn a_burst_of_new_flows_is_told_or_counted(deaf: bool) {
                 state: State::New,
             };
             packet_bytes(&packet, number)
-        })
-        .collect();
-    let mut session =
-        Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
-    let before = resident();
-    let took = std::thread::scope(|scope| {
-        let sender = scope.spawn(|| {
-            let begin = Instant::now();
-            for packet in &packets {
-                link.send(packet).expect("the node takes it");
+        };
+        Self {
+            packets: (0..flows).map(packet).collect(),
+            node,
+            link,
+        }
+    }
+
+    /// Sends all of it as fast as one CPU can, and does `meanwhile` over and over.
+    fn send(&mut self, mut meanwhile: impl FnMut()) -> Duration {
+        let (link, packets) = (&mut self.link, &self.packets);
+        std::thread::scope(|scope| {
+            let sender = scope.spawn(|| {
+                let begin = Instant::now();
+                for packet in packets {
+                    link.send(packet).expect("the node takes it");
+                }
+                begin.elapsed()
+            });
+            while !sender.is_finished() {
+                meanwhile();
             }
-            begin.elapsed()
-        });
-        while !deaf && !sender.is_finished() {
+            sender.join().expect("sends")
+        })
+    }
+}
+
+/// How often `svcpath trace` looks.
+const EVERY: Duration = Duration::from_millis(20);
+
+/// New flows as fast as one CPU can send them, to a Service whose endpoint is silent: told and lost are
+/// together all, and what they take of memory has an end. A session that is `deaf` meanwhile, which is more than
+/// the ring buffer can bear, counts what it lost; one that listens loses nothing.
+pub fn a_burst_of_new_flows_is_told_or_counted(deaf: bool) {
+    const FLOWS: u32 = 100_000;
+    const MOST_MEMORY: u64 = 256 << 20;
+    let mut burst = Burst::new(FLOWS);
+    let mut session =
+        Session::start(burst.node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
+    let before = resident();
+    let took = burst.send(|| {
+        std::thread::sleep(EVERY);
+        if !deaf {
             session.poll().expect("polls");
         }
-        sender.join().expect("sends")
     });
     let (_, summary) = session.finish().expect("ends");
     let grown = resident().saturating_sub(before);
@@ -335,6 +368,60 @@ pub fn a_burst_of_new_flows_is_told_or_counted(deaf: bool) {
     assert_eq!(probes.ring_lost > 0, deaf, "{probes:?}");
     assert!(summary.flows() > u64::from(FLOWS) / 4, "{probes:?}");
     assert!(grown < MOST_MEMORY, "{grown}");
+}
+
+/// CPU time of this thread.
+fn thread_time() -> Duration {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("Linux");
+    Duration::from(time)
+}
+
+/// How many new flows a second one CPU can send without probes, and how many while a session traces them; what
+/// the session then takes of another CPU, and what it loses. Measured, not judged.
+pub fn rates_of_new_flows() {
+    const FLOWS: u32 = 200_000;
+    for (name, detail, sample) in [
+        ("no session", None, 1),
+        ("svcpath trace", Some(Detail::Hooks), 64),
+        ("--detail stages --sample 1", Some(Detail::Stages), 1),
+    ] {
+        // Conntrack knows none of them.
+        let mut burst = Burst::new(FLOWS);
+        let mut session = detail.map(|detail| {
+            let options = Options {
+                cost: false,
+                detail,
+                sample,
+                ..options(Vec::new(), Tier::Hooks)
+            };
+            Session::start(burst.node.lab.node(), options).expect("attaches")
+        });
+        let (mut busy, mut longest) = (Duration::ZERO, Duration::ZERO);
+        let took = burst.send(|| {
+            std::thread::sleep(EVERY);
+            let before = thread_time();
+            if let Some(session) = &mut session {
+                session.poll().expect("polls");
+            }
+            let look = thread_time().saturating_sub(before);
+            (busy, longest) = (busy + look, longest.max(look));
+        });
+        print!(
+            "{name}: {FLOWS} new flows in {took:.2?}, {:.0} a second",
+            f64::from(FLOWS) / took.as_secs_f64()
+        );
+        if let Some(session) = session {
+            let (_, summary) = session.finish().expect("ends");
+            print!(
+                "; {} told, {} lost, {} forgotten; looks took {:.1} % of a CPU, the longest {longest:.1?}",
+                summary.flows(),
+                summary.probes.ring_lost,
+                summary.probes.forgotten,
+                busy.as_secs_f64() / took.as_secs_f64() * 100.0
+            );
+        }
+        println!();
+    }
 }
 
 /// Modules that are loaded, and by how many they are used.

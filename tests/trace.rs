@@ -21,7 +21,8 @@ use tracer_ebpf::path::{Path, Target};
 /// Longer than anything here takes on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-pub(crate) fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
+/// Runs a future to its end.
+pub fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -10,6 +10,7 @@ use tracer::probe::rule_changes::Way;
 use tracer::probe::tier::{Probes, Tier, Watch};
 use tracer::probe::trial;
 use tracer::rules::Mode;
+use tracer::scenario::cost::{self, Cost, CostError, PacketKind, ProbeSet};
 use tracer_ebpf::path::Target;
 
 /// Runs a shell command that must succeed; what it prints.
@@ -282,4 +283,43 @@ fn safety_of_unloaded_modules() {
 #[test]
 fn functions_of_both_families() {
     tests::tiers::both_families_are_followed_in_one_namespace(Tier::Functions);
+}
+
+/// The usual script of bpftrace adds some 2,500 instructions for each call that it times: what ours add for a
+/// stage is at most a quarter with the hooks tier, and half with the other.
+#[test]
+fn cost_of_each_tier() {
+    const BPFTRACE_NS: f64 = 2500.0;
+    let report = tests::trace::on_one_thread(cost::measure(1, 500)).expect("it is measured");
+    assert!(report.left_out.is_empty(), "{report}");
+    assert_eq!(report.costs.len(), 5 * PacketKind::ALL.len(), "{report}");
+    let cost = |tier, probes, packets| {
+        let is = |cost: &&Cost| {
+            (cost.setup.tier, cost.setup.probes, cost.packets) == (Some(tier), probes, packets)
+        };
+        report.costs.iter().find(is).expect("measured")
+    };
+    for (tier, share) in [(Tier::Hooks, 0.25), (Tier::Functions, 0.5)] {
+        for packets in [PacketKind::First, PacketKind::Later] {
+            let [live, every] =
+                [ProbeSet::Live, ProbeSet::Every].map(|set| cost(tier, set, packets));
+            assert!(
+                0.0 < live.added_ns && live.added_ns < every.added_ns,
+                "{report}"
+            );
+            let stage_ns = every.stage_ns.expect("every packet is timed");
+            assert!(stage_ns <= share * BPFTRACE_NS, "{report}");
+        }
+        let other = cost(tier, ProbeSet::Every, PacketKind::Other);
+        assert!(other.stage_ns.is_none() && other.added_ns > 0.0, "{report}");
+    }
+}
+
+/// The VM of the tests has none.
+#[test]
+fn cost_against_bpftrace_needs_it() {
+    let error = tests::trace::on_one_thread(cost::measure_against_bpftrace(1, 1))
+        .expect_err("there is no bpftrace");
+    assert!(matches!(error, CostError::NoBpftrace), "{error}");
+    assert!(error.to_string().contains("--package bpftrace"), "{error}");
 }

@@ -146,6 +146,59 @@ pub(crate) fn apt_install(packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Installs those of these packages that are not there, whatever programs they bring.
+pub(crate) fn prepare_packages(names: &[String], may_install: bool) -> Result<()> {
+    let missing: Vec<&str> = names
+        .iter()
+        .map(String::as_str)
+        .filter(|name| files_of(name).is_err())
+        .collect();
+    let Some(first) = missing.first() else {
+        return Ok(());
+    };
+    let line = format!(
+        "apt-get install --no-install-recommends {}",
+        missing.join(" ")
+    );
+    if !may_install {
+        return Err(Failure::new(
+            1,
+            format!("{first} is not installed: run `{line}`, or leave out --no-install"),
+        ));
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Failure::new(
+            3,
+            format!("{first} is not installed, and only root can install: run `{line}` as root"),
+        ));
+    }
+    eprintln!("the VM is to have {}: installing (apt)", missing.join(", "));
+    apt_install(&missing)
+}
+
+/// The files of an installed package, without its documentation.
+pub(crate) fn files_of(package: &str) -> Result<Vec<PathBuf>> {
+    let listing = run_quietly(Command::new("dpkg-query").args(["--listfiles", package]))
+        .with_context(|| format!("the package {package} is not installed"))?;
+    Ok(String::from_utf8_lossy(&listing)
+        .lines()
+        .filter(|path| !path.starts_with("/usr/share/"))
+        .map(PathBuf::from)
+        .filter(|path| path.is_file())
+        .collect())
+}
+
+/// Is it a package's name by Debian's rules (Policy 5.6.7), and so none of apt's options?
+pub(crate) fn package_name(text: &str) -> std::result::Result<String, String> {
+    let alphanumeric = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    if text.starts_with(alphanumeric) && text.chars().all(|c| alphanumeric(c) || "+-.".contains(c))
+    {
+        Ok(text.to_owned())
+    } else {
+        Err("a package's name consists of a-z, 0-9, +, - and .".to_owned())
+    }
+}
+
 fn install(missing: &[&Need]) -> Result<()> {
     let names: Vec<&str> = missing.iter().map(|need| need.package).collect();
     apt_install(&names)?;
@@ -212,6 +265,24 @@ mod tests {
             panic!("nothing to install with");
         };
         assert!(why.contains("qemu-system-x86_64"), "{why}");
+    }
+
+    #[test]
+    fn names_of_packages_are_no_options() {
+        assert_eq!(package_name("bpftrace"), Ok("bpftrace".to_owned()));
+        assert_eq!(package_name("libstdc++6"), Ok("libstdc++6".to_owned()));
+        for text in ["", "-y", "--reinstall", "a b", "Bash", "a=1"] {
+            assert!(package_name(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn files_of_a_package() {
+        let files = files_of("coreutils").expect("every Debian has it");
+        assert!(files.iter().any(|path| path.ends_with("bin/cat")));
+        let documented = |path: &PathBuf| path.starts_with("/usr/share");
+        assert!(!files.iter().any(documented), "{files:?}");
+        assert!(files_of("no-such-package").is_err());
     }
 
     #[test]

@@ -43,6 +43,7 @@ Examples:
   cargo xtask vm --file cluster.json -- \
     svcpath rules render --cluster cluster.json --node worker-0 --mode ipvs
   cargo xtask vm --clock wall -- svcpath doctor
+  cargo xtask vm --package bpftrace -- svcpath doctor --cost --against bpftrace
 
 The command runs as root in /root of a fresh system without network. Files named with --file are
 there under their last name, programs among them also in PATH; what it leaves in /out is written
@@ -60,6 +61,9 @@ pub(crate) struct VmArgs {
     /// A file of this machine that the command needs (may be repeated)
     #[arg(long, value_name = "HOSTPATH")]
     file: Vec<PathBuf>,
+    /// A Debian package whose programs the command needs; installed here if it is not (may be repeated)
+    #[arg(long, value_name = "NAME", value_parser = packages::package_name)]
+    package: Vec<String>,
     /// Where files that the command leaves in /out go
     #[arg(long, value_name = "DIR", default_value = ".")]
     out_dir: PathBuf,
@@ -83,6 +87,7 @@ pub(crate) fn main(args: &VmArgs) -> Result<u8> {
         ));
     }
     packages::prepare(&packages::NEEDS, !args.no_install)?;
+    packages::prepare_packages(&args.package, !args.no_install)?;
     let mut files = Vec::new();
     for path in &args.file {
         ensure!(path.is_file(), "{} is not a file", path.display());
@@ -90,7 +95,8 @@ pub(crate) fn main(args: &VmArgs) -> Result<u8> {
     }
     files.extend(release_binary());
     let cache = workspace::vm_cache();
-    let image = image(args.vm.kernel.as_deref(), &files, &cache)?;
+    let mut image = image(args.vm.kernel.as_deref(), &files, &cache)?;
+    add_packages(&mut image, &args.package, &cache)?;
     let mut vm = Vm::new(
         image,
         args.clock,
@@ -186,6 +192,29 @@ pub(crate) fn image(kernel_wish: Option<&str>, files: &[PathBuf], cache: &Path) 
     })
 }
 
+/// Adds a segment of the programs of these packages and their libraries. Only who asks for it pays: unpacking
+/// some hundred megabytes is a good part of a boot.
+pub(crate) fn add_packages(image: &mut Image, names: &[String], cache: &Path) -> Result<()> {
+    if names.is_empty() {
+        return Ok(());
+    }
+    let mut archive = Archive::default();
+    let mut linked = BTreeSet::new();
+    for name in names {
+        for path in packages::files_of(name)? {
+            archive.copy(&path, &path.to_string_lossy())?;
+            linked.insert(path);
+        }
+    }
+    archive.libraries(&linked)?;
+    let segment = cache.join(format!("packages-{}.cpio", std::process::id()));
+    interrupt::remove_on_exit(&segment);
+    fs::write(&segment, archive.to_cpio())
+        .with_context(|| format!("cannot write {}", segment.display()))?;
+    image.segments.push(segment);
+    Ok(())
+}
+
 /// What the first segment is made of, as far as it can change: xtask itself, the kernel, and the
 /// packages of this machine.
 fn base_key(release: &str, own: &Path) -> Result<String> {
@@ -255,7 +284,7 @@ fn remove_orphans(cache: &Path) {
 
 /// The process that a temporary file's name says it belongs to.
 fn owner(name: &str) -> Option<u32> {
-    let own = ["programs-", "parts-", "modules-", "stripped-"]
+    let own = ["programs-", "packages-", "parts-", "modules-", "stripped-"]
         .iter()
         .find_map(|prefix| name.strip_prefix(prefix))
         .map(|rest| rest.trim_end_matches(".cpio"))
@@ -311,6 +340,7 @@ mod tests {
     #[test]
     fn temporary_files_name_their_owner() {
         assert_eq!(owner("programs-31.cpio"), Some(31));
+        assert_eq!(owner("packages-31.cpio"), Some(31));
         assert_eq!(owner("parts-31"), Some(31));
         assert_eq!(owner("31-0"), Some(31));
         assert_eq!(owner("base-0306a89ae880d06b.cpio"), None);

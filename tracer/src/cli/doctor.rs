@@ -12,15 +12,19 @@ use super::exit;
 #[command(after_help = "Examples:\n  \
     sudo svcpath doctor\n  \
     sudo svcpath doctor --output json | jq '.[] | select(.available | not)'\n  \
-    sudo svcpath doctor --cost\n\n\
+    sudo svcpath doctor --cost\n  \
+    sudo svcpath doctor --cost --against bpftrace\n\n\
     Exit code 4 if something is missing without which nothing can be measured.")]
 pub(crate) struct Args {
     /// Text or JSON.
     #[arg(long, value_parser = ["text", "json"], default_value = "text")]
     output: String,
-    /// Measure what the probes cost here, on a node of our own in namespaces: some ten seconds.
+    /// Measure what the probes of each tier cost here, on a node of our own in namespaces.
     #[arg(long)]
     cost: bool,
+    /// Measure them against this tool instead, which has to be installed; in iptables-legacy mode.
+    #[arg(long, value_name = "TOOL", requires = "cost", value_parser = ["bpftrace"])]
+    against: Option<String>,
     /// Rounds of it with each set of probes; default: 15, and 1 on the virtual clock, where all are alike.
     #[arg(long, value_name = "N", requires = "cost", value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
@@ -66,7 +70,11 @@ fn cost(args: &Args) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let report = runtime.block_on(cost::measure(args.rounds.unwrap_or(usual), PACKETS))?;
+    let rounds = args.rounds.unwrap_or(usual);
+    let report = match args.against {
+        Some(_) => runtime.block_on(cost::measure_against_bpftrace(rounds, PACKETS))?,
+        None => runtime.block_on(cost::measure(rounds, PACKETS))?,
+    };
     let text = if args.output == "json" {
         serde_json::to_string_pretty(&report)? + "\n"
     } else {

@@ -8,6 +8,7 @@ use tracer::probe::tier::ProbeError;
 use tracer::report::WriteError;
 use tracer::report::read::ReadError;
 use tracer::scenario::assemble::AssembleError;
+use tracer::scenario::cost::CostError;
 use tracer::scenario::job::PartError;
 use tracer::scenario::matrix::MatrixError;
 use tracer::scenario::node::NodeError;
@@ -74,6 +75,9 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(code) = cause.downcast_ref().and_then(code_of_node) {
         return Some(code);
     }
+    if let Some(code) = cause.downcast_ref().and_then(code_of_cost) {
+        return Some(code);
+    }
     if let Some(code) = cause.downcast_ref().and_then(code_of_trace) {
         return Some(code);
     }
@@ -91,6 +95,16 @@ fn code_of_node(error: &NodeError) -> Option<u8> {
         NodeError::Lacks { .. }
         | NodeError::Btf(_)
         | NodeError::Probe(ProbeError::Btf(_) | ProbeError::Program(_)) => Some(KERNEL_LACKS),
+        _ => None,
+    }
+}
+
+fn code_of_cost(error: &CostError) -> Option<u8> {
+    match error {
+        CostError::Node(error) => code_of_node(error),
+        CostError::Trace(error) => code_of_trace(error),
+        CostError::NotAttached(_)
+        | CostError::Probe(ProbeError::Btf(_) | ProbeError::Program(_)) => Some(KERNEL_LACKS),
         _ => None,
     }
 }

@@ -76,6 +76,8 @@ fn package(tool: &str) -> &'static str {
         "ipvsadm" => "ipvsadm",
         "ip" => "iproute2",
         "modprobe" => "kmod",
+        "bpftrace" => "bpftrace",
+        "cat" => "coreutils",
         _ => "iptables",
     }
 }
@@ -182,7 +184,7 @@ fn locate(tool: &str) -> Option<PathBuf> {
 }
 
 /// What to start for a tool: its name, if it is nowhere, for the error that says so.
-pub(super) fn program(tool: &str) -> PathBuf {
+pub(crate) fn program(tool: &str) -> PathBuf {
     locate(tool).unwrap_or_else(|| tool.into())
 }
 

@@ -11,7 +11,8 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use aya::Pod;
-use aya::maps::{Array, HashMap as BpfHashMap, Map, PerCpuArray, RingBuf};
+use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, PerCpuArray, RingBuf};
+use serde::Serialize;
 use tracer_ebpf::histogram::{CELLS, bounds_of};
 use tracer_ebpf::path::{Path, Target};
 use tracer_ebpf::record::{
@@ -71,7 +72,8 @@ pub enum ProbeError {
 }
 
 /// What tells where packets are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Tier {
     /// Netfilter links between the components of each hook: kernel 6.4 and later.
     Hooks,
@@ -203,10 +205,11 @@ pub struct Times {
 }
 
 /// The attached probes; dropping them detaches everything.
-#[derive(Debug)]
 pub struct Probes {
     tier: Tier,
     programs: Programs,
+    /// Mapped once: to map its 16 MB, twice each, takes as long as a thousand records.
+    records: RingBuf<MapData>,
     messages: Option<log::Reader>,
     tracepoints: Vec<Link>,
     attached: Attached,
@@ -221,6 +224,16 @@ pub struct Heard {
     pub record: Record,
     /// What it met: see [`Detail::Functions`].
     pub met: Vec<Met>,
+}
+
+impl fmt::Debug for Probes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Probes")
+            .field("tier", &self.tier)
+            .field("detail", &self.detail)
+            .field("attached", &self.attached)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A plain value of one of the probes' maps.
@@ -270,9 +283,13 @@ impl Probes {
                 functions::attach(&mut programs, watch, &constants)?
             }
         };
+        let records = programs
+            .take_map("RECORDS")
+            .ok_or_else(|| missing("RECORDS"))?;
         Ok(Self {
             tier,
             programs,
+            records: RingBuf::try_from(records).map_err(map_error("RECORDS"))?,
             messages: log::reader("kfree_skb"),
             tracepoints,
             attached,
@@ -443,13 +460,8 @@ impl Probes {
             messages.flush();
         }
         let tells_more = tells_more(self.tier, self.detail);
-        let map = self
-            .programs
-            .map_mut("RECORDS")
-            .ok_or_else(|| missing("RECORDS"))?;
-        let mut ring = RingBuf::try_from(map).map_err(map_error("RECORDS"))?;
         let mut all = Vec::new();
-        while let Some(bytes) = ring.next() {
+        while let Some(bytes) = self.records.next() {
             if tells_more && bytes.len() >= size_of::<Told>() {
                 // SAFETY: as below; of met, only what was written is looked at.
                 let told = unsafe { bytes.as_ptr().cast::<Told>().read_unaligned() };
