@@ -24,6 +24,7 @@ mod sets;
 mod watcher;
 
 pub use actor::Actor;
+pub(super) use requests::server_name;
 pub use watcher::{ChangesError, Watcher};
 
 /// Somebody changed rules, or tried to.

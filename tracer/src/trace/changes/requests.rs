@@ -249,7 +249,8 @@ fn server(attributes: &[u8]) -> Result<Option<String>, NetlinkError> {
     })())
 }
 
-fn server_name(address: IpAddr, port: u16, protocol: u16) -> String {
+/// What [`super::ServerDelta::servers`] calls a virtual server.
+pub(crate) fn server_name(address: IpAddr, port: u16, protocol: u16) -> String {
     let address = std::net::SocketAddr::new(address, port);
     match protocol {
         6 => format!("{address}/TCP"),
