@@ -35,12 +35,27 @@ pub struct Outage {
     pub end_ns: Option<u64>,
     /// New flows that failed, all of them one after another.
     pub lost: u64,
+    /// When the last of them began (`CLOCK_MONOTONIC`, ns).
+    pub last_lost_ns: u64,
+    /// If it was going on when the session ended, what is known of that time.
+    pub open: Option<Open>,
     /// The rule change at its begin; `None`: none was heard between the last flow that succeeded and the
     /// first that failed.
     pub began_with: Option<AtEnd>,
     /// The rule change at its end; `None`: none was heard between the last flow that failed and the first
     /// that succeeded.
     pub ended_with: Option<AtEnd>,
+}
+
+/// The end of a session in which nobody found out whether an outage was over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Open {
+    /// From the last flow that failed to the session's end, ns.
+    pub quiet_ns: u64,
+    /// New flows in that time; of none it is known what became of it.
+    pub undecided: u64,
 }
 
 /// A rule change at an end of an outage.
@@ -63,12 +78,20 @@ impl std::fmt::Display for Outage {
         use crate::report::units::{plural, time_u64};
         let lost = plural(self.lost, "new flow", "new flows");
         write!(f, "{} {}: ", self.service, self.path)?;
-        match self.end_ns {
-            Some(end_ns) => {
-                let lasted = time_u64(end_ns.saturating_sub(self.begin_ns));
-                write!(f, "outage of {lasted} ended, {lost} lost")?;
-            }
-            None => write!(f, "outage goes on, {lost} lost so far")?,
+        let until_ns = self.end_ns.unwrap_or(self.last_lost_ns);
+        let lasted = time_u64(until_ns.saturating_sub(self.begin_ns));
+        let ended = self.end_ns.map_or("or more", |_| "ended");
+        write!(f, "outage of {lasted} {ended}, {lost} lost")?;
+        if let Some(open) = &self.open {
+            let undecided = match open.undecided {
+                0 => "no new flow".to_owned(),
+                some => format!("{}, undecided,", plural(some, "new flow", "new flows")),
+            };
+            let quiet = time_u64(open.quiet_ns);
+            write!(
+                f,
+                "; {undecided} since the last one failed {quiet} before the end"
+            )?;
         }
         if let Some(with) = &self.began_with {
             write!(f, "; it began {with}")?;
@@ -110,13 +133,14 @@ pub struct Outages {
     good: HashMap<(usize, &'static str), u64>,
 }
 
-/// A flow of which it is known what became of it.
+/// A flow that was decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Flow {
     first_ns: u64,
     index: usize,
     path: &'static str,
-    failed: bool,
+    /// `None`: what became of it will not be known.
+    failed: Option<bool>,
     destination: SocketAddr,
     protocol: u8,
 }
@@ -129,17 +153,19 @@ struct Going {
     /// The last flow that failed (`CLOCK_MONOTONIC`, ns).
     last_ns: u64,
     lost: u64,
+    /// Flows since then of which it is not known what became of them.
+    undecided: u64,
 }
 
 impl Outages {
-    /// Takes in a flow of which it is known what became of it; corrections come too late.
+    /// Takes in a flow that was decided; corrections come too late.
     pub fn add(&mut self, decided: &Decided) {
-        if decided.verdict.is_known() && decided.corrects.is_none() {
+        if decided.corrects.is_none() {
             self.decided.push(Reverse(Flow {
                 first_ns: decided.first_ns,
                 index: decided.index,
                 path: decided.path,
-                failed: decided.verdict.is_bad(),
+                failed: decided.verdict.is_known().then(|| decided.verdict.is_bad()),
                 destination: decided.destination,
                 protocol: decided.protocol,
             }));
@@ -160,16 +186,24 @@ impl Outages {
         {
             self.decided.pop();
             let key = (flow.index, flow.path);
-            if flow.failed {
+            let Some(failed) = flow.failed else {
+                if let Some(going) = self.going_on.get_mut(&key) {
+                    going.undecided += 1;
+                }
+                continue;
+            };
+            if failed {
                 let good_ns = self.good.get(&key).copied().unwrap_or(0);
                 let going = self.going_on.entry(key).or_insert(Going {
                     first: flow,
                     good_ns,
                     last_ns: flow.first_ns,
                     lost: 0,
+                    undecided: 0,
                 });
                 going.last_ns = flow.first_ns;
                 going.lost += 1;
+                going.undecided = 0;
                 continue;
             }
             self.good.insert(key, flow.first_ns);
@@ -177,15 +211,16 @@ impl Outages {
                 && going.lost >= FLOWS
                 && let Some(known) = known(flow.index)
             {
-                over.push(outage(known, going, Some(flow.first_ns), changes));
+                over.push(outage(known, going, End::Good(flow.first_ns), changes));
             }
         }
         over
     }
 
-    /// Those that go on at the session's end.
+    /// Those that are over, and those of which nobody knows at the session's end (`CLOCK_MONOTONIC`, ns).
     pub fn finish<'k>(
         mut self,
+        ended_ns: u64,
         changes: &[RuleChange],
         known: impl Fn(usize) -> Option<&'k Known>,
     ) -> (Vec<Outage>, Vec<Outage>) {
@@ -194,12 +229,36 @@ impl Outages {
         let going_on = going_on
             .into_iter()
             .filter(|(_, going)| going.lost >= FLOWS)
-            .filter_map(|((index, _), going)| Some(outage(known(index)?, going, None, changes)));
+            .filter_map(|((index, _), going)| {
+                Some(outage(
+                    known(index)?,
+                    going,
+                    End::Session(ended_ns),
+                    changes,
+                ))
+            });
         (over, going_on.collect())
     }
 }
 
-fn outage(known: &Known, going: Going, end_ns: Option<u64>, changes: &[RuleChange]) -> Outage {
+/// Where an outage ends, or at least what is known of it (`CLOCK_MONOTONIC`, ns).
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Good(u64),
+    Session(u64),
+}
+
+fn outage(known: &Known, going: Going, end: End, changes: &[RuleChange]) -> Outage {
+    let (end_ns, open) = match end {
+        End::Good(ns) => (Some(ns), None),
+        End::Session(ns) => (
+            None,
+            Some(Open {
+                quiet_ns: ns.saturating_sub(going.last_ns),
+                undecided: going.undecided,
+            }),
+        ),
+    };
     let asked = Asked {
         known,
         destination: going.first.destination,
@@ -212,6 +271,8 @@ fn outage(known: &Known, going: Going, end_ns: Option<u64>, changes: &[RuleChang
         begin_ns,
         end_ns,
         lost: going.lost,
+        last_lost_ns: going.last_ns,
+        open,
         began_with: asked.between(going.good_ns, begin_ns, changes),
         ended_with: end_ns.and_then(|end_ns| asked.between(going.last_ns, end_ns, changes)),
     }
@@ -570,9 +631,33 @@ mod tests {
             outages.add(&flow(first_ns, Verdict::Leaked));
         }
         let known = known("nftables", &[]);
-        let (over, going_on) = outages.finish(&[], |_| Some(&known));
+        let (over, going_on) = outages.finish(50, &[], |_| Some(&known));
         assert_eq!(over, []);
         assert_eq!(going_on.len(), 1);
         assert_eq!((going_on[0].end_ns, going_on[0].lost), (None, 10));
+    }
+
+    #[test]
+    fn that_nobody_asked_again_is_no_proof() {
+        let known = known("nftables", &[]);
+        let said = |undecided: &[u64]| {
+            let mut outages = Outages::default();
+            for bad in [100, 200, 300] {
+                outages.add(&flow(bad, Verdict::Leaked));
+            }
+            for first_ns in undecided {
+                outages.add(&flow(*first_ns, Verdict::Undecided));
+            }
+            let (_, going_on) = outages.finish(15_000_000_300, &[], |_| Some(&known));
+            going_on[0].to_string()
+        };
+        let begin = "shop/web:http pod→ClusterIP: outage of 200 ns or more, 3 new flows lost; ";
+        let end = "since the last one failed 15.00 s before the end";
+        assert_eq!(said(&[]), format!("{begin}no new flow {end}"));
+        assert_eq!(said(&[250]), format!("{begin}no new flow {end}"));
+        assert_eq!(
+            said(&[400, 500]),
+            format!("{begin}2 new flows, undecided, {end}")
+        );
     }
 }

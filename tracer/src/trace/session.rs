@@ -160,7 +160,7 @@ impl Event {
             Self::Stuck(stuck) => stuck.time_ns,
             Self::Outage(outage) => match outage.end_ns {
                 Some(end_ns) => end_ns,
-                None => outage.begin_ns,
+                None => outage.last_lost_ns,
             },
             Self::RuleChange(change) => change.time_ns,
             Self::Services { time_ns, .. } => *time_ns,
@@ -461,7 +461,7 @@ impl Session {
         self.count(decided, &mut events);
         let outages = std::mem::take(&mut self.outages);
         let known = |index| self.directory.get(index);
-        let (over, going_on) = outages.finish(&self.changes, known);
+        let (over, going_on) = outages.finish(monotonic_ns(), &self.changes, known);
         self.end_outages(over, &mut events);
         self.end_outages(going_on, &mut events);
         let stats = self.probes.stats()?;
