@@ -104,6 +104,17 @@ fn heard(mut watcher: Watcher) -> Vec<RuleChange> {
     watcher.drain().expect("hears")
 }
 
+/// What is heard of everything until now, which takes as long as a busy machine takes.
+fn heard_so_far(watcher: &Watcher) -> Vec<RuleChange> {
+    let now = monotonic_ns();
+    let deadline = Instant::now() + PATIENCE;
+    while watcher.told_until_ns(now) < now {
+        assert!(Instant::now() < deadline, "no end of it is heard");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    watcher.drain().expect("hears")
+}
+
 /// Did this command make this change?
 fn assert_credited(change: &RuleChange, made: Made, name: &str) {
     let by = &change.by;
@@ -255,6 +266,57 @@ pub fn every_change_is_credited(way: Option<Way>) {
 
     assert_credited(emptied, flushed, "iptables-legacy");
     assert_eq!(emptied.what, legacy_table(10, 8));
+}
+
+/// Requests with `-exist` that change nothing are not told, as kube-proxy's at every sync; those that do
+/// are, with what they changed.
+pub fn what_leaves_sets_as_they_were_is_no_change() {
+    let folder = Folder::new();
+    let ns = Netns::create("changes").expect("root");
+    ask(&ns, "ipset", &["create", "S", "hash:ip"]);
+    ask(&ns, "ipset", &["add", "S", "10.0.0.1"]);
+    let watcher = watch(&ns, None);
+    let idle = folder.file("idle", "create S hash:ip\nadd S 10.0.0.1\n");
+    let busy = folder.file(
+        "busy",
+        "create S hash:ip\ncreate T hash:ip\nadd S 10.0.0.1\nadd S 10.0.0.2\nadd S 10.0.0.3\n",
+    );
+    for command in [
+        "ipset create S hash:ip -exist",
+        "ipset add S 10.0.0.1 -exist",
+        &format!("ipset restore -exist <{idle}"),
+    ] {
+        make(&ns, &folder, command);
+    }
+    // Who did what is certain if it has been counted in between.
+    let mut changes = heard_so_far(&watcher);
+    let restored = make(&ns, &folder, &format!("ipset restore -exist <{busy}"));
+    changes.extend(heard_so_far(&watcher));
+    let deleted = make(&ns, &folder, "ipset del S 10.0.0.2 -exist");
+    changes.extend(heard_so_far(&watcher));
+    make(&ns, &folder, "ipset del S 10.0.0.2 -exist");
+    changes.extend(heard(watcher));
+    let said: Vec<String> = changes.iter().map(ToString::to_string).collect();
+    let [more, fewer] = &changes[..] else {
+        panic!("{said:#?}");
+    };
+    assert_credited(more, restored, "ipset");
+    assert_credited(fewer, deleted, "ipset");
+    let delta = |created, added, deleted| SetDelta {
+        created,
+        added,
+        deleted,
+        ..SetDelta::default()
+    };
+    let sets = |sets: &[(&str, SetDelta)]| What::Ipset {
+        sets: sets
+            .iter()
+            .map(|(name, delta)| ((*name).to_owned(), *delta))
+            .collect(),
+    };
+    let both = [("S", delta(0, 2, 0)), ("T", delta(1, 0, 0))];
+    assert_eq!(more.what, sets(&both), "{said:#?}");
+    assert_eq!(fewer.what, sets(&[("S", delta(0, 0, 1))]), "{said:#?}");
 }
 
 /// IPVS' servers, and the addresses on kube-ipvs0: one by one by netlink, and all together with the link.

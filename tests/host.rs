@@ -2,7 +2,8 @@
 //! Needs root. IPVS runs in `vm.rs`, where every kernel has it.
 
 use tests::changes::{
-    every_change_is_credited, rules_are_read_again_after_a_legacy_flush, who_is_gone_is_known,
+    every_change_is_credited, rules_are_read_again_after_a_legacy_flush,
+    what_leaves_sets_as_they_were_is_no_change, who_is_gone_is_known,
 };
 use tests::faces::{a_flush_is_in_the_kept_trace, a_trace_is_kept_and_read_back};
 use tests::oracle::walk_agrees_with_the_kernel;
@@ -189,6 +190,11 @@ fn nftables_trace_of_one_service() {
 #[test]
 fn changes_of_every_kind() {
     every_change_is_credited(None);
+}
+
+#[test]
+fn changes_of_sets_with_exist() {
+    what_leaves_sets_as_they_were_is_no_change();
 }
 
 #[test]

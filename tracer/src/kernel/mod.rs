@@ -7,6 +7,7 @@ pub mod btf;
 pub mod clock;
 pub mod conntrack;
 pub mod dump;
+pub mod ipset;
 pub mod ipvs;
 pub mod link;
 pub mod netlink;

@@ -35,6 +35,8 @@ pub const NLM_F_ACK: u16 = 0x04;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 /// Flag of a request: list everything.
 pub const NLM_F_DUMP: u16 = 0x300;
+/// Flag of a request: refuse if it is there, or, of what is to go, if it is not.
+pub const NLM_F_EXCL: u16 = 0x200;
 /// Flags of a request: make it, and refuse if it is there.
 pub const NLM_F_CREATE_EXCL: u16 = 0x600;
 /// How often a dump is tried that changes of rules interrupt.
@@ -487,7 +489,8 @@ pub fn wait(readable: &[BorrowedFd<'_>], patience: u16) -> Result<(), NetlinkErr
 pub struct Message<'a> {
     /// Its type.
     pub kind: i32,
-    flags: u16,
+    /// `NLM_F_*`.
+    pub flags: u16,
     /// The number that an answer has of its request.
     pub sequence: u32,
     port: u32,

@@ -88,6 +88,8 @@ pub struct Report {
     /// In iptables modes, the back end whose rules these are; `None` if the dump does not tell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub back_end: Option<Mode>,
+    /// What a reader has to know before the differences.
+    pub notes: Vec<String>,
     /// The IP families that were checked: not IPv6 if neither the cluster nor the node has any of it.
     pub families: Vec<Family>,
     /// Every difference.
@@ -135,6 +137,7 @@ pub fn check(
     });
     let (found, expected) = (found?, expected?);
     let mut differences = Vec::new();
+    let mut notes = Vec::new();
     let mut back_end = None;
     let families = families_in_use(cluster, texts);
     for (index, family) in Family::ALL.into_iter().enumerate() {
@@ -143,7 +146,13 @@ pub fn check(
         }
         let tables = expected.iptables[index].as_ref();
         let tables_there = &found.iptables[index];
+        let before = differences.len();
         let chosen = check_iptables(mode, family, tables, tables_there, &mut differences)?;
+        let kube_proxys = chosen.and_then(|index| tables_there.get(index));
+        if let Some(sign) = kube_proxys.and_then(|it| iptables::of_another_version(it, mode)) {
+            iptables::do_not_judge(&mut differences[before..]);
+            notes.push(format!("{family}: {}", iptables::note(sign)));
+        }
         let save = chosen.and_then(|index| texts.of(family).iptables.get(index));
         back_end = back_end.or(save.and_then(dump::back_end));
         let table = expected.nft[index].as_ref();
@@ -169,6 +178,7 @@ pub fn check(
         node: node.name,
         mode,
         back_end: back_end.filter(|_| uses_iptables),
+        notes,
         families,
         services: services().count(),
         endpoints: endpoints.sum(),

@@ -1,11 +1,15 @@
 //! Services by the addresses under which packets ask for them, as the node's own rules name them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 
 use tracer_ebpf::path::Target;
 
+use crate::kernel::clock::monotonic_ns;
 use crate::rules::services::{Found, FoundService, FrontendKind};
+
+/// How often it is remembered that a Service's rules were altered.
+const ALTERED: usize = 64;
 
 /// One `ServicePort`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +27,9 @@ pub struct Known {
     pub former: BTreeMap<SocketAddr, u64>,
     /// Do the rules still name it?
     pub there: bool,
+    /// When they came to say something else of it, the last times: after the first and before the second
+    /// of each two (`CLOCK_MONOTONIC`, ns).
+    pub altered: VecDeque<(u64, u64)>,
 }
 
 /// Which `ServicePorts` are watched.
@@ -76,6 +83,10 @@ pub struct Directory {
     by_name: HashMap<(String, u8, bool), usize>,
     /// By virtual address, or the node's, port and protocol.
     frontends: HashMap<(SocketAddr, u8), (usize, Target)>,
+    /// The last change that was over when the rules were begun to be read that are known now, and those
+    /// that are being read (`CLOCK_MONOTONIC`, ns).
+    known_ns: u64,
+    reading_ns: u64,
 }
 
 impl Directory {
@@ -87,11 +98,19 @@ impl Directory {
         }
     }
 
+    /// The rules are being read from now on; the last change before was over at `changed_ns`
+    /// (`CLOCK_MONOTONIC`).
+    pub const fn begin_to_read(&mut self, changed_ns: u64) {
+        self.reading_ns = changed_ns;
+    }
+
     /// Takes in what the rules say now; `local` are the node's addresses, which serve NodePorts.
     ///
     /// What is no longer named stays known: packets to it go on, and now they go wrong. The rules have said
     /// so since `changed_ns` (`CLOCK_MONOTONIC`).
     pub fn learn(&mut self, found: &Found, local: &[IpAddr], changed_ns: u64) {
+        let said = |known: &Known| (known.there, known.endpoints.clone());
+        let before: Vec<_> = self.services.iter().map(said).collect();
         for service in &mut self.services {
             service.there = false;
             for endpoint in std::mem::take(&mut service.endpoints) {
@@ -105,6 +124,17 @@ impl Directory {
         for service in chosen {
             self.learn_one(service, local);
         }
+        let around = (self.known_ns, monotonic_ns());
+        for (index, known) in self.services.iter_mut().enumerate() {
+            let same = |(there, endpoints): &(bool, BTreeSet<SocketAddr>)| {
+                *there == known.there && *endpoints == known.endpoints
+            };
+            if !before.get(index).is_some_and(same) {
+                known.altered.truncate(ALTERED - 1);
+                known.altered.push_front(around);
+            }
+        }
+        self.known_ns = self.reading_ns;
     }
 
     fn learn_one(&mut self, service: &FoundService, local: &[IpAddr]) {
@@ -122,6 +152,7 @@ impl Directory {
                     endpoints: BTreeSet::new(),
                     former: BTreeMap::new(),
                     there: true,
+                    altered: VecDeque::new(),
                 });
                 self.services.len() - 1
             });
@@ -317,6 +348,34 @@ pub(super) mod tests {
         directory.learn(&found(), &[], 0);
         assert!(directory.get(index).expect("known").there);
         assert_eq!(directory.services().len(), 3);
+    }
+
+    #[test]
+    fn it_is_known_around_when_rules_were_altered() {
+        let mut directory = Directory::new(Vec::new());
+        directory.learn(&found(), &[], 0);
+        let after = |directory: &Directory| -> Vec<u64> {
+            let known = directory.get(0).expect("known");
+            known
+                .altered
+                .iter()
+                .map(|(after_ns, _)| *after_ns)
+                .collect()
+        };
+        // The same; then it is gone; then others are back, and then it is.
+        directory.begin_to_read(5);
+        directory.learn(&found(), &[], 7);
+        assert_eq!(after(&directory), [0]);
+        directory.begin_to_read(9);
+        directory.learn(&Found::default(), &[], 9);
+        assert_eq!(after(&directory), [5, 0]);
+        let mut others = found();
+        others.services.remove(0);
+        directory.begin_to_read(12);
+        directory.learn(&others, &[], 12);
+        assert_eq!(after(&directory), [5, 0]);
+        directory.learn(&found(), &[], 13);
+        assert_eq!(after(&directory), [12, 5, 0]);
     }
 
     #[test]

@@ -1,12 +1,19 @@
 //! Outages: from the first new flow that failed to the first that succeeded after it, by Service and path,
 //! and which rule changes stand at both ends.
+//!
+//! A change can stand at an end if it was not over when the last flow before went by, and had begun when
+//! the first one after did: it may have been under way, for a large table is long in coming. Of several
+//! those are named first that carry the Service's translation, and of these those around which the rules
+//! were found to say something else of the Service than before.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::changes::RuleChange;
+use super::changes::{RuleChange, What, server_name};
+use super::directory::Known;
 use super::flows::Decided;
 
 /// Flows that fail one after another make an outage from here on: one in three that fails, because one of
@@ -28,10 +35,42 @@ pub struct Outage {
     pub end_ns: Option<u64>,
     /// New flows that failed, all of them one after another.
     pub lost: u64,
-    /// The last rule change before it began: how long before, ns, and what it was.
-    pub began_after: Option<(u64, String)>,
-    /// The last rule change during it: how long before its end, ns, and what it was.
-    pub ended_after: Option<(u64, String)>,
+    /// When the last of them began (`CLOCK_MONOTONIC`, ns).
+    pub last_lost_ns: u64,
+    /// If it was going on when the session ended, what is known of that time.
+    pub open: Option<Open>,
+    /// The rule change at its begin; `None`: none was heard between the last flow that succeeded and the
+    /// first that failed.
+    pub began_with: Option<AtEnd>,
+    /// The rule change at its end; `None`: none was heard between the last flow that failed and the first
+    /// that succeeded.
+    pub ended_with: Option<AtEnd>,
+}
+
+/// The end of a session in which nobody found out whether an outage was over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Open {
+    /// From the last flow that failed to the session's end, ns.
+    pub quiet_ns: u64,
+    /// New flows in that time; of none it is known what became of it.
+    pub undecided: u64,
+}
+
+/// A rule change at an end of an outage.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct AtEnd {
+    /// What it was.
+    pub change: String,
+    /// Was it under way?
+    pub during: bool,
+    /// How long before, ns, it was over; if it was under way, how long before it began.
+    pub since_ns: u64,
+    /// How many other rule changes can stand there as well.
+    pub others: u64,
 }
 
 impl std::fmt::Display for Outage {
@@ -39,122 +78,325 @@ impl std::fmt::Display for Outage {
         use crate::report::units::{plural, time_u64};
         let lost = plural(self.lost, "new flow", "new flows");
         write!(f, "{} {}: ", self.service, self.path)?;
-        match self.end_ns {
-            Some(end_ns) => {
-                let lasted = time_u64(end_ns.saturating_sub(self.begin_ns));
-                write!(f, "outage of {lasted} ended, {lost} lost")?;
-            }
-            None => write!(f, "outage goes on, {lost} lost so far")?,
+        let until_ns = self.end_ns.unwrap_or(self.last_lost_ns);
+        let lasted = time_u64(until_ns.saturating_sub(self.begin_ns));
+        let ended = self.end_ns.map_or("or more", |_| "ended");
+        write!(f, "outage of {lasted} {ended}, {lost} lost")?;
+        if let Some(open) = &self.open {
+            let undecided = match open.undecided {
+                0 => "no new flow".to_owned(),
+                some => format!("{}, undecided,", plural(some, "new flow", "new flows")),
+            };
+            let quiet = time_u64(open.quiet_ns);
+            write!(
+                f,
+                "; {undecided} since the last one failed {quiet} before the end"
+            )?;
         }
-        if let Some((ns, change)) = &self.began_after {
-            write!(f, "; it began {} after {change}", time_u64(*ns))?;
+        if let Some(with) = &self.began_with {
+            write!(f, "; it began {with}")?;
         }
-        if let Some((ns, change)) = &self.ended_after {
-            write!(f, "; it ended {} after {change}", time_u64(*ns))?;
+        if let Some(with) = &self.ended_with {
+            write!(f, "; it ended {with}")?;
         }
         Ok(())
+    }
+}
+
+impl std::fmt::Display for AtEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        use crate::report::units::{plural, time_u64};
+        let since = time_u64(self.since_ns);
+        if self.during {
+            write!(f, "during this change, {since} into it: {}", self.change)?;
+        } else {
+            write!(f, "{since} after {}", self.change)?;
+        }
+        match self.others {
+            0 => Ok(()),
+            others => write!(
+                f,
+                " (of {} in question)",
+                plural(others + 1, "change", "changes")
+            ),
+        }
     }
 }
 
 /// Flows that were decided, waiting for those that began before them.
 #[derive(Debug, Default)]
 pub struct Outages {
-    /// By the time of their first packets, the earliest on top: time, Service and path, and did it fail?
-    decided: BinaryHeap<Reverse<(u64, usize, &'static str, bool)>>,
+    /// The earliest on top.
+    decided: BinaryHeap<Reverse<Flow>>,
     going_on: HashMap<(usize, &'static str), Going>,
+    /// When the last flow began that succeeded (`CLOCK_MONOTONIC`, ns), by Service and path.
+    good: HashMap<(usize, &'static str), u64>,
+}
+
+/// A flow that was decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Flow {
+    first_ns: u64,
+    index: usize,
+    path: &'static str,
+    /// `None`: what became of it will not be known.
+    failed: Option<bool>,
+    destination: SocketAddr,
+    protocol: u8,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Going {
-    begin_ns: u64,
+    first: Flow,
+    /// The last flow before that succeeded (`CLOCK_MONOTONIC`, ns); 0: there was none.
+    good_ns: u64,
+    /// The last flow that failed (`CLOCK_MONOTONIC`, ns).
+    last_ns: u64,
     lost: u64,
+    /// Flows since then of which it is not known what became of them.
+    undecided: u64,
 }
 
 impl Outages {
-    /// Takes in a flow of which it is known what became of it; corrections come too late.
+    /// Takes in a flow that was decided; corrections come too late.
     pub fn add(&mut self, decided: &Decided) {
-        if decided.verdict.is_known() && decided.corrects.is_none() {
-            self.decided.push(Reverse((
-                decided.first_ns,
-                decided.index,
-                decided.path,
-                decided.verdict.is_bad(),
-            )));
+        if decided.corrects.is_none() {
+            self.decided.push(Reverse(Flow {
+                first_ns: decided.first_ns,
+                index: decided.index,
+                path: decided.path,
+                failed: decided.verdict.is_known().then(|| decided.verdict.is_bad()),
+                destination: decided.destination,
+                protocol: decided.protocol,
+            }));
         }
     }
 
-    /// The outages that are over. Every flow that began before `known_ns` has been taken in.
-    pub fn over(
+    /// The outages that are over. Every flow that began before `known_ns` has been taken in, and every rule
+    /// change that began before.
+    pub fn over<'k>(
         &mut self,
         known_ns: u64,
         changes: &[RuleChange],
-        name: impl Fn(usize) -> String,
+        known: impl Fn(usize) -> Option<&'k Known>,
     ) -> Vec<Outage> {
         let mut over = Vec::new();
-        while let Some(Reverse((first_ns, index, path, failed))) = self.decided.peek().copied()
-            && first_ns < known_ns
+        while let Some(Reverse(flow)) = self.decided.peek().copied()
+            && flow.first_ns < known_ns
         {
             self.decided.pop();
-            let key = (index, path);
+            let key = (flow.index, flow.path);
+            let Some(failed) = flow.failed else {
+                if let Some(going) = self.going_on.get_mut(&key) {
+                    going.undecided += 1;
+                }
+                continue;
+            };
             if failed {
-                let new = Going {
-                    begin_ns: first_ns,
+                let good_ns = self.good.get(&key).copied().unwrap_or(0);
+                let going = self.going_on.entry(key).or_insert(Going {
+                    first: flow,
+                    good_ns,
+                    last_ns: flow.first_ns,
                     lost: 0,
-                };
-                self.going_on.entry(key).or_insert(new).lost += 1;
-            } else if let Some(going) = self.going_on.remove(&key)
+                    undecided: 0,
+                });
+                going.last_ns = flow.first_ns;
+                going.lost += 1;
+                going.undecided = 0;
+                continue;
+            }
+            self.good.insert(key, flow.first_ns);
+            if let Some(going) = self.going_on.remove(&key)
                 && going.lost >= FLOWS
+                && let Some(known) = known(flow.index)
             {
-                over.push(outage(name(index), path, going, Some(first_ns), changes));
+                over.push(outage(known, going, End::Good(flow.first_ns), changes));
             }
         }
         over
     }
 
-    /// Those that go on at the session's end.
-    pub fn finish(
+    /// Those that are over, and those of which nobody knows at the session's end (`CLOCK_MONOTONIC`, ns).
+    pub fn finish<'k>(
         mut self,
+        ended_ns: u64,
         changes: &[RuleChange],
-        name: impl Fn(usize) -> String,
+        known: impl Fn(usize) -> Option<&'k Known>,
     ) -> (Vec<Outage>, Vec<Outage>) {
-        let over = self.over(u64::MAX, changes, &name);
+        let over = self.over(u64::MAX, changes, &known);
         let going_on: BTreeMap<_, _> = self.going_on.into_iter().collect();
         let going_on = going_on
             .into_iter()
             .filter(|(_, going)| going.lost >= FLOWS)
-            .map(|((index, path), going)| outage(name(index), path, going, None, changes));
+            .filter_map(|((index, _), going)| {
+                Some(outage(
+                    known(index)?,
+                    going,
+                    End::Session(ended_ns),
+                    changes,
+                ))
+            });
         (over, going_on.collect())
     }
 }
 
-fn outage(
-    service: String,
-    path: &str,
-    going: Going,
-    end_ns: Option<u64>,
-    changes: &[RuleChange],
-) -> Outage {
-    let last = |from_ns: u64, to_ns: u64| {
-        let within = |change: &&RuleChange| {
-            !change.is_refused() && change.time_ns >= from_ns && change.time_ns <= to_ns
-        };
-        let change = changes.iter().rev().find(within)?;
-        Some((to_ns - change.time_ns, change.to_string()))
+/// Where an outage ends, or at least what is known of it (`CLOCK_MONOTONIC`, ns).
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Good(u64),
+    Session(u64),
+}
+
+fn outage(known: &Known, going: Going, end: End, changes: &[RuleChange]) -> Outage {
+    let (end_ns, open) = match end {
+        End::Good(ns) => (Some(ns), None),
+        End::Session(ns) => (
+            None,
+            Some(Open {
+                quiet_ns: ns.saturating_sub(going.last_ns),
+                undecided: going.undecided,
+            }),
+        ),
     };
+    let asked = Asked {
+        known,
+        destination: going.first.destination,
+        protocol: going.first.protocol,
+    };
+    let begin_ns = going.first.first_ns;
     Outage {
-        service,
-        path: path.to_owned(),
-        begin_ns: going.begin_ns,
+        service: known.name.clone(),
+        path: going.first.path.to_owned(),
+        begin_ns,
         end_ns,
         lost: going.lost,
-        began_after: last(0, going.begin_ns),
-        ended_after: end_ns.and_then(|end_ns| last(going.begin_ns + 1, end_ns)),
+        last_lost_ns: going.last_ns,
+        open,
+        began_with: asked.between(going.good_ns, begin_ns, changes),
+        ended_with: end_ns.and_then(|end_ns| asked.between(going.last_ns, end_ns, changes)),
     }
+}
+
+/// What the flows of an outage asked for.
+#[derive(Clone, Copy, Debug)]
+struct Asked<'k> {
+    known: &'k Known,
+    destination: SocketAddr,
+    protocol: u8,
+}
+
+/// How near a rule change is to a Service, from what is farthest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Nearness {
+    /// Sets, addresses, marks: they decide about Services by way of other rules, if at all.
+    Aside,
+    /// Other tables that drop or translate.
+    Other,
+    /// It may have changed where packets to the Service go.
+    Translation,
+    /// The same, and around it the rules were found to say something else of the Service.
+    Altering,
+}
+
+impl Asked<'_> {
+    /// The change that stands between two flows, which began at these times (`CLOCK_MONOTONIC`, ns).
+    fn between(&self, from_ns: u64, to_ns: u64, changes: &[RuleChange]) -> Option<AtEnd> {
+        let candidates = || {
+            changes.iter().filter(|change| {
+                !change.is_refused() && change.time_ns > from_ns && begin_of(change) <= to_ns
+            })
+        };
+        let change = candidates().max_by_key(|change| (self.nearness(change), begin_of(change)))?;
+        let during = change.time_ns > to_ns;
+        let since = if during {
+            begin_of(change)
+        } else {
+            change.time_ns
+        };
+        Some(AtEnd {
+            change: change.to_string(),
+            during,
+            since_ns: to_ns - since,
+            others: candidates().count().saturating_sub(1) as u64,
+        })
+    }
+
+    fn nearness(&self, change: &RuleChange) -> Nearness {
+        let alters = |&(after_ns, by_ns): &(u64, u64)| {
+            change.time_ns > after_ns && begin_of(change) <= by_ns
+        };
+        if !self.is_carried_by(&change.what) {
+            return aside_or_other(&change.what);
+        }
+        if self.known.altered.iter().any(alters) {
+            Nearness::Altering
+        } else {
+            Nearness::Translation
+        }
+    }
+
+    /// Is it of those rules that translate packets to the Service?
+    fn is_carried_by(&self, what: &What) -> bool {
+        let ipv6 = self.destination.is_ipv6();
+        match what {
+            What::IptablesLegacy { family, table, .. } => {
+                self.known.mode == "iptables-legacy" && table == "nat" && (family == "IPv6") == ipv6
+            }
+            What::Nftables { tables, .. } => {
+                let table = match self.known.mode {
+                    "iptables-nft" => "nat",
+                    "nftables" => "kube-proxy",
+                    _ => return false,
+                };
+                let family = if ipv6 { "ip6" } else { "ip" };
+                // Without a table its announcement was lost: it may have been this.
+                tables.is_empty() || tables.contains_key(&format!("{family} {table}"))
+            }
+            What::Ipvs(delta) => {
+                let (to, protocol) = (self.destination, u16::from(self.protocol));
+                let server = server_name(to.ip(), to.port(), protocol);
+                self.known.mode == "ipvs" && (delta.flushed > 0 || delta.servers.contains(&server))
+            }
+            What::Addresses { links } => {
+                let prefix = if ipv6 { 128 } else { 32 };
+                let address = format!("{}/{prefix}", self.destination.ip());
+                let mut links = links.values().filter(|link| link.virtual_ips);
+                self.known.mode == "ipvs"
+                    && links.any(|link| {
+                        link.added.contains(&address) || link.deleted.contains(&address)
+                    })
+            }
+            What::Ipset { .. } => false,
+        }
+    }
+}
+
+fn aside_or_other(what: &What) -> Nearness {
+    let aside = match what {
+        What::IptablesLegacy { table, .. } => table == "mangle",
+        What::Nftables { tables, .. } => {
+            !tables.is_empty() && tables.keys().all(|table| table.ends_with(" mangle"))
+        }
+        What::Ipvs(_) => false,
+        What::Addresses { .. } | What::Ipset { .. } => true,
+    };
+    if aside {
+        Nearness::Aside
+    } else {
+        Nearness::Other
+    }
+}
+
+/// When it began; if only its announcement was heard, when that was read (`CLOCK_MONOTONIC`, ns).
+fn begin_of(change: &RuleChange) -> u64 {
+    change.begin_ns.unwrap_or(change.time_ns)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::trace::changes::{Actor, Delta, SetDelta};
     use crate::trace::verdict::Verdict;
 
     fn flow(first_ns: u64, verdict: Verdict) -> Decided {
@@ -174,10 +416,72 @@ mod tests {
         }
     }
 
+    fn known(mode: &'static str, altered: &[(u64, u64)]) -> Known {
+        Known {
+            name: "shop/web:http".to_owned(),
+            mode,
+            protocol: 6,
+            endpoints: std::collections::BTreeSet::new(),
+            former: BTreeMap::new(),
+            there: true,
+            altered: altered.iter().copied().collect(),
+        }
+    }
+
+    fn change(begin_ns: u64, time_ns: u64, what: What) -> RuleChange {
+        RuleChange {
+            time_ns,
+            begin_ns: Some(begin_ns),
+            by: Actor::default(),
+            what,
+            refused: BTreeMap::new(),
+            incomplete: false,
+        }
+    }
+
+    fn legacy(table: &str) -> What {
+        What::IptablesLegacy {
+            family: "IPv4".to_owned(),
+            table: table.to_owned(),
+            before: 5,
+            after: 6,
+        }
+    }
+
+    fn nft(table: &str) -> What {
+        What::Nftables {
+            generation: Some(7),
+            tables: [(table.to_owned(), Delta::default())].into(),
+        }
+    }
+
+    fn set() -> What {
+        What::Ipset {
+            sets: [("S".to_owned(), SetDelta::default())].into(),
+        }
+    }
+
+    /// What stands between a good flow at 10 and failed ones from 100 on, and between the last of these at
+    /// 300 and good ones from 400 on.
+    fn at_ends(known: &Known, changes: &[RuleChange]) -> (Option<AtEnd>, Option<AtEnd>) {
+        let mut outages = Outages::default();
+        for good in [10, 400] {
+            outages.add(&flow(good, Verdict::Delivered));
+        }
+        for bad in [100, 200, 300] {
+            outages.add(&flow(bad, Verdict::Leaked));
+        }
+        let mut over = outages.over(1_000, changes, |_| Some(known));
+        let outage = over.pop().expect("an outage");
+        (outage.began_with, outage.ended_with)
+    }
+
     fn changes() -> Vec<RuleChange> {
         let mut changes = crate::report::sample::trace().run.summary.rule_changes;
-        changes[0].time_ns = 15;
-        changes[1].time_ns = 47;
+        for (change, time_ns) in changes.iter_mut().zip([15, 47]) {
+            change.time_ns = time_ns;
+            change.begin_ns = Some(time_ns - 1);
+        }
         changes
     }
 
@@ -187,13 +491,14 @@ mod tests {
         for good in [0, 10, 50, 60] {
             outages.add(&flow(good, Verdict::Delivered));
         }
-        let name = |_| "shop/web:http".to_owned();
+        let known = known("nftables", &[]);
+        let known = |_| Some(&known);
         // Flows from 20 on are not decided yet.
-        assert!(outages.over(20, &changes(), name).is_empty());
+        assert!(outages.over(20, &changes(), known).is_empty());
         for bad in [20, 30, 40] {
             outages.add(&flow(bad, Verdict::Unanswered { stray: None }));
         }
-        let over = outages.over(100, &changes(), name);
+        let over = outages.over(100, &changes(), known);
         let [outage] = over.as_slice() else {
             panic!("{over:?}");
         };
@@ -201,8 +506,8 @@ mod tests {
             (outage.begin_ns, outage.end_ns, outage.lost),
             (20, Some(50), 3)
         );
-        assert_eq!(outage.began_after.as_ref().map(|c| c.0), Some(5));
-        assert_eq!(outage.ended_after.as_ref().map(|c| c.0), Some(3));
+        assert_eq!(outage.began_with.as_ref().map(|c| c.since_ns), Some(5));
+        assert_eq!(outage.ended_with.as_ref().map(|c| c.since_ns), Some(3));
         let said = outage.to_string();
         assert!(
             said.starts_with(
@@ -214,6 +519,101 @@ mod tests {
             said.contains("; it ended 3 ns after nft (pid 812, parent kube-proxy"),
             "{said}"
         );
+    }
+
+    #[test]
+    fn a_change_that_is_under_way_is_named() {
+        let known = known("iptables-legacy", &[]);
+        let changes = [
+            change(20, 30, legacy("mangle")),
+            change(90, 190, legacy("nat")),
+            change(390, 500, legacy("nat")),
+        ];
+        let (began, ended) = at_ends(&known, &changes);
+        let (began, ended) = (began.expect("one"), ended.expect("one"));
+        assert_eq!((began.during, began.since_ns, began.others), (true, 10, 1));
+        assert_eq!((ended.during, ended.since_ns, ended.others), (true, 10, 0));
+        assert_eq!(
+            began.to_string(),
+            "during this change, 10 ns into it: unknown process committed nat: 5 → 6 entries in 100 ns (of 2 \
+             changes in question)"
+        );
+    }
+
+    #[test]
+    fn only_what_lies_between_the_flows_is_named() {
+        let known = known("iptables-legacy", &[]);
+        // Over before the last good flow, begun after the first bad one, over before the last bad one, and
+        // begun after the first good one.
+        let changes = [
+            change(1, 9, legacy("nat")),
+            change(101, 120, legacy("nat")),
+            change(210, 299, legacy("nat")),
+            change(401, 410, legacy("nat")),
+        ];
+        assert_eq!(at_ends(&known, &changes), (None, None));
+    }
+
+    #[test]
+    fn what_carries_the_translation_is_named_before_what_came_later() {
+        let name = |mode, altered: &[(u64, u64)], changes: &[RuleChange]| {
+            let (began, _) = at_ends(&known(mode, altered), changes);
+            began.expect("one").since_ns
+        };
+        let others = [
+            change(60, 61, nft("ip filter")),
+            change(70, 71, legacy("mangle")),
+            change(80, 81, set()),
+        ];
+        let with = |what| {
+            let mut changes = others.to_vec();
+            changes.insert(0, change(50, 51, what));
+            changes
+        };
+        assert_eq!(name("iptables-legacy", &[], &with(legacy("nat"))), 49);
+        assert_eq!(name("iptables-nft", &[], &with(nft("ip nat"))), 49);
+        assert_eq!(name("nftables", &[], &with(nft("ip kube-proxy"))), 49);
+        // Another mode's rules, and those of the other family, are no nearer than a filter.
+        assert_eq!(name("nftables", &[], &with(nft("ip6 kube-proxy"))), 39);
+        assert_eq!(name("ipvs", &[], &with(legacy("nat"))), 39);
+        // Where there is nothing else, what lies aside.
+        assert_eq!(name("nftables", &[], &others[1..]), 19);
+        // The rules say something else of the Service since the first of two.
+        let two = [change(40, 41, legacy("nat")), change(50, 51, legacy("nat"))];
+        assert_eq!(name("iptables-legacy", &[], &two), 49);
+        assert_eq!(name("iptables-legacy", &[(0, 41)], &two), 59);
+    }
+
+    #[test]
+    fn a_change_of_ipvs_is_near_if_it_names_the_service() {
+        use crate::trace::changes::{AddressDelta, ServerDelta};
+        let servers = |server: &str| {
+            What::Ipvs(ServerDelta {
+                servers_deleted: 1,
+                servers: [server.to_owned()].into(),
+                ..ServerDelta::default()
+            })
+        };
+        let bound = What::Addresses {
+            links: [(
+                "kube-ipvs0".to_owned(),
+                AddressDelta {
+                    virtual_ips: true,
+                    deleted: ["10.96.0.1/32".to_owned()].into(),
+                    ..AddressDelta::default()
+                },
+            )]
+            .into(),
+        };
+        let known = known("ipvs", &[]);
+        for near in [servers("10.96.0.1:80/TCP"), bound] {
+            let changes = [
+                change(50, 51, near),
+                change(60, 61, servers("10.96.0.2:80/TCP")),
+            ];
+            let (began, _) = at_ends(&known, &changes);
+            assert_eq!(began.expect("one").since_ns, 49);
+        }
     }
 
     #[test]
@@ -230,9 +630,34 @@ mod tests {
         for first_ns in 30..40 {
             outages.add(&flow(first_ns, Verdict::Leaked));
         }
-        let (over, going_on) = outages.finish(&[], |_| String::new());
+        let known = known("nftables", &[]);
+        let (over, going_on) = outages.finish(50, &[], |_| Some(&known));
         assert_eq!(over, []);
         assert_eq!(going_on.len(), 1);
         assert_eq!((going_on[0].end_ns, going_on[0].lost), (None, 10));
+    }
+
+    #[test]
+    fn that_nobody_asked_again_is_no_proof() {
+        let known = known("nftables", &[]);
+        let said = |undecided: &[u64]| {
+            let mut outages = Outages::default();
+            for bad in [100, 200, 300] {
+                outages.add(&flow(bad, Verdict::Leaked));
+            }
+            for first_ns in undecided {
+                outages.add(&flow(*first_ns, Verdict::Undecided));
+            }
+            let (_, going_on) = outages.finish(15_000_000_300, &[], |_| Some(&known));
+            going_on[0].to_string()
+        };
+        let begin = "shop/web:http pod→ClusterIP: outage of 200 ns or more, 3 new flows lost; ";
+        let end = "since the last one failed 15.00 s before the end";
+        assert_eq!(said(&[]), format!("{begin}no new flow {end}"));
+        assert_eq!(said(&[250]), format!("{begin}no new flow {end}"));
+        assert_eq!(
+            said(&[400, 500]),
+            format!("{begin}2 new flows, undecided, {end}")
+        );
     }
 }

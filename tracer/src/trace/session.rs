@@ -170,7 +170,7 @@ impl Event {
             Self::Stuck(stuck) => stuck.time_ns,
             Self::Outage(outage) => match outage.end_ns {
                 Some(end_ns) => end_ns,
-                None => outage.begin_ns,
+                None => outage.last_lost_ns,
             },
             Self::RuleChange(change) => change.time_ns,
             Self::Services { time_ns, .. } => *time_ns,
@@ -337,6 +337,7 @@ impl Session {
     /// Takes in what happened since the last call, in the order of time.
     pub fn poll(&mut self) -> Result<Vec<Event>, TraceError> {
         let mut events = Vec::new();
+        let told_ns = self.watcher.told_until_ns(monotonic_ns());
         for change in self.watcher.drain()? {
             if !change.is_refused() {
                 self.changed = Some(Instant::now());
@@ -375,10 +376,9 @@ impl Session {
                 .or_default() += 1;
             events.push(Event::Stuck(stuck));
         }
-        let known_ns = self.flows.known_until_ns(monotonic_ns());
-        let over = self.outages.over(known_ns, &self.changes, |index| {
-            name_of(&self.directory, index)
-        });
+        let known_ns = self.flows.known_until_ns(monotonic_ns()).min(told_ns);
+        let known = |index| self.directory.get(index);
+        let over = self.outages.over(known_ns, &self.changes, known);
         self.end_outages(over, &mut events);
         events.sort_by_key(Event::time_ns);
         Ok(events)
@@ -424,6 +424,7 @@ impl Session {
         }
         if self.changed.is_some_and(|at| at.elapsed() >= SETTLED) {
             self.changed = None;
+            self.directory.begin_to_read(self.changed_ns);
             self.reading = Some(begin_to_read(&self.ns));
         }
         Ok(())
@@ -530,6 +531,7 @@ impl Session {
         let mut events = self.poll()?;
         // Rules that changed a moment ago are read before the last flows are judged by them.
         if self.changed.take().is_some() && self.reading.is_none() {
+            self.directory.begin_to_read(self.changed_ns);
             self.reading = Some(begin_to_read(&self.ns));
         }
         while self.reading.is_some() {
@@ -539,8 +541,8 @@ impl Session {
         let decided = self.flows.finish(&self.directory, monotonic_ns());
         self.count(decided, &mut events);
         let outages = std::mem::take(&mut self.outages);
-        let (over, going_on) =
-            outages.finish(&self.changes, |index| name_of(&self.directory, index));
+        let known = |index| self.directory.get(index);
+        let (over, going_on) = outages.finish(monotonic_ns(), &self.changes, known);
         self.end_outages(over, &mut events);
         self.end_outages(going_on, &mut events);
         let stats = self.probes.stats()?;
@@ -572,11 +574,6 @@ impl Session {
         let summary = Summary::new(&self.directory, &self.tallies, rest);
         Ok((events, summary))
     }
-}
-
-fn name_of(directory: &Directory, index: usize) -> String {
-    let known = directory.get(index);
-    known.map_or_else(String::new, |known| known.name.clone())
 }
 
 /// Reads the rules in the background.

@@ -97,6 +97,9 @@ fn show(report: &Report, seconds: f64, limit: usize) -> String {
         _ => format!("{count} differences"),
     };
     // Writing into a String cannot fail, here and below.
+    for note in &report.notes {
+        let _ = writeln!(text, "note: {note}");
+    }
     let _ = writeln!(
         text,
         "{differences} ({} Services, {} endpoints{}{} checked in {seconds:.1} s)",

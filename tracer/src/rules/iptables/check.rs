@@ -274,7 +274,7 @@ impl<'c, 'a> Checker<'c, 'a> {
             if let (Some(missing), Some(extra)) =
                 (expected.rules.get(missing), found.rules.get(extra))
             {
-                self.altered(table, kind, expected, missing, extra);
+                self.altered(table, kind, (expected, found), missing, extra);
             }
         }
         for rule in differences.missing {
@@ -414,7 +414,7 @@ impl<'c, 'a> Checker<'c, 'a> {
         &mut self,
         table: &str,
         kind: ChainKind,
-        chain: &'c Chain<'a>,
+        (chain, there): (&'c Chain<'a>, &'c Chain<'a>),
         expected: &'c Rule<'a>,
         found: &'c Rule<'a>,
     ) {
@@ -427,7 +427,7 @@ impl<'c, 'a> Checker<'c, 'a> {
             found: Some(found.in_chain(chain.name)),
             line: Some(found.line),
             service,
-            effect: effect::altered(table, kind, chain, expected, found),
+            effect: effect::altered(table, kind, chain, there, expected, found),
         });
     }
 
@@ -441,6 +441,11 @@ impl<'c, 'a> Checker<'c, 'a> {
         rule: &'c Rule<'a>,
     ) {
         let service = self.service(kind, found.name, rule);
+        let same = found.rules.len() <= LONGEST_SEARCH
+            && found
+                .rules
+                .iter()
+                .any(|other| other.line != rule.line && effect::differ_in_comments(other, rule));
         let twice = expected.rules.contains(rule);
         let gone = self.leads_to_something_gone(rule)
             || service
@@ -466,7 +471,7 @@ impl<'c, 'a> Checker<'c, 'a> {
             found: None,
             line: Some(rule.line),
             service,
-            effect: effect::extra(finding, kind, found, rule, twice),
+            effect: effect::extra(finding, kind, found, rule, twice, same),
         });
     }
 

@@ -198,6 +198,7 @@ pub(super) fn altered(
     table: &str,
     kind: ChainKind,
     chain: &Chain<'_>,
+    there: &Chain<'_>,
     expected: &Rule<'_>,
     found: &Rule<'_>,
 ) -> String {
@@ -220,10 +221,15 @@ pub(super) fn altered(
             if expected.target != found.target
                 && ChainKind::of(table, other) != ChainKind::Foreign =>
         {
-            format!(
-                "packets go to {other} instead; {}",
-                missing(table, kind, chain, expected)
-            )
+            let instead = if is_masquerading(&found.target) {
+                if let Some(to) = sent_on(there, found) {
+                    return format!("packets are marked to be masqueraded, and go to {to} instead");
+                }
+                "packets are only marked to be masqueraded".to_owned()
+            } else {
+                format!("packets go to {other} instead")
+            };
+            format!("{instead}; {}", missing(table, kind, chain, expected))
         }
         _ if is_choice(expected) && is_choice(found) => {
             "new flows are spread unevenly over the endpoints".to_owned()
@@ -235,7 +241,24 @@ pub(super) fn altered(
     }
 }
 
-fn differ_in_comments(expected: &Rule<'_>, found: &Rule<'_>) -> bool {
+/// The chain to which another rule of this chain sends what this one matches.
+fn sent_on<'a>(chain: &Chain<'a>, marking: &Rule<'_>) -> Option<&'a str> {
+    let sends_on = |rule: &&Rule<'a>| {
+        let target = rule.target.clone();
+        !is_masquerading(&target)
+            && differ_in_comments(
+                rule,
+                &Rule {
+                    target,
+                    ..marking.clone()
+                },
+            )
+    };
+    chain.rules.iter().find(sends_on)?.chain()
+}
+
+/// Are they one rule but for comments?
+pub(super) fn differ_in_comments(expected: &Rule<'_>, found: &Rule<'_>) -> bool {
     fn bare<'a>(rule: &Rule<'a>) -> Rule<'a> {
         let mut rule = rule.clone();
         let parts = rule.matches.iter();
@@ -253,6 +276,7 @@ pub(super) fn extra(
     chain: &Chain<'_>,
     rule: &Rule<'_>,
     twice: bool,
+    same: bool,
 ) -> String {
     let choice = matches!(kind, ChainKind::Service | ChainKind::LocalService) && is_choice(rule);
     match finding {
@@ -262,6 +286,7 @@ pub(super) fn extra(
         }
         _ if twice && choice => "this endpoint gets more than its share of new flows".to_owned(),
         _ if twice => "the rule stands twice: each packet that comes by pays for both".to_owned(),
+        Kind::Extra if same => "none: another rule of the chain does the same".to_owned(),
         Kind::Stale if kind == ChainKind::Refusals => {
             "packets are refused or dropped for a Service that is gone or has endpoints".to_owned()
         }
@@ -269,11 +294,18 @@ pub(super) fn extra(
             "packets are treated as those of a Service, endpoint or address that is gone".to_owned()
         }
         Kind::Leftover => "packets are taken to the rules of a mode that is gone".to_owned(),
+        _ if is_masquerading(&rule.target) => {
+            "packets that match are marked to be masqueraded; where they go is for the rules after it"
+                .to_owned()
+        }
         _ => match rule.target {
             Target::Drop | Target::Reject(_) => {
                 "packets that match are stopped before the Service's rules".to_owned()
             }
             Target::None => "none: the rule only counts".to_owned(),
+            Target::Mark(_) => "packets that match are marked".to_owned(),
+            // It may be anything: a log, a trace, another's way out.
+            Target::Other(_) => "what the rule says is done to packets that match".to_owned(),
             _ => "packets that match are taken out of the Service's rules".to_owned(),
         },
     }

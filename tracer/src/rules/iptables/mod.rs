@@ -3,6 +3,7 @@
 mod chains;
 mod check;
 mod effect;
+mod forms;
 mod parse;
 mod render;
 pub mod rule;
@@ -10,6 +11,7 @@ mod sync;
 pub mod walk;
 
 pub use check::{check, uses_nfacct};
+pub use forms::{do_not_judge, note, of_another_version};
 pub use parse::{ParseError, Problem, parse};
 pub(super) use render::{
     EXT, FW, Invalid, SEP, SVC, SVL, push_all, push_chains, push_forward_rules, push_jumps,

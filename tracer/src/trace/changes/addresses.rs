@@ -182,9 +182,9 @@ impl Addresses {
         std::mem::take(&mut self.heard)
     }
 
-    /// Is something heard that may yet be explained?
-    pub(super) fn is_waiting(&self) -> bool {
-        !self.heard.is_empty()
+    /// Since when something heard has been waiting to be explained (`CLOCK_MONOTONIC`, ns).
+    pub(super) fn waiting_since(&self) -> Option<u64> {
+        self.heard.first().map(|heard| heard.read_ns)
     }
 }
 

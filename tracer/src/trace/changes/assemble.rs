@@ -2,7 +2,7 @@
 //!
 //! Times are `CLOCK_MONOTONIC`, ns; what waits for something else, waits by the clock that it is given.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use nix::errno::Errno;
 use tracer_ebpf::change::{Begin, End, Refusal, subsystem};
@@ -11,7 +11,8 @@ use super::actor::Actor;
 use super::addresses::{Addresses, Explanation, Heard, Wanted};
 use super::nftables::Announced;
 use super::requests::{self, Address, Ask, Asked, ServerChange, SetChange};
-use super::{AddressDelta, RuleChange, ServerDelta, SetDelta, What};
+use super::sets::{Other, Sets};
+use super::{AddressDelta, RuleChange, ServerDelta, What};
 
 /// Requests of one process and kind are one change until it pauses for so long: kube-proxy writes its
 /// servers and sets one by one.
@@ -56,6 +57,13 @@ struct Group {
     more: bool,
 }
 
+impl Group {
+    /// Has its process paused since?
+    const fn is_quiet(&self, now: u64) -> bool {
+        now.saturating_sub(self.end_ns) >= PAUSE
+    }
+}
+
 /// Something asked for, in a request that has returned.
 #[derive(Debug)]
 struct Sent {
@@ -78,6 +86,8 @@ pub(super) struct Assembler {
     refusals: HashMap<(u32, u32), (i32, u64, u32)>,
     /// The addresses of the node's links.
     pub(super) addresses: Addresses,
+    /// The sets of ipset.
+    pub(super) sets: Sets,
     /// How many asks there have been.
     asks: u64,
     /// Were announcements of transactions lost lately? Until when that explains missing ones.
@@ -148,7 +158,18 @@ impl Assembler {
             && self.announced.is_empty()
             && self.groups.is_empty()
             && self.open.is_empty())
-            || self.addresses.is_waiting()
+            || self.addresses.waiting_since().is_some()
+    }
+
+    /// Every change that began before this time has been told, if by `now` everything was taken in.
+    pub(super) fn told_until(&self, now: u64) -> u64 {
+        let open = self.open.values().map(|open| open.begin.time);
+        let transactions = self.transactions.iter().map(|waiting| waiting.begin_ns);
+        let announced = self.announced.iter().map(|waiting| waiting.read_ns);
+        let groups = self.groups.iter().map(|waiting| waiting.begin_ns);
+        let waiting = open.chain(transactions).chain(announced).chain(groups);
+        let waiting = waiting.chain(self.addresses.waiting_since());
+        waiting.fold(now, u64::min)
     }
 
     /// What is complete by now, in the order in which it ended. Everything that came before has to have
@@ -315,19 +336,53 @@ impl Assembler {
     }
 
     fn settle_groups(&mut self, now: u64) {
-        for group in std::mem::take(&mut self.groups) {
-            let quiet = now.saturating_sub(group.end_ns) >= PAUSE;
-            if quiet {
-                let told = self.tell(group);
+        let mut groups = VecDeque::from(std::mem::take(&mut self.groups));
+        let mut waiting = Vec::new();
+        while let Some(group) = groups.pop_front() {
+            if group.is_quiet(now) && self.is_counted(&group, now) {
+                let others = waiting.iter().chain(&groups);
+                let told = self.tell(group, others);
                 self.ready.extend(told);
             } else {
-                self.groups.push(group);
+                waiting.push(group);
             }
+        }
+        self.groups = waiting;
+        if !self.changes_sets() {
+            self.sets.rest();
         }
     }
 
+    /// Must the sets be counted before what has come to rest by now can be told?
+    pub(super) fn must_count(&self, now: u64) -> bool {
+        let waits = |group: &Group| {
+            group.is_quiet(now)
+                && group.subsystem == subsystem::IPSET
+                && self.sets.counted_ns() < group.end_ns
+        };
+        self.groups.iter().any(waits)
+    }
+
+    fn is_counted(&self, group: &Group, now: u64) -> bool {
+        group.subsystem != subsystem::IPSET
+            || self.sets.counted_ns() >= group.end_ns
+            || now == u64::MAX
+    }
+
+    /// Is anybody changing sets, or is that still to be told?
+    fn changes_sets(&self) -> bool {
+        let mut open = self.open.values();
+        let mut groups = self.groups.iter();
+        open.any(|open| open.begin.subsystem == subsystem::IPSET)
+            || groups.any(|group| group.subsystem == subsystem::IPSET)
+    }
+
     /// The change that a group of requests is; `None` if it turns out to be none.
-    fn tell(&mut self, group: Group) -> Option<RuleChange> {
+    fn tell<'a>(
+        &mut self,
+        group: Group,
+        others: impl Iterator<Item = &'a Group>,
+    ) -> Option<RuleChange> {
         let mut refused = BTreeMap::new();
         let mut incomplete = group.more;
         let mut done = Vec::new();
@@ -347,18 +402,12 @@ impl Assembler {
             }
         }
         let what = match group.subsystem {
-            subsystem::IPSET => sets(&done),
+            subsystem::IPSET => self.what_sets(&done, others),
             subsystem::IPVS => servers(&done),
             _ => self.links(&done),
         };
-        if done.is_empty() && refused.is_empty() && !incomplete {
-            return None;
-        }
-        // A link that went without addresses is no change of rules.
-        if matches!(&what, What::Addresses { links } if links.is_empty())
-            && refused.is_empty()
-            && !incomplete
-        {
+        // A link that went without addresses is no change of rules, nor is a set that was as it was to be.
+        if what.is_nothing() && refused.is_empty() && !incomplete {
             return None;
         }
         Some(RuleChange {
@@ -369,6 +418,34 @@ impl Assembler {
             refused,
             incomplete,
         })
+    }
+
+    /// What was done to sets; `groups` are told at other times.
+    fn what_sets<'a>(&mut self, done: &[Ask], groups: impl Iterator<Item = &'a Group>) -> What {
+        let counted_ns = self.sets.counted_ns();
+        let mut others = Vec::new();
+        for group in groups.filter(|group| group.begin_ns <= counted_ns) {
+            for sent in &group.asks {
+                let refused = self.refusals.contains_key(&(sent.port, sent.sequence));
+                if !refused || holds_many(&sent.ask) {
+                    others.push(Other {
+                        ask: &sent.ask,
+                        is_certain: !refused && group.end_ns <= counted_ns,
+                    });
+                }
+            }
+        }
+        let under_way = self.open.values();
+        let under_way = under_way.filter(|open| open.begin.time <= counted_ns);
+        let under_way = under_way.flat_map(|open| &open.asked.asks);
+        others.extend(under_way.map(|(_, ask)| Other {
+            ask,
+            is_certain: false,
+        }));
+        let done: Vec<&Ask> = done.iter().collect();
+        What::Ipset {
+            sets: self.sets.tell(&done, &others),
+        }
     }
 
     fn links(&self, asks: &[Ask]) -> What {
@@ -519,26 +596,6 @@ const fn holds_many(ask: &Ask) -> bool {
     )
 }
 
-fn sets(asks: &[Ask]) -> What {
-    let mut sets: BTreeMap<String, SetDelta> = BTreeMap::new();
-    for ask in asks {
-        let Ask::Set { set, change } = ask else {
-            continue;
-        };
-        let name = set.as_deref().unwrap_or("all sets");
-        let delta = sets.entry(name.to_owned()).or_default();
-        match change {
-            SetChange::Create => delta.created += 1,
-            SetChange::Destroy => delta.destroyed += 1,
-            SetChange::Flush => delta.flushed += 1,
-            SetChange::Rename => delta.renamed += 1,
-            SetChange::Add(count) => delta.added += count,
-            SetChange::Delete(count) => delta.deleted += count,
-        }
-    }
-    What::Ipset { sets }
-}
-
 fn servers(asks: &[Ask]) -> What {
     let mut delta = ServerDelta::default();
     for ask in asks {
@@ -615,7 +672,8 @@ mod tests {
         [
             &length.to_ne_bytes()[..],
             &kind.to_ne_bytes(),
-            &[5, 0],
+            // NLM_F_REQUEST, NLM_F_ACK and NLM_F_EXCL
+            &[5, 2],
             &sequence.to_ne_bytes(),
             &[0; 4],
             body,
@@ -646,6 +704,13 @@ mod tests {
         assembler.end(end);
     }
 
+    /// One that knows no sets, however often it were to count them.
+    fn counted() -> Assembler {
+        let mut assembler = Assembler::default();
+        assembler.sets.count(None, u64::MAX);
+        assembler
+    }
+
     fn announced(thread: u32, sequence: u32, generation: u32, read_ns: u64) -> Announced {
         Announced {
             read_ns,
@@ -660,7 +725,7 @@ mod tests {
 
     #[test]
     fn many_requests_of_one_process_are_one_change_until_it_pauses() {
-        let mut assembler = Assembler::default();
+        let mut assembler = counted();
         for i in 0..900 {
             let at = u64::from(i) * MS;
             let begin = begin(subsystem::IPSET, KUBE_PROXY, at);
@@ -702,7 +767,7 @@ mod tests {
 
     #[test]
     fn a_pause_and_a_long_time_end_a_change() {
-        let mut assembler = Assembler::default();
+        let mut assembler = counted();
         let mut ask = |at: u64| {
             let begin = begin(subsystem::IPSET, KUBE_PROXY, at);
             request(&mut assembler, begin, &add(1), &end(KUBE_PROXY, at, 5, 40));
@@ -718,7 +783,7 @@ mod tests {
 
     #[test]
     fn refusals_are_not_changes() {
-        let mut assembler = Assembler::default();
+        let mut assembler = counted();
         let begin_at = |at| begin(subsystem::IPSET, KUBE_PROXY, at);
         request(
             &mut assembler,
@@ -943,5 +1008,43 @@ mod tests {
             let told = assembler.settle(u64::MAX);
             assert!(told.is_empty(), "{told:#?}");
         }
+    }
+
+    #[test]
+    fn sets_are_counted_before_a_change_of_them_is_told() {
+        let count = |entries| Some([("a".to_owned(), entries)].into());
+        let mut assembler = Assembler::default();
+        assembler.sets.count(count(1), 0);
+        assembler.sets.rest();
+        let mut add = add(1);
+        add[7] = 0; // -exist
+        let ask = |assembler: &mut Assembler, at| {
+            let begin = begin(subsystem::IPSET, KUBE_PROXY, at);
+            request(assembler, begin, &add, &end(KUBE_PROXY, at + 1, 5, 40));
+        };
+        ask(&mut assembler, MS);
+        assert!(!assembler.must_count(2 * MS));
+        assert_eq!(assembler.told_until(2 * MS), MS);
+        assert!(assembler.must_count(MS + 1 + PAUSE));
+        assert!(assembler.settle(MS + 1 + PAUSE).is_empty() && assembler.is_waiting());
+        // It was there: nothing changed.
+        assembler.sets.count(count(1), 2 * MS);
+        assert!(assembler.settle(MS + 1 + PAUSE).is_empty());
+        assert!(!assembler.is_waiting() && !assembler.must_count(u64::MAX));
+        assert_eq!(assembler.told_until(2 * MS), 2 * MS);
+
+        ask(&mut assembler, 3 * MS);
+        assembler.sets.count(count(2), 4 * MS);
+        let told = assembler.settle(u64::MAX);
+        assert!(told[0].to_string().ends_with(": a +1"), "{told:#?}");
+        // Nobody can count them any more.
+        ask(&mut assembler, 5 * MS);
+        assembler.sets.count(None, 6 * MS);
+        let told = assembler.settle(u64::MAX);
+        assert_eq!(
+            told[0].to_string(),
+            "kube-proxy (pid 812, parent init, pid 1) may have changed 1 ipset in 1 ns: a 1 with -exist \
+             (perhaps so before)"
+        );
     }
 }

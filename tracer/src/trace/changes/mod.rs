@@ -7,8 +7,8 @@
 //! and went. Where the probes cannot be attached the announcements are told alone, and
 //! [`Listening`] says what is missing.
 //!
-//! [`requests`] reads requests, [`nftables`] and [`addresses`] read announcements and keep the account,
-//! [`assemble`] makes changes of all that, [`actor`] knows cgroups and pods, [`say`] has the words.
+//! [`requests`] reads requests, [`nftables`] and [`addresses`] read announcements and keep the account, as
+//! [`sets`] does of ipset, [`assemble`] makes changes of all that, [`actor`] knows cgroups and pods, [`say`] has the words.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,9 +20,11 @@ mod assemble;
 mod nftables;
 mod requests;
 mod say;
+mod sets;
 mod watcher;
 
 pub use actor::Actor;
+pub(super) use requests::server_name;
 pub use watcher::{ChangesError, Watcher};
 
 /// Somebody changed rules, or tried to.
@@ -144,6 +146,9 @@ pub struct SetDelta {
     pub added: u64,
     /// Entries deleted.
     pub deleted: u64,
+    /// Asked for with `-exist`, and nobody can say whether it was so before: entries, and making the set.
+    #[serde(default)]
+    pub unproven: u64,
 }
 
 /// What was done to IPVS.

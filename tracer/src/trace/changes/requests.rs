@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use tracer_ebpf::change::{Begin, subsystem};
 
-use crate::kernel::netlink::{Attributes, Message, NetlinkError, messages};
+use crate::kernel::netlink::{Attributes, Message, NLM_F_EXCL, NetlinkError, messages};
 
 /// One thing that is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub(super) enum Ask {
     Set {
         set: Option<String>,
         change: SetChange,
+        /// With `-exist`: it is no mistake if it is so already.
+        exist: bool,
     },
     /// Something to IPVS, and to which virtual server.
     Server {
@@ -194,7 +196,8 @@ fn ipset(message: &Message<'_>) -> Result<Ask, NetlinkError> {
         _ => return Err(NetlinkError::Garbled("no change of a set")),
     };
     let set = attributes.find(SETNAME)?.map(text);
-    Ok(Ask::Set { set, change })
+    let exist = message.flags & NLM_F_EXCL == 0;
+    Ok(Ask::Set { set, change, exist })
 }
 
 fn count(list: &[u8]) -> Result<u64, NetlinkError> {
@@ -246,7 +249,8 @@ fn server(attributes: &[u8]) -> Result<Option<String>, NetlinkError> {
     })())
 }
 
-fn server_name(address: IpAddr, port: u16, protocol: u16) -> String {
+/// What [`super::ServerDelta::servers`] calls a virtual server.
+pub(crate) fn server_name(address: IpAddr, port: u16, protocol: u16) -> String {
     let address = std::net::SocketAddr::new(address, port);
     match protocol {
         6 => format!("{address}/TCP"),
@@ -353,7 +357,8 @@ mod tests {
         let length = u32::try_from(16 + body.len()).expect("short");
         let mut bytes = length.to_ne_bytes().to_vec();
         bytes.extend(kind.to_ne_bytes());
-        bytes.extend([5, 0]);
+        // NLM_F_REQUEST, NLM_F_ACK and NLM_F_EXCL
+        bytes.extend([5, 2]);
         bytes.extend(sequence.to_ne_bytes());
         bytes.extend([0; 4]);
         bytes.extend(body);
@@ -427,10 +432,12 @@ mod tests {
         let ask = |change| Ask::Set {
             set: Some("KUBE-CLUSTER-IP".to_owned()),
             change,
+            exist: false,
         };
         let all = Ask::Set {
             set: None,
             change: SetChange::Flush,
+            exist: false,
         };
         let read = asked(subsystem::IPSET, 0, &bytes);
         assert!(!read.more);

@@ -96,11 +96,14 @@ impl What {
                 count((*after).into()),
             ),
             Self::Ipset { sets } => {
-                write!(
-                    f,
-                    "changed {}{took}",
-                    plural(sets.len() as u64, "ipset", "ipsets")
-                )?;
+                let proven = sets.values().any(SetDelta::is_proven);
+                let verb = if proven {
+                    "changed"
+                } else {
+                    "may have changed"
+                };
+                let number = plural(sets.len() as u64, "ipset", "ipsets");
+                write!(f, "{verb} {number}{took}")?;
                 let sets: Vec<String> = sets
                     .iter()
                     .map(|(set, delta)| format!("{set} {delta}"))
@@ -198,6 +201,18 @@ impl fmt::Display for Delta {
     }
 }
 
+impl SetDelta {
+    /// Is it certain that something changed?
+    fn is_proven(&self) -> bool {
+        let unproven = self.unproven;
+        *self
+            != Self {
+                unproven,
+                ..Self::default()
+            }
+    }
+}
+
 impl fmt::Display for SetDelta {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let verbs = [
@@ -215,8 +230,14 @@ impl fmt::Display for SetDelta {
         }
         if self.added + self.deleted > 0 {
             f.write_str(separator)?;
+            separator = " ";
         }
-        write_counts(f, &[("+", self.added, ""), ("-", self.deleted, "")])
+        write_counts(f, &[("+", self.added, ""), ("-", self.deleted, "")])?;
+        if self.unproven > 0 {
+            let unproven = count(self.unproven);
+            write!(f, "{separator}{unproven} with -exist (perhaps so before)")?;
+        }
+        Ok(())
     }
 }
 

@@ -18,6 +18,7 @@ use super::nftables::{Ledger, NFGENMSG};
 use super::requests::{self, IFADDRMSG, text};
 use super::{Listening, RuleChange};
 use crate::kernel::clock::monotonic_ns;
+use crate::kernel::ipset;
 use crate::kernel::ipvs::{self, IpvsError};
 use crate::kernel::netlink::{
     Heard as Listened, Listener, NLM_F_DUMP, NetlinkError, Request, Socket, wait,
@@ -39,8 +40,16 @@ const ROOM: usize = 32 << 20;
 const PATIENCE: u16 = 20;
 /// How often what the tables of `nf_tables` hold is counted while it is not known, ns.
 const COUNT_EVERY: u64 = 1_000_000_000;
+/// How often sets of ipset are counted at most, ns: after every change of sets, ...
+const COUNT_SETS_EVERY: u64 = 20_000_000;
+/// ... and if that takes long, after so many times as long: the kernel walks through all their entries.
+const COUNT_SETS_PART: u64 = 20;
 /// How long what is under way gets to be completed when the watcher stops, ns.
 const LAST_PATIENCE: u64 = 300_000_000;
+
+/// How long a change that is under way is waited for at most, ns: of one whose end was not heard nobody
+/// knows that it is over.
+const LONGEST_CHANGE: u64 = 30_000_000_000;
 
 /// Why rule changes cannot be heard.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +77,7 @@ pub struct Watcher {
     changes: Receiver<Result<RuleChange, ChangesError>>,
     stop: Arc<AtomicBool>,
     lost: Arc<AtomicU64>,
+    told: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
     way: Result<Way, String>,
 }
@@ -92,6 +102,7 @@ impl Watcher {
         let stop = Arc::new(AtomicBool::new(false));
         let lost = Arc::new(AtomicU64::new(0));
         let mut ears = Ears::open(ns, probes.ok(), Arc::clone(&lost))?;
+        let told = Arc::clone(&ears.told);
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("rule-changes".to_owned())
@@ -106,6 +117,7 @@ impl Watcher {
             changes,
             stop,
             lost,
+            told,
             thread: Some(thread),
             way,
         })
@@ -114,6 +126,13 @@ impl Watcher {
     /// The changes since the last call, in order.
     pub fn drain(&self) -> Result<Vec<RuleChange>, ChangesError> {
         self.changes.try_iter().collect()
+    }
+
+    /// Every change that began before this time (`CLOCK_MONOTONIC`, ns) is among those that
+    /// [`Watcher::drain`] brings if it is called after this.
+    pub fn told_until_ns(&self, now_ns: u64) -> u64 {
+        let told = self.told.load(Ordering::Acquire);
+        told.max(now_ns.saturating_sub(LONGEST_CHANGE))
     }
 
     /// Completes what is under way, which takes some tenths of a second at most, and listens no more:
@@ -149,6 +168,8 @@ struct Ears {
     addresses: Listener,
     probes: Option<RuleChangeProbes>,
     lost: Arc<AtomicU64>,
+    /// See [`Watcher::told_until_ns`].
+    told: Arc<AtomicU64>,
     directory: Directory,
     ledger: Ledger,
     assembler: Assembler,
@@ -157,6 +178,8 @@ struct Ears {
     families: HashSet<Option<u16>>,
     /// When what the tables of `nf_tables` hold may be counted again (`CLOCK_MONOTONIC`, ns).
     count_at: u64,
+    /// When the sets of ipset may be counted again (`CLOCK_MONOTONIC`, ns).
+    count_sets_at: u64,
 }
 
 impl Ears {
@@ -168,18 +191,24 @@ impl Ears {
         let transactions = ns.run(|| Listener::netfilter(NFNLGRP_NFTABLES, ROOM))??;
         let addresses = ns.run(|| Listener::route(&ADDRESS_GROUPS, ROOM))??;
         let ipvs = find_ipvs(ns, probes.as_mut())?;
+        // Here, not in the thread: requests are told from now on.
+        let mut assembler = Assembler::default();
+        assembler.sets.count(ipset::count(ns).ok(), monotonic_ns());
+        assembler.sets.rest();
         Ok(Self {
             ns: ns.clone(),
             transactions,
             addresses,
             probes,
             lost,
+            told: Arc::default(),
             directory: Directory::of_this_machine(),
             ledger: Ledger::default(),
-            assembler: Assembler::default(),
+            assembler,
             ipvs,
             families: HashSet::new(),
             count_at: 0,
+            count_sets_at: 0,
         })
     }
 
@@ -194,6 +223,7 @@ impl Ears {
             self.count();
             self.wait()?;
             let stopped = stop.load(Ordering::Relaxed);
+            let begun = monotonic_ns();
             self.take_in()?;
             let mut now = monotonic_ns();
             if stopped {
@@ -202,11 +232,14 @@ impl Ears {
                     now = u64::MAX;
                 }
             }
+            self.count_sets(now)?;
             for change in self.assembler.settle(now) {
                 if tell.send(Ok(change)).is_err() {
                     return Ok(());
                 }
             }
+            let told = self.assembler.told_until(begun);
+            self.told.store(told, Ordering::Release);
             if now == u64::MAX {
                 return Ok(());
             }
@@ -224,6 +257,20 @@ impl Ears {
             self.ledger.know(held);
         }
         self.count_at = now + COUNT_EVERY;
+    }
+
+    /// Counts the sets of ipset, if they were changed and that is to be told by now.
+    fn count_sets(&mut self, now: u64) -> Result<(), ChangesError> {
+        if !self.assembler.must_count(now) || now < self.count_sets_at {
+            return Ok(());
+        }
+        let from = monotonic_ns();
+        self.assembler.sets.count(ipset::count(&self.ns).ok(), from);
+        let until = monotonic_ns();
+        let rest = COUNT_SETS_PART.saturating_mul(until.saturating_sub(from));
+        self.count_sets_at = until.saturating_add(rest.max(COUNT_SETS_EVERY));
+        // What was asked for meanwhile may be in the count: it must be known not to be told yet.
+        self.take_records()
     }
 
     fn know_addresses(&mut self) -> Result<(), ChangesError> {
