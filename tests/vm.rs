@@ -290,7 +290,8 @@ fn functions_of_both_families() {
 #[test]
 fn cost_of_each_tier() {
     const BPFTRACE_NS: f64 = 2500.0;
-    let report = tests::trace::on_one_thread(cost::measure(1, 500)).expect("it is measured");
+    let report =
+        tests::trace::on_one_thread(cost::measure_packets(1, 500)).expect("it is measured");
     assert!(report.left_out.is_empty(), "{report}");
     assert_eq!(report.costs.len(), 5 * PacketKind::ALL.len(), "{report}");
     let cost = |tier, probes, packets| {

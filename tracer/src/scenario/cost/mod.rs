@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use self::bench::Bench;
-pub use self::requests::{Connection, RESAMPLES, RequestCost};
+pub use self::requests::{Connection, Percent, RESAMPLES, RequestCost};
 use super::node::NodeError;
 use crate::kernel::netns::NetnsError;
 use crate::kernel::sysctl::SysctlError;
@@ -254,24 +254,38 @@ pub struct CostReport {
 /// The kernel frees what the set of probes before had, some 20 MB, when it has nothing else to do.
 const CALM: Duration = Duration::from_millis(500);
 
-/// Measures our probes: `rounds` rounds of `packets` packets of each kind with each set.
+/// Measures our probes: what they add to packets, and what sessions take from the rate of TCP requests.
 pub async fn measure(rounds: u32, packets: u32) -> Result<CostReport, CostError> {
+    let mut report = measure_packets(rounds, packets).await?;
+    let tiers: Vec<Tier> = Tier::ALL
+        .into_iter()
+        .filter(|tier| {
+            report
+                .left_out
+                .iter()
+                .all(|left_out| left_out.tier != *tier)
+        })
+        .collect();
+    report.requests = requests::measure(rounds, &tiers, report.clock).await?;
+    Ok(report)
+}
+
+/// What our probes add to packets: `rounds` rounds of `packets` packets of each kind with each set.
+pub async fn measure_packets(rounds: u32, packets: u32) -> Result<CostReport, CostError> {
     let bench = Bench::build(Mode::Nftables).await?;
     let (tiers, left_out) = bench.tiers()?;
-    let clock = Clock::of_this_machine();
-    let requests = requests::measure(rounds, &tiers, clock).await?;
     let of_tier = |tier| [ProbeSet::Live, ProbeSet::Every].map(|set| Setup::ours(set, tier));
     let setups: Vec<Setup> = std::iter::once(Setup::OFF)
         .chain(tiers.into_iter().flat_map(of_tier))
         .collect();
     Ok(CostReport {
-        clock,
+        clock: Clock::of_this_machine(),
         mode: Mode::Nftables,
         rounds,
         bpftrace: None,
         costs: compare(&bench, &setups, rounds, packets).await?,
         left_out,
-        requests,
+        requests: Vec::new(),
         pairing: Vec::new(),
     })
 }

@@ -4,11 +4,13 @@
 //! Sessions start and end round by round; each round with one is compared with the round without that belongs
 //! to it, so that what else the machine does falls on both.
 
+use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::time::{ClockId, clock_gettime};
 use rand::seq::IndexedRandom as _;
 use rand::{Rng, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -63,10 +65,39 @@ pub struct RequestCost {
     pub without_per_s: f64,
     /// And with it.
     pub with_per_s: f64,
-    /// What of the rate is lost, percent: the middle one of the pairs.
-    pub loss_percent: f64,
-    /// Where it lies with a probability of 95 %: [`RESAMPLES`] bootstrap samples of the pairs.
-    pub loss_interval_percent: (f64, f64),
+    /// What of the rate is lost.
+    pub loss: Percent,
+    /// CPU time of a request without it, ns: client, server, session and what the kernel does for them.
+    pub without_cpu_ns: f64,
+    /// And with it.
+    pub with_cpu_ns: f64,
+    /// How much more CPU time that is; what others take of the machine hardly counts here.
+    pub more_cpu: Percent,
+}
+
+/// What the pairs say.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Percent {
+    /// The middle one of them, percent.
+    pub middle: f64,
+    /// Where that lies with a probability of 95 %, percent: [`RESAMPLES`] bootstrap samples of the pairs.
+    pub interval: (f64, f64),
+}
+
+impl Percent {
+    fn of(pairs: &[f64]) -> Self {
+        Self {
+            middle: middle(pairs.to_vec()),
+            interval: interval(pairs),
+        }
+    }
+}
+
+impl fmt::Display for Percent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (low, high) = self.interval;
+        write!(f, "{:>5.1} % ({low:>5.1} - {high:>4.1})", self.middle)
+    }
 }
 
 /// How often pairs are drawn anew.
@@ -88,6 +119,7 @@ const REQUEST: &[u8] = b"1\n";
 struct Counted {
     requests: u64,
     per_s: f64,
+    cpu_ns: f64,
 }
 
 /// A node with a TCP Service, and a client.
@@ -130,21 +162,23 @@ pub(super) async fn measure(
 }
 
 fn compare(setup: Setup, connection: Connection, off: &[Counted], on: &[Counted]) -> RequestCost {
-    let losses: Vec<f64> = off
-        .iter()
-        .zip(on)
-        .map(|(off, on)| (1.0 - on.per_s / off.per_s) * 100.0)
-        .collect();
-    let rate = |rounds: &[Counted]| middle(rounds.iter().map(|round| round.per_s).collect());
+    let pairs = |more: fn(&Counted, &Counted) -> f64| {
+        let pairs = off.iter().zip(on).map(|(off, on)| more(off, on) * 100.0);
+        Percent::of(&pairs.collect::<Vec<_>>())
+    };
+    let of =
+        |rounds: &[Counted], what: fn(&Counted) -> f64| middle(rounds.iter().map(what).collect());
     RequestCost {
         setup,
         connection,
-        pairs: u32::try_from(losses.len()).unwrap_or(u32::MAX),
+        pairs: u32::try_from(off.len().min(on.len())).unwrap_or(u32::MAX),
         requests: off.iter().chain(on).map(|round| round.requests).sum(),
-        without_per_s: rate(off),
-        with_per_s: rate(on),
-        loss_percent: middle(losses.clone()),
-        loss_interval_percent: interval(&losses),
+        without_per_s: of(off, |round| round.per_s),
+        with_per_s: of(on, |round| round.per_s),
+        loss: pairs(|off, on| 1.0 - on.per_s / off.per_s),
+        without_cpu_ns: of(off, |round| round.cpu_ns),
+        with_cpu_ns: of(on, |round| round.cpu_ns),
+        more_cpu: pairs(|off, on| on.cpu_ns / off.cpu_ns - 1.0),
     }
 }
 
@@ -253,14 +287,23 @@ impl Bench {
     /// Asks for a span of time, one request after the other.
     fn asked(&self, mut ask: impl FnMut() -> io::Result<()>) -> io::Result<Counted> {
         let mut requests = 0;
-        let begin = Instant::now();
+        let (begin, cpu) = (Instant::now(), process_time()?);
         while begin.elapsed() < self.span {
             ask()?;
             requests += 1;
         }
-        let per_s = requests as f64 / begin.elapsed().as_secs_f64();
-        Ok(Counted { requests, per_s })
+        let (took, cpu) = (begin.elapsed(), process_time()?.saturating_sub(cpu));
+        Ok(Counted {
+            requests,
+            per_s: requests as f64 / took.as_secs_f64(),
+            cpu_ns: cpu.as_secs_f64() * 1e9 / requests as f64,
+        })
     }
+}
+
+/// CPU time that this process has taken.
+fn process_time() -> io::Result<Duration> {
+    Ok(clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)?.into())
 }
 
 /// One request and its answer, which is a line.
@@ -286,6 +329,7 @@ mod tests {
         let of_rate = |per_s: &f64| Counted {
             requests: 10,
             per_s: *per_s,
+            cpu_ns: 1e9 / per_s,
         };
         rates.iter().map(of_rate).collect()
     }
@@ -297,10 +341,11 @@ mod tests {
         let on = rounds(&[3600.0, 1800.0, 900.0, 450.0]);
         let setup = Setup::ours(ProbeSet::Live, Tier::Hooks);
         let cost = compare(setup, Connection::New, &off, &on);
-        let near = |number: f64| (number - 10.0).abs() < 1e-9;
-        assert!(near(cost.loss_percent), "{cost:?}");
-        let (low, high) = cost.loss_interval_percent;
-        assert!(near(low) && near(high), "{cost:?}");
+        for (percent, is) in [(cost.loss, 10.0), (cost.more_cpu, 100.0 / 9.0)] {
+            let near = |number: f64| (number - is).abs() < 1e-9;
+            let (low, high) = percent.interval;
+            assert!(near(percent.middle) && near(low) && near(high), "{cost:?}");
+        }
         assert_eq!((cost.pairs, cost.requests), (4, 80));
         assert!((cost.without_per_s - 1500.0).abs() < 1e-9, "{cost:?}");
     }

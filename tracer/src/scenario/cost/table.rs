@@ -43,27 +43,35 @@ impl CostReport {
         writeln!(
             f,
             "\nTCP requests of a pod's one client, one after the other, {} clock: the middle one of {} pairs of rounds \
-             with a session and without, and its 95 % interval (bootstrap, {RESAMPLES} samples)",
+             with a session and without (and its 95 % interval; bootstrap, {RESAMPLES} samples)",
             self.clock(),
             first.pairs
         )?;
         writeln!(
             f,
-            "{:<16} {:<10} {:>9} {:>9} {:>9} {:>8} {:>15}",
-            "probes", "connection", "requests", "without/s", "with/s", "loss", "95 %"
+            "{:<16} {:<10} {:>9} {:>9} {:>8} {:>22} {:>13} {:>22}",
+            "probes",
+            "connection",
+            "requests",
+            "without/s",
+            "with/s",
+            "loss",
+            "CPU us each",
+            "more CPU"
         )?;
         for cost in &self.requests {
             writeln!(
                 f,
-                "{:<16} {:<10} {:>9} {:>9.0} {:>9.0} {:>6.1} % {:>5.1} - {:>5.1} %",
+                "{:<16} {:<10} {:>9} {:>9.0} {:>8.0} {:>22} {:>5.1} - {:>5.1} {:>22}",
                 cost.setup.to_string(),
                 cost.connection.name(),
                 cost.requests,
                 cost.without_per_s,
                 cost.with_per_s,
-                cost.loss_percent,
-                cost.loss_interval_percent.0,
-                cost.loss_interval_percent.1
+                cost.loss.to_string(),
+                cost.without_cpu_ns / 1000.0,
+                cost.with_cpu_ns / 1000.0,
+                cost.more_cpu.to_string()
             )?;
         }
         Ok(())
