@@ -19,7 +19,8 @@ pub(crate) struct Args {
     /// Text or JSON.
     #[arg(long, value_parser = ["text", "json"], default_value = "text")]
     output: String,
-    /// Measure what the probes of each tier cost here, on a node of our own in namespaces.
+    /// Measure what the probes of each tier cost here, on a node of our own in namespaces: packets and TCP
+    /// requests with and without, some three minutes.
     #[arg(long)]
     cost: bool,
     /// Measure them against this tool instead, which has to be installed; in iptables-legacy mode.

@@ -208,7 +208,7 @@ pub struct Times {
 pub struct Probes {
     tier: Tier,
     programs: Programs,
-    /// Mapped once: to map its 16 MB, twice each, takes as long as a thousand records.
+    /// Mapped once: to map its 16 MB, twice over, at every look was most of what a session took on one CPU.
     records: RingBuf<MapData>,
     messages: Option<log::Reader>,
     tracepoints: Vec<Link>,
