@@ -525,6 +525,11 @@ impl<'a, 'v> RuleReader<'a, 'v> {
         if bang.is_some() {
             return Err(Problem::NoValue("!".to_owned()));
         }
+        let without_a_set =
+            |part: &Match<'_>| matches!(part, Match::Set(set) if set.value.name.is_empty());
+        if self.matches.iter().any(without_a_set) {
+            return Err(Problem::NoValue("-m set".to_owned()));
+        }
         self.rule.matches = self.matches.drain(..).collect();
         Ok(self.rule)
     }
@@ -1555,6 +1560,7 @@ mod tests {
             "-m conntrack --ctstate NEV",
             "-m addrtype --dst-type LOCALE",
             "-m set --match-set X dst,dts",
+            "-m set -j ACCEPT",
             "-j DNAT --to-destination 10.0.0.1:99999",
             "-j DNAT --to-destination :",
             "rubbish",
