@@ -11,9 +11,10 @@ use tracer::rules::Mode;
 use tracer::scenario::node::TestNode;
 use tracer::trace::journey::{End, Journey};
 use tracer::trace::met::What;
-use tracer::trace::session::{Event, Options, Session};
+use tracer::trace::session::{Options, Session};
 
 use crate::trace::on_one_thread;
+use crate::truth;
 
 /// Longer than anything here takes on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -41,16 +42,7 @@ fn journeys(session: Session) -> Vec<Journey> {
         (0, 0, 0),
         "{probes:?}"
     );
-    let journey = |event| match event {
-        Event::Journey(journey) => Some(journey),
-        _ => None,
-    };
-    events.into_iter().filter_map(journey).collect()
-}
-
-fn vip_of(node: &TestNode, service: usize) -> SocketAddr {
-    let service = &node.cluster.services[service];
-    SocketAddr::new(service.cluster_ips[0], service.ports[0].port)
+    truth::journeys(events).collect()
 }
 
 /// Lines of what a packet met, without addresses.
@@ -64,7 +56,7 @@ fn lines(journey: &Journey) -> Vec<String> {
 pub fn what_packets_meet_is_told(mode: Mode) {
     let node = TestNode::build(2, 3).expect("a laboratory");
     on_one_thread(node.apply(mode)).expect("rules");
-    let vip = vip_of(&node, 1);
+    let vip = node.vip(1);
     let session = session(&node);
     let bind = || UdpSocket::bind(("0.0.0.0", *plan::SOURCE_PORTS.start())).expect("binds");
     let socket = node.lab.client_pod().run(bind).expect("enters");
@@ -147,7 +139,7 @@ pub fn a_drop_has_its_table(mode: Mode) {
     let session = session(&node);
     let send = || {
         let socket = UdpSocket::bind("0.0.0.0:0").expect("binds");
-        socket.send_to(b"1\n", vip_of(&node, 1)).expect("sends");
+        socket.send_to(b"1\n", node.vip(1)).expect("sends");
     };
     node.lab.client_pod().run(send).expect("enters");
     let journeys = journeys(session);
@@ -178,7 +170,7 @@ pub fn a_port_used_again_is_told() {
         .args(["-qw", "net.ipv4.vs.conn_reuse_mode=1"])
         .status();
     assert!(sysctl.expect("runs").success());
-    let vip = vip_of(&node, 0);
+    let vip = node.vip(0);
     let connect = || {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).expect("opens");
         socket.set_reuse_address(true).expect("is set");

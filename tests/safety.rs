@@ -30,11 +30,6 @@ use crate::truth::{assert_nothing_was_missed, wait_until};
 /// A UDP Service of the laboratory: odd ones are.
 const SERVICE: usize = 1;
 
-fn vip_of(node: &TestNode) -> SocketAddr {
-    let service = &node.cluster.services[SERVICE];
-    SocketAddr::new(service.cluster_ips[0], service.ports[0].port)
-}
-
 /// Everything of a node that a tracer could change.
 #[derive(Debug, PartialEq, Eq)]
 struct Look {
@@ -193,7 +188,7 @@ pub fn rules_flushed_over_and_over(mode: Mode) {
     /// Ports that flows are sent from, one each.
     const PORTS: std::ops::Range<u16> = 20_000..60_000;
     let node = node(mode);
-    let (vip, ns) = (vip_of(&node), node.lab.node());
+    let (vip, ns) = (node.vip(SERVICE), node.lab.node());
     let (save, flush, restore): (&[&str], &[&str], &[&str]) = match mode {
         Mode::IptablesLegacy => (
             &["iptables-legacy-save", "-t", "nat"],
@@ -294,7 +289,7 @@ impl Burst {
         tool::run(node.lab.node2(), "nft", &[&silence], "").expect("nft");
         let link = Tun::create(node.lab.node(), "burst").expect("a link");
         tool::run(node.lab.node(), "ip", &["link", "set", "burst", "up"], "").expect("ip");
-        let vip = vip_of(&node);
+        let vip = node.vip(SERVICE);
         let packet = |number: u32| {
             let from = u32::from(SOURCES) + 1 + number / PORTS_EACH;
             let packet = Packet {

@@ -53,7 +53,7 @@ fn dropped_by_the_kernel(node: &TestNode) -> u64 {
         .expect("a counter")
 }
 
-fn journeys(events: Vec<Event>) -> impl Iterator<Item = Journey> {
+pub(crate) fn journeys(events: Vec<Event>) -> impl Iterator<Item = Journey> {
     events.into_iter().filter_map(|event| match event {
         Event::Journey(journey) => Some(journey),
         _ => None,
@@ -133,8 +133,7 @@ pub fn drops_equal_the_counter_over_100_000_packets() {
     const SERVICE: usize = 1;
     let node = TestNode::build(2, 3).expect("a laboratory");
     on_one_thread(node.apply(Mode::Nftables)).expect("rules");
-    let service = &node.cluster.services[SERVICE];
-    let vip = SocketAddr::new(service.cluster_ips[0], service.ports[0].port);
+    let vip = node.vip(SERVICE);
     // Each port once: a flow that is sent again is no new one.
     let mut ports = plan::SOURCE_PORTS;
     let mut clients = |count: usize| -> Vec<UdpSocket> {
@@ -406,8 +405,7 @@ impl Told {
 fn time(node: &TestNode, ports: &mut impl Iterator<Item = u16>) -> Timed {
     const FLOWS: usize = 200;
     const LATER: usize = 5;
-    let service = &node.cluster.services[1];
-    let vip = SocketAddr::new(service.cluster_ips[0], service.ports[0].port);
+    let vip = node.vip(1);
     let mut ask = |flows: usize| {
         for port in ports.by_ref().take(flows) {
             let bound = || UdpSocket::bind(("0.0.0.0", port)).expect("binds");

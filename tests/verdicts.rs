@@ -46,11 +46,6 @@ fn endpoint_of(node: &TestNode, service: usize) -> SocketAddr {
     SocketAddr::new(endpoint.address, endpoint.port)
 }
 
-fn vip_of(node: &TestNode, service: usize) -> SocketAddr {
-    let service = &node.cluster.services[service];
-    SocketAddr::new(service.cluster_ips[0], service.ports[0].port)
-}
-
 /// A node whose Services have these faults.
 pub(crate) fn prepare(mode: Mode) -> TestNode {
     let mut node = TestNode::build(SERVICES, 1).expect("a laboratory");
@@ -90,7 +85,7 @@ pub(crate) fn prepare(mode: Mode) -> TestNode {
     }
     for (service, healthy) in HIJACKED.into_iter().zip(HEALTHY) {
         let thief = endpoint_of(&node, healthy);
-        let vip = vip_of(&node, service).ip();
+        let vip = node.vip(service).ip();
         let _ = write!(
             fault,
             "add rule ip fault steal ip daddr {vip} {} dport 80 dnat to {thief};",
@@ -106,7 +101,7 @@ pub(crate) fn ask(node: &TestNode) -> Vec<UdpSocket> {
     let begin = Instant::now();
     let mut sockets = Vec::new();
     for service in (0..node.cluster.services.len()).rev() {
-        let vip = vip_of(node, service);
+        let vip = node.vip(service);
         let client = move || {
             if service % 2 == 0 {
                 // What becomes of it is what the probes are asked.
@@ -146,7 +141,7 @@ pub fn prepared_faults_are_told(mode: Mode, tier: Tier) {
         .collect();
     for (service, wanted) in wanted(&node) {
         let name = match mode {
-            Mode::Ipvs => format!("{}/{}", vip_of(&node, service), ["tcp", "udp"][service % 2]),
+            Mode::Ipvs => format!("{}/{}", node.vip(service), ["tcp", "udp"][service % 2]),
             _ => format!("lab/svc-{service:05}:p"),
         };
         let found = told.get(name.as_str());
@@ -216,7 +211,7 @@ pub fn an_established_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
     const SERVICES_OF: [usize; 2] = [1, 3];
     let mut node = TestNode::build(SERVICES, 1).expect("a laboratory");
     on_one_thread(node.apply(mode)).expect("rules");
-    let vips = SERVICES_OF.map(|service| vip_of(&node, service));
+    let vips = SERVICES_OF.map(|service| node.vip(service));
     let [dead, alive] = SERVICES_OF.map(|service| endpoint_of(&node, service));
     assert_ne!(dead, alive);
     let mut session = Session::start(node.lab.node(), Options::default()).expect("attaches");
@@ -262,7 +257,7 @@ pub fn a_stranger_that_answers_is_told(mode: Mode) {
     const STRANGER: u16 = 7777;
     let node = TestNode::build(SERVICES, 1).expect("a laboratory");
     on_one_thread(node.apply(mode)).expect("rules");
-    let vip = vip_of(&node, SERVICE);
+    let vip = node.vip(SERVICE);
     let address = endpoint_of(&node, SERVICE).ip();
     let bind = || UdpSocket::bind((address, STRANGER)).ok();
     let mut pods = node.lab.server_pods().iter();
@@ -299,7 +294,7 @@ pub fn a_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
     const SERVICE: usize = SILENT[1];
     let mut node = prepare(mode);
     let mut session = Session::start(node.lab.node(), Options::default()).expect("attaches");
-    let vip = vip_of(&node, SERVICE);
+    let vip = node.vip(SERVICE);
     let dead = endpoint_of(&node, SERVICE);
     let socket = node
         .lab

@@ -423,6 +423,14 @@ impl Component {
     }
 }
 
+/// What goes through a table of iptables-legacy.
+const IPTABLES: [(&str, &str); 2] = [
+    ("ip_tables", "ipt_do_table"),
+    ("ip6_tables", "ip6t_do_table"),
+];
+/// What goes through a chain of `nf_tables`.
+const NFTABLES: [(&str, &str); 1] = [("nf_tables", "nft_do_chain")];
+
 /// Every component that can be met by its functions. Each stage lasts until the next component begins or the
 /// hook ends: what is not met counts to the stage before it.
 pub const COMPONENTS: [Component; 6] = [
@@ -471,10 +479,7 @@ pub const COMPONENTS: [Component; 6] = [
     },
     Component {
         name: "iptables",
-        functions: &[
-            ("ip_tables", "ipt_do_table"),
-            ("ip6_tables", "ip6t_do_table"),
-        ],
+        functions: &IPTABLES,
         shape: Shape::Table,
         at: &[],
         since: "5.16",
@@ -482,7 +487,7 @@ pub const COMPONENTS: [Component; 6] = [
     },
     Component {
         name: "nftables",
-        functions: &[("nf_tables", "nft_do_chain")],
+        functions: &NFTABLES,
         shape: Shape::Chain,
         at: &[],
         since: "5.4",
@@ -545,19 +550,16 @@ const fn sending(
 pub const TELLERS: [Teller; 11] = [
     Teller {
         name: "verdicts of iptables",
-        functions: &[
-            ("ip_tables", "ipt_do_table"),
-            ("ip6_tables", "ip6t_do_table"),
-        ],
-        parameters: &["priv", "skb", "state"],
+        functions: &IPTABLES,
+        parameters: Shape::Table.parameters(),
         tells: Tells::Table,
         since: "5.16",
         without: "tables are not told, nor which one dropped a packet",
     },
     Teller {
         name: "verdicts of nftables",
-        functions: &[("nf_tables", "nft_do_chain")],
-        parameters: &["pkt", "priv"],
+        functions: &NFTABLES,
+        parameters: Shape::Chain.parameters(),
         tells: Tells::Chain,
         since: "5.4",
         without: "chains are not told, nor which one dropped a packet",

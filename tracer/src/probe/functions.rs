@@ -20,7 +20,7 @@ use super::catalogue::{
 };
 use super::offsets;
 use super::program::{self, Callee, Constants, Kind, Link, Programs};
-use super::tier::{Attached, Missing, ProbeError, Probed, Watch};
+use super::tier::{Attached, ProbeError, Probed, Watch};
 use crate::kernel::btf::{Btf, BtfError, Function};
 
 /// Attaches to every function that is there. Without that of the hooks nothing can be followed; of components,
@@ -32,29 +32,19 @@ pub(super) fn attach(
 ) -> Result<Attached, ProbeError> {
     let mut constants = constants.clone();
     constants.extend(of_stages(watch));
-    constants.extend(values(offsets::of_hooks(Btf::vmlinux()?)?));
+    constants.extend(program::numbers(offsets::of_hooks(Btf::vmlinux()?)?));
     let mut attached = Attached::default();
     // Before the components: a call is noted only where its return is.
     if watch.detail >= Detail::Functions {
         for teller in &TELLERS {
-            if let Err(error) = attach_teller(programs, teller, &constants, &mut attached) {
-                attached.missing.push(Missing {
-                    name: teller.name,
-                    without: teller.without,
-                    why: error.to_string(),
-                });
-            }
+            let found = attach_teller(programs, teller, &constants, &mut attached);
+            attached.miss(found, teller.name, teller.without);
         }
     }
     if watch.detail >= Detail::Stages {
         for component in &COMPONENTS {
-            if let Err(error) = attach_component(programs, component, &constants, &mut attached) {
-                attached.missing.push(Missing {
-                    name: component.name,
-                    without: component.without,
-                    why: error.to_string(),
-                });
-            }
+            let found = attach_component(programs, component, &constants, &mut attached);
+            attached.miss(found, component.name, component.without);
         }
     }
     // Last: a packet that is met by a component first would be unknown.
@@ -111,7 +101,10 @@ fn attach_component(
         found.len() >= parameters.len() && found[..parameters.len()] == *parameters
     };
     for_each(component.functions, known, |object, callee, probed| {
-        constants.extend(values(offsets::of_shape(object.btf(), component.shape)?));
+        constants.extend(program::numbers(offsets::of_shape(
+            object.btf(),
+            component.shape,
+        )?));
         let returns = u32::from(attached.probed.contains(&probed));
         constants.insert("NOTED", returns.to_ne_bytes().to_vec());
         let link = link(programs, program, Kind::Entry(callee), &constants)?;
@@ -140,7 +133,10 @@ fn attach_teller(
         let (program, kind) = match teller.tells {
             Tells::Table => ("table_ends", Kind::Exit(callee)),
             Tells::Chain => {
-                constants.extend(values(offsets::of_shape(object.btf(), Shape::Chain)?));
+                constants.extend(program::numbers(offsets::of_shape(
+                    object.btf(),
+                    Shape::Chain,
+                )?));
                 ("chain_ends", Kind::Exit(callee))
             }
             Tells::Nat => ("nat_ends", Kind::Exit(callee)),
@@ -290,10 +286,4 @@ fn bytes(values: impl Iterator<Item = u8>) -> u64 {
         *to = from;
     }
     u64::from_le_bytes(packed)
-}
-
-fn values(offsets: Vec<(&'static str, u32)>) -> impl Iterator<Item = (&'static str, Vec<u8>)> {
-    offsets
-        .into_iter()
-        .map(|(name, value)| (name, value.to_ne_bytes().to_vec()))
 }

@@ -192,6 +192,14 @@ pub(super) struct Place {
 /// The constants of a program, by name: native byte order.
 pub(super) type Constants = HashMap<&'static str, Vec<u8>>;
 
+/// Numbers as constants: offsets of fields, ids of types.
+pub(super) fn numbers(
+    values: Vec<(&'static str, u32)>,
+) -> impl Iterator<Item = (&'static str, Vec<u8>)> {
+    let values = values.into_iter();
+    values.map(|(name, value)| (name, value.to_ne_bytes().to_vec()))
+}
+
 /// The object's maps, made, and its functions, relocated.
 #[derive(Debug)]
 pub(super) struct Programs {

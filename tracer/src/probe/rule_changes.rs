@@ -120,10 +120,7 @@ impl RuleChangeProbes {
     /// The kernel does not allow it, lacks BTF, or the process lacks `CAP_BPF` or `CAP_PERFMON`.
     pub fn attach_by(node: &Netns, way: Way) -> Result<Self, ProbeError> {
         let btf = Btf::vmlinux()?;
-        let mut constants: Constants = offsets(btf)?
-            .into_iter()
-            .map(|(name, value)| (name, value.to_ne_bytes().to_vec()))
-            .collect();
+        let mut constants: Constants = program::numbers(offsets(btf)?).collect();
         let netns = node.number().map_err(ProbeError::Inode)?;
         constants.insert("NETNS", netns.to_ne_bytes().to_vec());
         let mut programs = Programs::new(OBJECT, &[])?;

@@ -189,6 +189,24 @@ pub(super) struct Attached {
     pub(super) missing: Vec<Missing>,
 }
 
+impl Attached {
+    /// Writes down what could not be attached, and what is lost without it.
+    pub(super) fn miss(
+        &mut self,
+        found: Result<(), ProbeError>,
+        name: &'static str,
+        without: &'static str,
+    ) {
+        if let Err(error) = found {
+            self.missing.push(Missing {
+                name,
+                without,
+                why: error.to_string(),
+            });
+        }
+    }
+}
+
 /// One histogram that is not empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Times {
@@ -259,8 +277,7 @@ impl Probes {
         let mut constants = constants(btf, node, watch)?;
         if tells_more(tier, watch.detail) {
             constants.insert("DETAILS", 1_u32.to_ne_bytes().to_vec());
-            let names = offsets::of_names()?.into_iter();
-            constants.extend(names.map(|(name, value)| (name, value.to_ne_bytes().to_vec())));
+            constants.extend(program::numbers(offsets::of_names()?));
         }
         let room = u32::try_from(watch.targets.len().max(1))
             .unwrap_or(u32::MAX)
@@ -510,10 +527,7 @@ pub(super) fn map_error(name: &'static str) -> impl Fn(aya::maps::MapError) -> P
 
 /// What every program has to know.
 fn constants(btf: &Btf, node: &Netns, watch: &Watch) -> Result<Constants, ProbeError> {
-    let mut constants: Constants = offsets::offsets(btf)?
-        .into_iter()
-        .map(|(name, value)| (name, value.to_ne_bytes().to_vec()))
-        .collect();
+    let mut constants: Constants = program::numbers(offsets::offsets(btf)?).collect();
     constants.insert("SAMPLE", watch.sample.max(1).to_ne_bytes().to_vec());
     let netns = node.number().map_err(ProbeError::Inode)?;
     constants.insert("NETNS", netns.to_ne_bytes().to_vec());

@@ -110,6 +110,12 @@ pub struct Applied {
 }
 
 impl TestNode {
+    /// The ClusterIP and port of a Service, by its place in the cluster.
+    pub fn vip(&self, service: usize) -> SocketAddr {
+        let service = &self.cluster.services[service];
+        SocketAddr::new(service.cluster_ips[0], service.ports[0].port)
+    }
+
     /// Builds the laboratory and starts a server behind every endpoint.
     pub fn build(services: u32, endpoints: u32) -> Result<Self, NodeError> {
         let cluster = plan::cluster(services, endpoints, false)?;

@@ -597,25 +597,10 @@ impl Range {
 
     /// The addresses of a network.
     pub fn of(cidr: Cidr) -> Self {
-        let (first, last) = match cidr.base {
-            IpAddr::V4(base) => {
-                let host = u32::MAX.checked_shr(cidr.prefix.into()).unwrap_or(0);
-                let base = base.to_bits();
-                (
-                    Ipv4Addr::from_bits(base & !host).into(),
-                    Ipv4Addr::from_bits(base | host).into(),
-                )
-            }
-            IpAddr::V6(base) => {
-                let host = u128::MAX.checked_shr(cidr.prefix.into()).unwrap_or(0);
-                let base = base.to_bits();
-                (
-                    Ipv6Addr::from_bits(base & !host).into(),
-                    Ipv6Addr::from_bits(base | host).into(),
-                )
-            }
-        };
-        Self { first, last }
+        Self {
+            first: cidr.network().base,
+            last: cidr.last(),
+        }
     }
 
     /// An address, a network, or `FIRST-LAST`.

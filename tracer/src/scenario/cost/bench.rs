@@ -95,14 +95,10 @@ impl Bench {
         let mut node = TestNode::build(SERVICES, 1)?;
         node.cluster.services[REJECTED].ports[0].endpoints.clear();
         node.apply(mode).await?;
-        let vip = |number: usize| {
-            let service = &node.cluster.services[number];
-            SocketAddr::new(service.cluster_ips[0], service.ports[0].port)
-        };
         let endpoint = &node.cluster.services[SERVICE].ports[0].endpoints[0];
         let bench = Self {
-            service: vip(SERVICE),
-            rejected: vip(REJECTED),
+            service: node.vip(SERVICE),
+            rejected: node.vip(REJECTED),
             endpoint: SocketAddr::new(endpoint.address, endpoint.port),
             port: Cell::new(PORTS.start),
             node,

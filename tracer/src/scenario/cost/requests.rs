@@ -222,9 +222,8 @@ impl Bench {
         sysctl::write(client, "net/ipv4/ip_local_port_range", "1024 65535")?;
         let remembered = "net/netfilter/nf_conntrack_tcp_timeout_time_wait";
         sysctl::write(node.lab.node(), remembered, "1")?;
-        let service = &node.cluster.services[SERVICE];
         Ok(Self {
-            service: SocketAddr::new(service.cluster_ips[0], service.ports[0].port),
+            service: node.vip(SERVICE),
             node,
             span: match clock {
                 Clock::Wall => SPAN,
