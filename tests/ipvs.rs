@@ -90,6 +90,29 @@ fn ipvs_servers_over_netlink_are_those_of_ipvsadm_restore() {
     assert_eq!(applied.steps[0].entries, 0, "nothing to change");
 }
 
+/// The kernel keeps the servers of all namespaces in one table, in an order that its memory decides.
+#[test]
+fn ipvs_servers_are_counted_beside_those_of_other_namespaces() {
+    let text: String = (1..=60)
+        .flat_map(|n| {
+            [
+                format!("-A -t 10.96.0.{n}:80 -s rr\n"),
+                format!("-a -t 10.96.0.{n}:80 -r 10.244.0.1:8080 -m -w 1\n"),
+            ]
+        })
+        .collect();
+    let namespaces: Vec<Netns> = (0..4)
+        .map(|n| namespace(&format!("ipvs-count-{n}")))
+        .collect();
+    for ns in &namespaces {
+        apply(ns, servers(&text)).expect("apply");
+    }
+    for ns in &namespaces {
+        let counts = apply::count(ns, Mode::Ipvs).expect("counts");
+        assert_eq!((counts.virtual_servers, counts.real_servers), (60, 60));
+    }
+}
+
 #[test]
 fn ipvs_servers_are_changed_and_deleted() {
     let before = "-A -t 10.96.0.1:80 -s rr\n\

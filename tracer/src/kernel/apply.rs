@@ -4,14 +4,12 @@
 //! Nothing here acts outside the namespace it is given.
 
 use std::fmt::Write as _;
-use std::fs;
-use std::io;
 use std::time::Instant;
 
 use super::addresses::{self, AddressError, DummyLink};
 use super::applied::tables_left;
 pub use super::applied::{Applied, Incomplete, Left, StepReport};
-use super::ipvs::{self as ipvs_servers, Ipvs, IpvsError};
+use super::ipvs::{self as ipvs_servers, Ipvs, IpvsError, Server};
 use super::netlink::NetlinkError;
 use super::netns::{Netns, NetnsError};
 use super::nfacct::{self, NfacctError};
@@ -74,14 +72,6 @@ pub enum ApplyError {
     /// A rule set went in only in part.
     #[error("{0}")]
     Incomplete(Box<Incomplete>),
-    /// The kernel's list of IPVS servers could not be read.
-    #[error("cannot read /proc/net/ip_vs in namespace {namespace}: {source}")]
-    Ipvs {
-        /// The namespace.
-        namespace: String,
-        /// What the kernel said.
-        source: io::Error,
-    },
 }
 
 impl ApplyError {
@@ -493,7 +483,9 @@ pub fn count(ns: &Netns, mode: Mode) -> Result<RuleCounts, ApplyError> {
     }
     match mode {
         Mode::Ipvs => {
-            (counts.virtual_servers, counts.real_servers) = ipvs::count_servers(&read_servers(ns)?);
+            let servers = read_servers(ns)?;
+            counts.virtual_servers = servers.len() as u64;
+            counts.real_servers = servers.iter().map(|server| server.reals.len() as u64).sum();
             let sets = tool::run(ns, "ipset", &["save"], "")?;
             counts.elements = ipvs::count_entries(&sets);
         }
@@ -532,16 +524,15 @@ fn write_sysctl(ns: &Netns, sysctl: Sysctl) -> Result<bool, ApplyError> {
     }
 }
 
-/// The kernel's IPVS servers, as `/proc/net/ip_vs` lists them.
-fn read_servers(ns: &Netns) -> Result<String, ApplyError> {
-    // /proc/net would be the that of the process's first thread.
-    match ns.run(|| fs::read_to_string("/proc/thread-self/net/ip_vs"))? {
-        // A kernel without IPVS, or one that has not loaded it yet, has no servers.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-        result => result.map_err(|source| ApplyError::Ipvs {
-            namespace: ns.name().to_owned(),
-            source,
-        }),
+/// The kernel's IPVS servers; none of a kernel without IPVS, or one that has not loaded it yet.
+///
+/// Not from `/proc/net/ip_vs`: a read that goes on where the last one ended counts the servers of
+/// every namespace to find the place (`ip_vs_info_seq_next`) but only its own to return to it
+/// (`ip_vs_info_array`), and leaves servers out while other namespaces have some.
+fn read_servers(ns: &Netns) -> Result<Vec<Server>, ApplyError> {
+    match ipvs_servers::generic_family(ns)? {
+        None => Ok(Vec::new()),
+        Some(_) => Ok(Ipvs::open(ns)?.servers()?),
     }
 }
 
@@ -565,6 +556,8 @@ fn has_table(ns: &Netns, family: Family) -> Result<bool, ApplyError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     #[test]

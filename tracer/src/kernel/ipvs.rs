@@ -58,6 +58,8 @@ const SETTABLE: u32 = IP_VS_SVC_F_PERSISTENT
     | IP_VS_SVC_F_SCHED1
     | IP_VS_SVC_F_SCHED2
     | IP_VS_SVC_F_SCHED3;
+/// How often the virtual servers are listed at most until two lists agree.
+const LISTS: u32 = 20;
 /// `IP_VS_CONN_F_FWD_MASK`.
 const FORWARD_MASK: u32 = 0x7;
 
@@ -286,7 +288,6 @@ impl fmt::Display for ServerKey {
     }
 }
 
-/// `AF_INET` and `AF_INET6` of Linux.
 /// The number of IPVS' generic netlink family; `None` if the kernel has not (yet) loaded IPVS. Asking for
 /// it by its name would load it, so all families are listed.
 pub fn generic_family(netns: &Netns) -> Result<Option<u16>, IpvsError> {
@@ -306,6 +307,7 @@ pub fn generic_family(netns: &Netns) -> Result<Option<u16>, IpvsError> {
     })
 }
 
+/// `AF_INET` and `AF_INET6` of Linux.
 const fn family_of(address: IpAddr) -> u16 {
     match address {
         IpAddr::V4(_) => 2,
@@ -405,14 +407,7 @@ impl<'a> Ipvs<'a> {
     /// Every virtual server that is known by its address; those of a firewall mark, which
     /// kube-proxy never makes, are left out.
     pub fn servers(&mut self) -> Result<Vec<Server>, IpvsError> {
-        let request = Request::generic(self.family, IPVS_CMD_GET_SERVICE, IPVS_VERSION, NLM_F_DUMP);
-        let servers = self
-            .socket
-            .dump(&request, |servers: &mut Vec<Server>, attributes| {
-                servers.extend(read_server(attributes)?);
-                Ok(())
-            });
-        let mut servers = servers.map_err(|source| self.error("list", source))?;
+        let mut servers = self.virtual_servers()?;
         for server in &mut servers {
             let request =
                 Request::generic(self.family, IPVS_CMD_GET_DEST, IPVS_VERSION, NLM_F_DUMP)
@@ -429,6 +424,30 @@ impl<'a> Ipvs<'a> {
                 .map_err(|source| self.error("list", source))?;
         }
         Ok(servers)
+    }
+
+    /// The virtual servers, without their real ones.
+    ///
+    /// Listed until two lists agree: a list of several messages goes on by a number that counts the
+    /// servers of every namespace (`ip_vs_genl_dump_services`), so that one that ends meanwhile
+    /// makes it leave out some of this one, and no flag says so.
+    fn virtual_servers(&mut self) -> Result<Vec<Server>, IpvsError> {
+        let request = Request::generic(self.family, IPVS_CMD_GET_SERVICE, IPVS_VERSION, NLM_F_DUMP);
+        let mut last = None;
+        for _ in 0..LISTS {
+            let servers = self
+                .socket
+                .dump(&request, |servers: &mut Vec<Server>, attributes| {
+                    servers.extend(read_server(attributes)?);
+                    Ok(())
+                });
+            let servers = servers.map_err(|source| self.error("list", source))?;
+            if last.as_ref() == Some(&servers) {
+                return Ok(servers);
+            }
+            last = Some(servers);
+        }
+        Err(self.error("list", NetlinkError::Interrupted))
     }
 
     /// Makes the changes, in order and each on its own: `refused` gets the position and error of

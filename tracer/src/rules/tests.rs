@@ -958,23 +958,3 @@ fn networks_are_parsed() {
         assert!(wrong.parse::<Cidr>().is_err(), "{wrong}");
     }
 }
-
-#[test]
-fn ipvs_servers_are_counted() {
-    let heading = "IP Virtual Server version 1.2.1 (size=4096)\n\
-                   Prot LocalAddress:Port Scheduler Flags\n  \
-                   -> RemoteAddress:Port Forward Weight ActiveConn InActConn\n";
-    assert_eq!(ipvs::count_servers(heading), (0, 0));
-    let listed = format!(
-        "{heading}\
-         TCP  0A600001:0050 rr  \n  \
-         -> 0AF40001:1F40      Masq    1      0          0         \n  \
-         -> 0AF40002:1F40      Masq    1      0          0         \n\
-         UDP  [fd00:0010:0096:0000:0000:0000:0000:0001]:0035 rr  \n  \
-         -> [fd00:0010:0244:0000:0000:0000:0000:0001]:0035      Masq    1      0          0\n\
-         SCTP 0A600002:0050 rr  persistent 10800 FFFFFFFF\n\
-         FWM  00000001 rr \n"
-    );
-    assert_eq!(ipvs::count_servers(&listed), (4, 3));
-    assert_eq!(ipvs::count_servers(""), (0, 0));
-}

@@ -13,7 +13,7 @@ pub mod walk;
 
 pub use addresses::{Addresses, Bound};
 pub(super) use render::Plan;
-pub use render::{LINK, count_entries, count_servers, set_names, update_sets};
+pub use render::{LINK, count_entries, set_names, update_sets};
 #[cfg(test)]
 pub(super) use render::{remove_stale_servers, update_live_servers};
 pub use servers::{Forwarding, Orphan, RealServer, ServerKey, Servers, VirtualServer};

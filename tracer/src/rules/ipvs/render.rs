@@ -613,20 +613,6 @@ pub(in crate::rules) fn remove_stale_servers(current: &str, wanted: &str) -> Str
     text
 }
 
-/// The numbers of virtual and of real servers in `/proc/net/ip_vs` (`ip_vs_info_seq_show`).
-pub fn count_servers(listed: &str) -> (u64, u64) {
-    let (mut servers, mut reals) = (0, 0);
-    for line in listed.lines() {
-        match line.split_whitespace().next() {
-            Some("TCP" | "UDP" | "SCTP" | "FWM") => servers += 1,
-            Some("->") if !line.contains("RemoteAddress") => reals += 1,
-            // The heading.
-            _ => {}
-        }
-    }
-    (servers, reals)
-}
-
 /// What `ipvsadm -Sn` prints.
 #[derive(Default)]
 struct Servers<'a> {
