@@ -90,14 +90,14 @@ fn ipvs_servers_over_netlink_are_those_of_ipvsadm_restore() {
     assert_eq!(applied.steps[0].entries, 0, "nothing to change");
 }
 
-/// The kernel keeps the servers of all namespaces in one table, in an order that its memory decides.
+/// The kernel keeps the servers of all namespaces in one table by address, those of one beside those of another.
 #[test]
 fn ipvs_servers_are_counted_beside_those_of_other_namespaces() {
     let text: String = (1..=60)
         .flat_map(|n| {
             [
-                format!("-A -t 10.96.0.{n}:80 -s rr\n"),
-                format!("-a -t 10.96.0.{n}:80 -r 10.244.0.1:8080 -m -w 1\n"),
+                format!("-A -t 10.96.0.{}:80 -s rr\n", 4 * n),
+                format!("-a -t 10.96.0.{}:80 -r 10.244.0.1:8080 -m -w 1\n", 4 * n),
             ]
         })
         .collect();

@@ -293,7 +293,7 @@ fn cost_of_each_tier() {
     let report =
         tests::trace::on_one_thread(cost::measure_packets(1, 500)).expect("it is measured");
     assert!(report.left_out.is_empty(), "{report}");
-    assert_eq!(report.costs.len(), 5 * PacketKind::ALL.len(), "{report}");
+    assert_eq!(report.costs.len(), 7 * PacketKind::ALL.len(), "{report}");
     let cost = |tier, probes, packets| {
         let is = |cost: &&Cost| {
             (cost.setup.tier, cost.setup.probes, cost.packets) == (Some(tier), probes, packets)
@@ -302,13 +302,12 @@ fn cost_of_each_tier() {
     };
     for (tier, share) in [(Tier::Hooks, 0.25), (Tier::Functions, 0.5)] {
         for packets in [PacketKind::First, PacketKind::Later] {
-            let [live, every] =
-                [ProbeSet::Live, ProbeSet::Every].map(|set| cost(tier, set, packets));
-            assert!(
-                0.0 < live.added_ns && live.added_ns < every.added_ns,
-                "{report}"
-            );
-            let stage_ns = every.stage_ns.expect("every packet is timed");
+            let [empty, live, every] = [ProbeSet::Empty, ProbeSet::Live, ProbeSet::Every]
+                .map(|set| cost(tier, set, packets).added_ns);
+            assert!(0.0 < empty && empty < live && live < every, "{report}");
+            let stage_ns = cost(tier, ProbeSet::Every, packets)
+                .stage_ns
+                .expect("every packet is timed");
             assert!(stage_ns <= share * BPFTRACE_NS, "{report}");
         }
         let other = cost(tier, ProbeSet::Every, PacketKind::Other);

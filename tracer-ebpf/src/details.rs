@@ -14,9 +14,9 @@ use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_probe_read_kernel_
 use aya_ebpf::macros::{fentry, fexit, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::{FEntryContext, FExitContext};
-use tracer_ebpf::record::{MET, Met, Note, Notes, SLOTS, Slot, Table, Told, met, phase, state};
+use tracer_ebpf::record::{MET, Met, Note, Notes, SLOTS, Slot, Table, Told, met, state};
 
-use crate::journey::{slot_of, table};
+use crate::journey::{table, under_way};
 
 /// 1 if notes are wanted.
 #[unsafe(no_mangle)]
@@ -172,10 +172,7 @@ fn expiry_begins(ctx: FEntryContext) -> i32 {
 #[inline(always)]
 unsafe fn at(skb: *const u8) -> Option<(*mut Table, *mut Slot)> {
     let table = table()?;
-    unsafe {
-        let slot = slot_of(table, skb);
-        ((*slot).skb == skb as u64 && (*slot).phase == phase::UNDERWAY).then_some((table, slot))
-    }
+    unsafe { under_way(table, skb).map(|slot| (table, slot)) }
 }
 
 /// That of the packet which entered a component last.

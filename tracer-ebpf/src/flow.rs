@@ -71,15 +71,15 @@ impl Flow {
 
     /// Does it ask for something, as far as the port tells?
     #[inline(always)]
-    fn may_ask(&self) -> bool {
-        !self.error && port_is(self.dport, PORT_IS_DESTINATION)
+    fn may_ask(&self, ports: Ports) -> bool {
+        !self.error && ports.bits(self.dport) & PORT_IS_DESTINATION != 0
     }
 
     /// Does it answer? Endpoints do; so does a node that refuses what was sent to a Service.
     #[inline(always)]
-    fn may_answer(&self) -> bool {
-        let refused = self.refuses() && port_is(self.sport, PORT_IS_DESTINATION);
-        refused || port_is(self.sport, PORT_IS_SOURCE)
+    fn may_answer(&self, ports: Ports) -> bool {
+        let bits = ports.bits(self.sport);
+        bits & PORT_IS_SOURCE != 0 || (bits & PORT_IS_DESTINATION != 0 && self.refuses())
     }
 
     #[inline(always)]
@@ -88,15 +88,40 @@ impl Flow {
     }
 }
 
-#[inline(always)]
-fn port_is(port: [u8; 2], bit: u8) -> bool {
-    let Some(ports) = PORTS.get_ptr(0) else {
-        return false;
-    };
-    let port = u16::from_be_bytes(port) as usize;
-    // SAFETY: the map's value has two bits for each of 65536 ports.
-    let bits = unsafe { *ports.cast::<u8>().add(port >> 2) };
-    bits >> ((port & 3) << 1) & bit != 0
+/// What [`PORTS`] says, looked up once a packet.
+#[derive(Clone, Copy)]
+struct Ports(*mut u8);
+
+impl Ports {
+    #[inline(always)]
+    fn get() -> Option<Self> {
+        PORTS.get_ptr_mut(0).map(|ports| Self(ports.cast()))
+    }
+
+    /// The byte in which a port's bits are, and how far up.
+    #[inline(always)]
+    fn place(self, port: [u8; 2]) -> (*mut u8, u32) {
+        let port = u32::from(u16::from_be_bytes(port));
+        // SAFETY: the map's value has two bits for each of 65536 ports.
+        let byte = unsafe { self.0.add(port as usize >> 2) };
+        (byte, (port & 3) << 1)
+    }
+
+    /// The two bits of a port, and others above them.
+    #[inline(always)]
+    fn bits(self, port: [u8; 2]) -> u8 {
+        let (byte, shift) = self.place(port);
+        // SAFETY: as in `place`.
+        unsafe { *byte >> shift }
+    }
+
+    /// A bit that another CPU sets in the same byte may be lost, until its next flow.
+    #[inline(always)]
+    fn set(self, port: [u8; 2], bit: u8) {
+        let (byte, shift) = self.place(port);
+        // SAFETY: as in `place`.
+        unsafe { *byte |= bit << shift }
+    }
 }
 
 /// A header that could not be read, or a packet that is of no interest.
@@ -110,7 +135,10 @@ pub(crate) unsafe fn recognise(skb: *const u8, ipv4: bool, at: u32, flow: &mut F
         if !read(skb, ipv4, flow) {
             return NOTHING;
         }
-        if flow.may_ask() {
+        let Some(ports) = Ports::get() else {
+            return NOTHING;
+        };
+        if flow.may_ask(ports) {
             let target = target_of(ipv4, &flow.destination, flow.dport, flow.protocol);
             if target <= Target::Pod as u32 {
                 let origin = if at == hook::OUTPUT {
@@ -124,7 +152,7 @@ pub(crate) unsafe fn recognise(skb: *const u8, ipv4: bool, at: u32, flow: &mut F
                 return origin * 3 + target;
             }
         }
-        if flow.may_answer()
+        if flow.may_answer(ports)
             && let Some(known) = known(ipv4, &flow.source, flow.sport, flow.protocol)
         {
             let target = (*known).target;
@@ -264,15 +292,15 @@ unsafe fn read_quoted(begin: u64, next: u8, flow: &mut Flow) -> bool {
 
 #[inline(always)]
 unsafe fn put4(to: &mut Address, address: u32) {
-    unsafe { to.0.as_mut_ptr().cast::<u32>().write_unaligned(address) }
+    unsafe { (&raw mut *to).cast::<u32>().write(address) }
 }
 
 #[inline(always)]
 unsafe fn put6(to: &mut Address, high: u64, low: u64) {
     unsafe {
-        let halves = to.0.as_mut_ptr().cast::<u64>();
-        halves.write_unaligned(high);
-        halves.add(1).write_unaligned(low);
+        let halves = (&raw mut *to).cast::<u64>();
+        halves.write(high);
+        halves.add(1).write(low);
     }
 }
 
@@ -321,7 +349,10 @@ pub(crate) unsafe fn expect_answer(ipv4: bool, from: &Address, port: [u8; 2], pr
         former: 0,
         heard: 0,
     };
-    let may_answer = port_is(port, PORT_IS_SOURCE);
+    let Some(ports) = Ports::get() else {
+        return;
+    };
+    let may_answer = ports.bits(port) & PORT_IS_SOURCE != 0;
     let known = known(ipv4, from, port, protocol).is_some();
     if known && may_answer {
         return;
@@ -333,12 +364,7 @@ pub(crate) unsafe fn expect_answer(ipv4: bool, from: &Address, port: [u8; 2], pr
             TARGETS6.insert(key6(from, port, protocol), new, 0)
         };
     }
-    let Some(ports) = PORTS.get_ptr_mut(0) else {
-        return;
-    };
-    let port = u16::from_be_bytes(port) as usize;
-    // SAFETY: as in `port_is`. A bit that another CPU sets in the same byte may be lost, until its next flow.
-    unsafe { *ports.cast::<u8>().add(port >> 2) |= PORT_IS_SOURCE << ((port & 3) << 1) };
+    ports.set(port, PORT_IS_SOURCE);
 }
 
 /// Who has this address, seen from the node? A packet whose source is its own destination was sent

@@ -23,11 +23,11 @@ use aya_ebpf::macros::{fentry, fexit, map};
 use aya_ebpf::maps::Array;
 use aya_ebpf::programs::{FEntryContext, FExitContext};
 use tracer_ebpf::record::{
-    HOOKS, IPV4, IPV6, MOST_STAGES, NO_PRIORITY, NO_STAGE, Slot, Table, hook, met, phase, role,
+    HOOKS, IPV4, IPV6, MOST_STAGES, NO_PRIORITY, NO_STAGE, Slot, Table, hook, met, role,
 };
 
 use crate::details::{self, TABLE_NAME};
-use crate::journey::{Here, enter, slot_of, step, table};
+use crate::journey::{Here, enter, step, table, under_way};
 use crate::kernel::{NET_INUM, NETNS};
 
 /// The first stage of each hook, a byte a hook.
@@ -211,13 +211,12 @@ unsafe fn hook_entry(skb: *const u8, state: *const u8) {
         let (Some(at), Some(table)) = (at(state), table()) else {
             return;
         };
-        let here = Here {
+        enter(table, skb, at.hook, || Here {
             stage: byte(FIRST_STAGES.load(), at.hook),
             hook: at.hook,
             role: role::ENTRY,
             ipv4: at.ipv4,
-        };
-        enter(table, slot_of(table, skb), skb, here);
+        });
     }
 }
 
@@ -225,7 +224,7 @@ unsafe fn hook_entry(skb: *const u8, state: *const u8) {
 #[inline(always)]
 unsafe fn hook_exit(skb: *const u8, state: *const u8) {
     unsafe {
-        let Some((table, slot, at)) = under_way(skb, state) else {
+        let Some((table, slot, at)) = at_hook(skb, state) else {
             return;
         };
         let stage = byte(LAST_STAGES.load(), at.hook);
@@ -252,7 +251,7 @@ unsafe fn component(
     stage_of: impl FnOnce(At) -> Option<u8>,
 ) -> Option<(*mut Table, *mut Slot)> {
     unsafe {
-        let (table, slot, at) = under_way(skb, state)?;
+        let (table, slot, at) = at_hook(skb, state)?;
         if !is_at((*slot).boundary, at.hook) {
             return None;
         }
@@ -272,15 +271,12 @@ unsafe fn component(
     }
 }
 
-/// The slot of a packet that is on its way over the node.
+/// The slot of a packet that is on its way over the node, and the hook that it is at.
 #[inline(always)]
-unsafe fn under_way(skb: *const u8, state: *const u8) -> Option<(*mut Table, *mut Slot, At)> {
+unsafe fn at_hook(skb: *const u8, state: *const u8) -> Option<(*mut Table, *mut Slot, At)> {
     unsafe {
         let table = table()?;
-        let slot = slot_of(table, skb);
-        if (*slot).skb != skb as u64 || (*slot).phase != phase::UNDERWAY {
-            return None;
-        }
+        let slot = under_way(table, skb)?;
         Some((table, slot, at(state)?))
     }
 }

@@ -34,6 +34,10 @@ use crate::kernel::{connection, first4, halves, is_confirmed, low_half, read_sta
 #[unsafe(no_mangle)]
 static SAMPLE: Global<u32> = Global::new(1);
 
+/// Not 0: the programs return at once, so that what the kernel takes to run them can be told apart.
+#[unsafe(no_mangle)]
+static EMPTY: Global<u32> = Global::new(0);
+
 /// Journeys under way and counters: one value a CPU.
 #[map]
 static TABLE: PerCpuArray<Table> = PerCpuArray::with_max_entries(1, 0);
@@ -71,6 +75,9 @@ pub(crate) struct Here {
 /// This CPU's journeys.
 #[inline(always)]
 pub(crate) fn table() -> Option<*mut Table> {
+    if EMPTY.load() != 0 {
+        return None;
+    }
     TABLE.get_ptr_mut(0)
 }
 
@@ -87,13 +94,36 @@ unsafe fn copy<T>(to: *mut T, from: *const T) {
     }
 }
 
-/// The slot that an skb has, or may have. Skbs lie at multiples of 256 bytes.
+/// The two slots that an skb can have. Skbs lie at multiples of 256 bytes.
 #[inline(always)]
-pub(crate) unsafe fn slot_of(table: *mut Table, skb: *const u8) -> *mut Slot {
+unsafe fn slots_of(table: *mut Table, skb: *const u8) -> (*mut Slot, *mut Slot) {
     let index = ((low_half(skb) >> 8) as usize) & (SLOTS - 1);
     unsafe {
         let slots = (&raw mut (*table).slots).cast::<Slot>();
-        let (first, second) = (slots.add(index), slots.add(index ^ 1));
+        (slots.add(index), slots.add(index ^ 1))
+    }
+}
+
+/// The slot that an skb has.
+#[inline(always)]
+pub(crate) unsafe fn slot_of(table: *mut Table, skb: *const u8) -> Option<*mut Slot> {
+    unsafe {
+        let (first, second) = slots_of(table, skb);
+        if (*first).skb == skb as u64 {
+            Some(first)
+        } else if (*second).skb == skb as u64 {
+            Some(second)
+        } else {
+            None
+        }
+    }
+}
+
+/// The slot that an skb has, or may have.
+#[inline(always)]
+pub(crate) unsafe fn slot_for(table: *mut Table, skb: *const u8) -> *mut Slot {
+    unsafe {
+        let (first, second) = slots_of(table, skb);
         if (*first).skb == skb as u64 {
             first
         } else if (*second).skb == skb as u64 || is_taken(first) {
@@ -104,34 +134,47 @@ pub(crate) unsafe fn slot_of(table: *mut Table, skb: *const u8) -> *mut Slot {
     }
 }
 
+/// The slot of a packet that is on its way over the node.
+#[inline(always)]
+pub(crate) unsafe fn under_way(table: *mut Table, skb: *const u8) -> Option<*mut Slot> {
+    unsafe { slot_of(table, skb).filter(|slot| (**slot).phase == phase::UNDERWAY) }
+}
+
 /// Is a packet under way in this slot?
 #[inline(always)]
 unsafe fn is_taken(slot: *const Slot) -> bool {
     unsafe { (*slot).skb != 0 && (*slot).phase == phase::UNDERWAY }
 }
 
-/// A packet enters a hook: one that is under way goes on, others may begin.
+/// A packet enters a hook. At PREROUTING it is always new. At OUTPUT the only packets seen before are those
+/// that IPVS sends on from within another hook; a header that agrees tells them from a new packet at a reused
+/// address. At the other hooks one that is under way goes on.
+///
+/// `here` is asked only of packets that go on or may begin: most do neither, and constants take time to load.
 #[inline(always)]
-pub(crate) unsafe fn enter(table: *mut Table, slot: *mut Slot, skb: *const u8, here: Here) {
+pub(crate) unsafe fn enter(
+    table: *mut Table,
+    skb: *const u8,
+    at: u32,
+    here: impl FnOnce() -> Here,
+) {
     unsafe {
-        let ours = (*slot).skb == skb as u64;
-        if ours && (*slot).phase == phase::UNDERWAY && may_go_on(slot, skb, here) {
-            step(table, slot, skb, here);
-        } else if here.hook == hook::PREROUTING || here.hook == hook::OUTPUT {
-            begin(table, slot, skb, ours, here);
-        }
-    }
-}
-
-/// Is this the packet that the slot knows, further on its way? At PREROUTING a packet is always
-/// new. At OUTPUT the only packets seen before are those that IPVS sends on from within another
-/// hook; a header that agrees tells them from a new packet at a reused address.
-#[inline(always)]
-unsafe fn may_go_on(slot: *mut Slot, skb: *const u8, here: Here) -> bool {
-    match here.hook {
-        hook::PREROUTING => false,
-        hook::OUTPUT => unsafe { same_source(slot, skb) },
-        _ => true,
+        let slot = if at == hook::PREROUTING || at == hook::OUTPUT {
+            let slot = slot_for(table, skb);
+            let ours = (*slot).skb == skb as u64;
+            let seen = ours && (*slot).phase == phase::UNDERWAY;
+            if !seen || at == hook::PREROUTING || !same_source(slot, skb) {
+                begin(table, slot, skb, ours, here());
+                return;
+            }
+            slot
+        } else {
+            let Some(slot) = under_way(table, skb) else {
+                return;
+            };
+            slot
+        };
+        step(table, slot, skb, here());
     }
 }
 

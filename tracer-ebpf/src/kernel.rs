@@ -162,17 +162,17 @@ pub(crate) fn low_half(address: *const u8) -> u32 {
     half as u32
 }
 
-/// The first four bytes of an address.
+/// The first four bytes of an address: addresses lie at multiples of eight.
 #[inline(always)]
 pub(crate) unsafe fn first4(address: &Address) -> u32 {
-    unsafe { address.0.as_ptr().cast::<u32>().read_unaligned() }
+    unsafe { (&raw const *address).cast::<u32>().read() }
 }
 
 /// Both halves of an IPv6 address.
 #[inline(always)]
 pub(crate) unsafe fn halves(address: &Address) -> (u64, u64) {
     unsafe {
-        let halves = address.0.as_ptr().cast::<u64>();
-        (halves.read_unaligned(), halves.add(1).read_unaligned())
+        let halves = (&raw const *address).cast::<u64>();
+        (halves.read(), halves.add(1).read())
     }
 }

@@ -6,7 +6,7 @@ use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::debug;
 use tracer_ebpf::record::phase;
 
-use crate::journey::{depart, drop, slot_of, table};
+use crate::journey::{depart, drop, slot_for, slot_of, table, under_way};
 use crate::kernel::{NETNS, netns_of};
 
 /// A packet enters this node: remember when.
@@ -21,7 +21,7 @@ fn netif_receive_skb(ctx: BtfTracePointContext) -> i32 {
         let Some(table) = table() else {
             return 0;
         };
-        let slot = slot_of(table, skb);
+        let slot = slot_for(table, skb);
         if (*slot).phase == phase::UNDERWAY && (*slot).skb != skb as u64 && (*slot).skb != 0 {
             // Somebody else is on the way: better no receive stage than a broken journey.
             return 0;
@@ -42,8 +42,7 @@ fn net_dev_xmit(ctx: BtfTracePointContext) -> i32 {
     };
     // SAFETY: slots are checked by the verifier.
     unsafe {
-        let slot = slot_of(table, skb);
-        if (*slot).skb == skb as u64 && (*slot).phase == phase::UNDERWAY {
+        if let Some(slot) = under_way(table, skb) {
             depart(table, slot);
         }
     }
@@ -61,8 +60,7 @@ fn kfree_skb(ctx: BtfTracePointContext) -> i32 {
     };
     // SAFETY: skb is a BTF pointer; slots are checked by the verifier.
     unsafe {
-        let slot = slot_of(table, skb);
-        if (*slot).skb == skb as u64 {
+        if let Some(slot) = slot_of(table, skb) {
             debug!(&ctx, "dropped at {} reason {}", (*slot).boundary, reason);
             drop(table, slot, skb, reason, location);
         }

@@ -4,6 +4,8 @@
 //!
 //! 6.4 (`BPF_PROG_TYPE_NETFILTER`), with BTF.
 
+use tracer_ebpf::record::role;
+
 use super::catalogue::{self, ALL};
 use super::program::{self, Constants, Kind, Link, Place, Programs};
 use super::tier::{Attached, Placed, ProbeError, Watch};
@@ -52,10 +54,16 @@ fn boundary(
     let mut set = |name, value: u32| constants.insert(name, value.to_ne_bytes().to_vec());
     set("BOUNDARY", id.into());
     set("PREVIOUS", previous.into());
-    set("ROLE", catalogue::role_of(id.into()));
+    let role = catalogue::role_of(id.into());
+    set("ROLE", role);
     set("HOOK", boundary.hook);
     set("FAMILY", family.into());
-    let program = programs.load("boundary", Kind::Netfilter, &constants)?;
+    let name = if role & role::ENTRY == 0 {
+        "boundary"
+    } else {
+        "entry"
+    };
+    let program = programs.load(name, Kind::Netfilter, &constants)?;
     let end = boundary.limit.min(boundary.priority.saturating_add(TRIES));
     for priority in boundary.priority..=end {
         let place = Place {

@@ -132,6 +132,8 @@ pub struct Watch {
     pub detail: Detail,
     /// One in how many packets is timed that are not the first of a flow; 0 and 1: all.
     pub sample: u32,
+    /// Attach programs that return at once: what the kernel takes to run them, and nothing is watched.
+    pub empty: bool,
 }
 
 impl Watch {
@@ -529,6 +531,7 @@ pub(super) fn map_error(name: &'static str) -> impl Fn(aya::maps::MapError) -> P
 fn constants(btf: &Btf, node: &Netns, watch: &Watch) -> Result<Constants, ProbeError> {
     let mut constants: Constants = program::numbers(offsets::offsets(btf)?).collect();
     constants.insert("SAMPLE", watch.sample.max(1).to_ne_bytes().to_vec());
+    constants.insert("EMPTY", u32::from(watch.empty).to_ne_bytes().to_vec());
     let netns = node.number().map_err(ProbeError::Inode)?;
     constants.insert("NETNS", netns.to_ne_bytes().to_vec());
     constants.extend(pod_constants(&watch.pod_cidrs));

@@ -613,5 +613,6 @@ fn watch(directory: &Directory, local: Vec<IpAddr>, options: &Options) -> Watch 
         spare: SPARE,
         detail: options.detail,
         sample: options.sample,
+        empty: false,
     }
 }

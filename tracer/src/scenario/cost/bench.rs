@@ -52,9 +52,13 @@ pub(super) struct Bench {
 }
 
 /// Probes at work; they go with this value.
-pub(super) struct Attached {
-    _ours: Option<Probes>,
-    _theirs: Option<Bpftrace>,
+pub(super) enum Attached {
+    /// None.
+    Nothing,
+    /// Ours.
+    Ours(Box<Probes>),
+    /// bpftrace's.
+    Theirs { _bpftrace: Bpftrace },
 }
 
 /// How often something happened for each packet.
@@ -144,16 +148,14 @@ impl Bench {
 
     /// Attaches these probes.
     pub(super) fn attach(&self, setup: Setup) -> Result<Attached, CostError> {
-        let (ours, theirs) = match setup.probes {
-            ProbeSet::Off => (None, None),
-            ProbeSet::Live | ProbeSet::Every => (Some(self.attach_ours(setup)?), None),
-            ProbeSet::BpftraceKprobe | ProbeSet::BpftraceKfunc => {
-                (None, Some(self.attach_theirs(setup.probes)?))
+        Ok(match setup.probes {
+            ProbeSet::Off => Attached::Nothing,
+            ProbeSet::Empty | ProbeSet::Live | ProbeSet::Every => {
+                Attached::Ours(Box::new(self.attach_ours(setup)?))
             }
-        };
-        Ok(Attached {
-            _ours: ours,
-            _theirs: theirs,
+            ProbeSet::BpftraceKprobe | ProbeSet::BpftraceKfunc => Attached::Theirs {
+                _bpftrace: self.attach_theirs(setup.probes)?,
+            },
         })
     }
 
@@ -167,7 +169,7 @@ impl Bench {
 
     fn attach_ours(&self, setup: Setup) -> Result<Probes, ProbeError> {
         let (detail, sample) = match setup.probes {
-            ProbeSet::Live => (Detail::Hooks, LIVE_SAMPLE),
+            ProbeSet::Empty | ProbeSet::Live => (Detail::Hooks, LIVE_SAMPLE),
             _ => (Detail::Stages, 1),
         };
         let watch = Watch {
@@ -178,6 +180,7 @@ impl Bench {
             ],
             detail,
             sample,
+            empty: setup.probes == ProbeSet::Empty,
             ..Watch::default()
         };
         Probes::attach(setup.tier, self.ns(), &watch)
@@ -242,21 +245,28 @@ impl Bench {
     }
 
     /// How often programs run and times are taken for a packet of each kind.
-    pub(super) fn count(&self, setup: Setup, packets: u32) -> Result<Vec<Counted>, CostError> {
+    pub(super) fn count(
+        &self,
+        setup: Setup,
+        attached: Attached,
+        packets: u32,
+    ) -> Result<Vec<Counted>, CostError> {
         let kinds = PacketKind::ALL.into_iter();
-        match setup.probes {
-            ProbeSet::Off => Ok(kinds.map(|_| Counted::default()).collect()),
-            ProbeSet::Live | ProbeSet::Every => {
-                let mut probes = self.attach_ours(setup)?;
+        match attached {
+            Attached::Nothing => Ok(kinds.map(|_| Counted::default()).collect()),
+            Attached::Ours(mut probes) => {
                 probes.count_run_time()?;
                 kinds
                     .map(|kind| self.count_ours(&probes, kind, packets))
                     .collect()
             }
-            // It tells its counts when it ends.
-            ProbeSet::BpftraceKprobe | ProbeSet::BpftraceKfunc => kinds
-                .map(|kind| self.count_theirs(setup.probes, kind, packets))
-                .collect(),
+            Attached::Theirs { _bpftrace: running } => {
+                // It tells its counts when it ends: one run for each kind.
+                drop(running);
+                kinds
+                    .map(|kind| self.count_theirs(setup.probes, kind, packets))
+                    .collect()
+            }
         }
     }
 

@@ -80,6 +80,8 @@ pub enum CostError {
 pub enum ProbeSet {
     /// None.
     Off,
+    /// The probes of [`Self::Live`] with programs that return at once: what the kernel takes to run them.
+    Empty,
     /// What a live node carries: entry and exit of each hook, one in [`LIVE_SAMPLE`] later packets timed.
     Live,
     /// Every stage, every packet timed.
@@ -91,10 +93,14 @@ pub enum ProbeSet {
 }
 
 impl ProbeSet {
+    /// Those of ours, the cheapest first.
+    const OURS: [Self; 3] = [Self::Empty, Self::Live, Self::Every];
+
     /// Its name.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Off => "off",
+            Self::Empty => "empty",
             Self::Live => "live",
             Self::Every => "every",
             Self::BpftraceKprobe => "bpftrace-kprobe",
@@ -274,7 +280,7 @@ pub async fn measure(rounds: u32, packets: u32) -> Result<CostReport, CostError>
 pub async fn measure_packets(rounds: u32, packets: u32) -> Result<CostReport, CostError> {
     let bench = Bench::build(Mode::Nftables).await?;
     let (tiers, left_out) = bench.tiers()?;
-    let of_tier = |tier| [ProbeSet::Live, ProbeSet::Every].map(|set| Setup::ours(set, tier));
+    let of_tier = |tier| ProbeSet::OURS.map(|set| Setup::ours(set, tier));
     let setups: Vec<Setup> = std::iter::once(Setup::OFF)
         .chain(tiers.into_iter().flat_map(of_tier))
         .collect();
@@ -329,18 +335,22 @@ async fn compare(
 ) -> Result<Vec<Cost>, CostError> {
     let kinds = PacketKind::ALL.len();
     let mut times = vec![Vec::new(); setups.len() * kinds];
-    for _ in 0..rounds {
+    let mut counts = Vec::with_capacity(setups.len());
+    for round in 1..=rounds {
         for (number, setup) in setups.iter().enumerate() {
-            let _attached = bench.attach(*setup)?;
+            let attached = bench.attach(*setup)?;
             tokio::time::sleep(CALM).await;
             for (kind, packet) in PacketKind::ALL.into_iter().enumerate() {
                 times[number * kinds + kind].push(bench.time(packet, packets)?);
             }
+            // Counting costs a little: when all has been timed.
+            if round == rounds {
+                counts.push(bench.count(*setup, attached, packets)?);
+            }
         }
     }
     let mut costs: Vec<Cost> = Vec::new();
-    for (number, setup) in setups.iter().enumerate() {
-        let counted = bench.count(*setup, packets)?;
+    for (number, (setup, counted)) in setups.iter().zip(counts).enumerate() {
         for (kind, (packet, counted)) in PacketKind::ALL.into_iter().zip(counted).enumerate() {
             let times = &mut times[number * kinds + kind];
             times.sort_by(f64::total_cmp);

@@ -15,12 +15,13 @@ use rand::seq::IndexedRandom as _;
 use rand::{Rng, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
+use tracer_ebpf::path::Target;
 
 use super::{CALM, CostError, LIVE_SAMPLE, ProbeSet, Setup};
 use crate::kernel::sysctl;
 use crate::lab::plan;
 use crate::probe::catalogue::Detail;
-use crate::probe::tier::Tier;
+use crate::probe::tier::{ProbeError, Probes, Tier, Watch};
 use crate::record::run::Clock;
 use crate::rules::Mode;
 use crate::scenario::node::TestNode;
@@ -112,6 +113,7 @@ const SPAN_VIRTUAL: Duration = Duration::from_millis(100);
 const EVERY: Duration = Duration::from_millis(20);
 /// The Service that is asked: even ones are TCP.
 const SERVICE: usize = 0;
+const TCP: u8 = 6;
 const REQUEST: &[u8] = b"1\n";
 
 /// What a round counted.
@@ -136,8 +138,7 @@ pub(super) async fn measure(
     clock: Clock,
 ) -> Result<Vec<RequestCost>, CostError> {
     let bench = Bench::build(clock).await?;
-    let of_tier =
-        |tier: &Tier| [ProbeSet::Live, ProbeSet::Every].map(|set| Setup::ours(set, *tier));
+    let of_tier = |tier: &Tier| ProbeSet::OURS.map(|set| Setup::ours(set, *tier));
     let setups: Vec<Setup> = std::iter::once(Setup::OFF)
         .chain(tiers.iter().flat_map(of_tier))
         .collect();
@@ -234,6 +235,10 @@ impl Bench {
 
     /// One round: each kind of request, while such a session traces the node.
     fn round(&self, setup: Setup) -> Result<[Counted; 2], CostError> {
+        let _empty = match setup.probes {
+            ProbeSet::Empty => Some(self.attach_empty(setup.tier)?),
+            _ => None,
+        };
         let Some(mut session) = self.session(setup)? else {
             return self.requests();
         };
@@ -253,6 +258,18 @@ impl Bench {
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             counted
         })
+    }
+
+    /// What a live session attaches, with programs that return at once; nobody listens.
+    fn attach_empty(&self, tier: Option<Tier>) -> Result<Probes, ProbeError> {
+        let watch = Watch {
+            targets: vec![(self.service, TCP, Target::ClusterIp)],
+            detail: Detail::Hooks,
+            sample: LIVE_SAMPLE,
+            empty: true,
+            ..Watch::default()
+        };
+        Probes::attach(tier, self.node.lab.node(), &watch)
     }
 
     fn session(&self, setup: Setup) -> Result<Option<Session>, CostError> {
