@@ -19,8 +19,8 @@ use tests::trace::{
     only_what_is_chosen_is_traced,
 };
 use tests::truth::{
-    drops_equal_the_counter_over_100_000_packets, stages_sum_to_the_whole,
-    the_traced_way_is_one_foretold,
+    drops_before_conntrack_are_told_as_what_they_are, drops_equal_the_counter_over_100_000_packets,
+    stages_sum_to_the_whole, the_traced_way_is_one_foretold,
 };
 use tests::verdicts::{
     a_flow_to_a_dead_endpoint_is_stuck, a_stranger_that_answers_is_told,
@@ -240,6 +240,21 @@ fn nftables_truth_of_sums() {
 #[test]
 fn truth_of_drops() {
     drops_equal_the_counter_over_100_000_packets();
+}
+
+#[test]
+fn iptables_legacy_truth_of_early_drops() {
+    drops_before_conntrack_are_told_as_what_they_are(Mode::IptablesLegacy);
+}
+
+#[test]
+fn iptables_nft_truth_of_early_drops() {
+    drops_before_conntrack_are_told_as_what_they_are(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_truth_of_early_drops() {
+    drops_before_conntrack_are_told_as_what_they_are(Mode::Nftables);
 }
 
 #[test]

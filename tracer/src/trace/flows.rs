@@ -188,6 +188,13 @@ impl Flows {
         true
     }
 
+    /// Would a packet be its flow's first one, sent once more, by what is remembered of the flow? `None` if
+    /// nothing is: most flows are forgotten once they are answered.
+    pub fn is_repeated(&self, key: &Key) -> Option<bool> {
+        let flow = self.known.get(key)?;
+        Some(!matches!(flow.back, Some((Back::Answer(_), _))))
+    }
+
     /// A flow's first packet went on to an endpoint on this very node: where it stands now.
     pub fn further(&mut self, key: Key, journey: &Journey) {
         if let Some(flow) = self.known.get_mut(&key) {
@@ -504,7 +511,10 @@ mod tests {
         assert!(flows.known.is_empty());
         // An answer that is told before its first packet is not lost.
         flows.came_back(key(2), Back::Answer(socket(ENDPOINT)), 60);
+        assert_eq!(flows.is_repeated(&key(2)), None);
         flows.first(key(2), 0, &journey(55, ENDPOINT, End::Sent), false);
+        // It was answered: what comes now is a later one.
+        assert_eq!(flows.is_repeated(&key(2)), Some(false));
         assert_eq!(
             verdicts(&flows.decide(&directory, false, 70)),
             [&Verdict::Delivered]
@@ -515,6 +525,7 @@ mod tests {
     fn silence_is_unanswered_once_patience_ends_and_corrected_by_a_late_answer() {
         let (mut flows, directory) = (Flows::default(), directory());
         flows.first(key(1), 0, &journey(0, ENDPOINT, End::Sent), false);
+        assert_eq!(flows.is_repeated(&key(1)), Some(true));
         assert!(flows.decide(&directory, false, PATIENCE_NS - 1).is_empty());
         let silent = Verdict::Unanswered { stray: None };
         let decided = flows.decide(&directory, false, PATIENCE_NS);

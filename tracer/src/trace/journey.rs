@@ -72,8 +72,8 @@ impl End {
                 "the endpoints changed after the rules were last read, or a rule of somebody else translates first"
             }
             Self::Dropped { .. } => {
-                "see the stage: filter is a policy or a Service without endpoints, deliver a port that nobody \
-                 listens on"
+                "see the stage: raw is a rule before conntrack and none of kube-proxy's, filter a policy or a \
+                 Service without endpoints, deliver a port that nobody listens on"
             }
             Self::Unknown => "fragments and packets with long extension headers are not read",
         })
@@ -125,8 +125,9 @@ pub struct Journey {
     pub headed: Option<SocketAddr>,
     /// `pod→ClusterIP`, ...
     pub path: &'static str,
-    /// Is it a flow's first packet?
-    pub first: bool,
+    /// Is it a flow's first packet? `None`: it was dropped before conntrack saw it, and its protocol does not
+    /// say.
+    pub first: Option<bool>,
     /// Is it an answer, on its way back?
     pub answer: bool,
     /// The sum of its stages, ns: its time on this node without the probes' own.
@@ -162,6 +163,16 @@ impl std::fmt::Display for Journey {
     }
 }
 
+/// What is said behind the end of a packet that is no flow's first one, or of which nobody knows: see
+/// [`Journey::first`].
+pub const fn place(first: Option<bool>) -> &'static str {
+    match first {
+        Some(true) => "",
+        Some(false) => ", established",
+        None => ", new or established",
+    }
+}
+
 /// One stage of one journey.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct StageTime {
@@ -188,7 +199,7 @@ impl Journey {
             destination: socket("10.96.10.1:80"),
             headed: Some(socket("10.244.0.12:8080")),
             path: "pod→ClusterIP",
-            first: true,
+            first: Some(true),
             answer: false,
             elapsed_ns: 32_000,
             source_after: Some(socket("10.244.0.7:51544")),

@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 
 use tracer_ebpf::path::{Path, Target};
-use tracer_ebpf::record::{IPV4, OUTPUT_FIRST, Record, STEPS, TUPLE_HASH, kind, state};
+use tracer_ebpf::record::{
+    IPV4, OUTPUT_FIRST, Record, STEPS, TUPLE_HASH, kind, protocol, sctp, state, tcp,
+};
 
 use super::directory::Directory;
 use super::flows::{Back, Key};
@@ -165,7 +167,7 @@ impl Reader {
             destination: asked,
             headed,
             path: path.map_or("unknown", |path| path.title()),
-            first: record.kind == kind::FIRST || record.state == state::NEW,
+            first: is_first(record, headers.map(|headers| headers.protocol)),
             answer: record.state == state::REPLY,
             elapsed_ns: record.elapsed,
             source_after,
@@ -229,6 +231,23 @@ impl Reader {
     }
 }
 
+/// Is it the first packet of its flow? What conntrack has not seen asks for a new flow if its protocol has a packet
+/// for that, which makes a new flow whatever conntrack knows. `carried` is the protocol of the packet itself, which
+/// may be an ICMP error about one of the flow.
+fn is_first(record: &Record, carried: Option<u8>) -> Option<bool> {
+    if record.kind == kind::FIRST || record.state != state::UNKNOWN {
+        return Some(record.kind == kind::FIRST || record.state == state::NEW);
+    }
+    if carried? != record.protocol {
+        return Some(false);
+    }
+    match record.protocol {
+        protocol::TCP => Some(record.flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN),
+        protocol::SCTP => Some(record.flags == sctp::INIT),
+        _ => None,
+    }
+}
+
 /// Did the node itself send the packet?
 const fn is_ours(record: &Record) -> bool {
     record.began >= OUTPUT_FIRST
@@ -268,4 +287,48 @@ fn stages_of(record: &Record, detail: Detail) -> Vec<StageTime> {
             time
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of what conntrack has not seen, only the packet itself says what it is.
+    #[test]
+    fn what_asks_for_a_flow_is_a_first_packet() {
+        let dropped = |protocol, flags, carried| {
+            let record = Record {
+                kind: kind::DROP,
+                state: state::UNKNOWN,
+                protocol,
+                flags,
+                ..Record::ZERO
+            };
+            is_first(&record, carried)
+        };
+        let tcp = |flags| dropped(protocol::TCP, flags, Some(protocol::TCP));
+        // ECN asks for itself in a SYN (RFC 3168, section 6.1.1).
+        for flags in [tcp::SYN, tcp::SYN | 0xc0] {
+            assert_eq!(tcp(flags), Some(true));
+        }
+        for flags in [tcp::SYN | tcp::ACK, tcp::ACK, tcp::RST, 0] {
+            assert_eq!(tcp(flags), Some(false));
+        }
+        let sctp = |chunk| dropped(protocol::SCTP, chunk, Some(protocol::SCTP));
+        assert_eq!(sctp(sctp::INIT), Some(true));
+        assert_eq!(sctp(0), Some(false));
+        assert_eq!(dropped(protocol::UDP, 0, Some(protocol::UDP)), None);
+        // An ICMP error of type 3, destination unreachable, is no SYN with FIN.
+        assert_eq!(dropped(protocol::TCP, 3, Some(protocol::ICMP)), Some(false));
+        // Whose headers cannot be read.
+        assert_eq!(dropped(protocol::TCP, tcp::SYN, None), None);
+        for (seen, first) in [(state::NEW, true), (state::ESTABLISHED, false)] {
+            let record = Record {
+                kind: kind::DROP,
+                state: seen,
+                ..Record::ZERO
+            };
+            assert_eq!(is_first(&record, None), Some(first));
+        }
+    }
 }

@@ -189,6 +189,8 @@ enum Turn {
     Further,
     /// A later one.
     Later,
+    /// The first or a later one: nobody knows.
+    Unplaced,
 }
 
 /// Probes at work.
@@ -438,14 +440,17 @@ impl Session {
                 index,
                 known,
                 further,
-                journey,
+                mut journey,
             } => {
                 if !self.options.wants(&journey) {
                     self.others += 1;
                     return;
                 }
-                let turn = if !journey.first {
+                journey.first = journey.first.or_else(|| self.flows.is_repeated(&key));
+                let turn = if journey.first == Some(false) {
                     Turn::Later
+                } else if journey.first.is_none() {
+                    Turn::Unplaced
                 } else if further {
                     self.flows.further(key, &journey);
                     if !matches!(journey.end, End::Dropped { .. }) {
@@ -494,6 +499,7 @@ impl Session {
             // Its flow is counted with what became of it.
             Turn::Further => {}
             Turn::Later => self.tallies[index].add_later(&journey),
+            Turn::Unplaced => self.tallies[index].add_unplaced(&journey),
         }
         events.push(Event::Journey(journey));
     }

@@ -133,6 +133,10 @@ impl Verdict {
             Self::Dropped { stage, .. } if stage.starts_with("INPUT deliver") => {
                 "it reached a socket of the node that did not take it: no listener, or a full queue"
             }
+            Self::Dropped { stage, .. } if stage.ends_with(" raw") => {
+                "a rule before conntrack drops it, in iptables' table raw or a chain of nftables at -300 or before \
+                 (iptables-save -t raw, nft list ruleset): none of kube-proxy's does"
+            }
             Self::Dropped { .. } => {
                 "filter drops are a policy, a loadBalancerSourceRange or a Local policy without a local \
                  endpoint (svcpath rules walk shows the rule)"

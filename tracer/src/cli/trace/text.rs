@@ -5,14 +5,14 @@ use std::fmt::Write as _;
 use tracer::record::run::Clock;
 use tracer::report::units;
 use tracer::report::write::printable;
-use tracer::trace::journey::{Journey, StageTime};
+use tracer::trace::journey::{Journey, StageTime, place};
 use tracer::trace::met::Meeting;
 
 /// A journey that began at a time, which is written `+0.040271 s`: a line, and below it one for each
 /// stage that was recorded. Ends in a newline.
 pub(super) fn journey(clock: Clock, at: &str, journey: &Journey) -> String {
     let cost = units::cost_u64(clock, journey.elapsed_ns);
-    let later = if journey.first { "" } else { ", established" };
+    let later = place(journey.first);
     let who = printable(&journey.to_string());
     if journey.stages.is_empty() {
         return format!("{at}  {who}  {cost}  {}{later}\n", journey.end);
