@@ -24,7 +24,8 @@ use tests::truth::{
 };
 use tests::verdicts::{
     a_flow_to_a_dead_endpoint_is_stuck, a_stranger_that_answers_is_told,
-    an_established_flow_to_a_dead_endpoint_is_stuck, prepared_faults_are_told,
+    an_established_flow_to_a_dead_endpoint_is_stuck, an_external_ip_of_another_machine_is_hijacked,
+    prepared_faults_are_told,
 };
 use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
@@ -165,6 +166,21 @@ fn iptables_nft_stuck_flow() {
 #[test]
 fn nftables_stranger_answers() {
     a_stranger_that_answers_is_told(Mode::Nftables);
+}
+
+#[test]
+fn iptables_legacy_hijacks_nothing() {
+    an_external_ip_of_another_machine_is_hijacked(Mode::IptablesLegacy, Tier::Hooks);
+}
+
+#[test]
+fn iptables_nft_hijacks_nothing() {
+    an_external_ip_of_another_machine_is_hijacked(Mode::IptablesNft, Tier::Hooks);
+}
+
+#[test]
+fn nftables_hijacks_nothing() {
+    an_external_ip_of_another_machine_is_hijacked(Mode::Nftables, Tier::Hooks);
 }
 
 #[test]

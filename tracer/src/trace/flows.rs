@@ -406,6 +406,10 @@ impl Flow {
         match (&self.end, stray) {
             (End::Unknown, _) => Judged::Is(Verdict::Unknown),
             (End::Leaked, _) => Judged::Is(Verdict::Leaked),
+            (End::Absorbed { network }, _) => Judged::Is(match network.clone() {
+                Some(network) => Verdict::Hijacked { network },
+                None => Verdict::Absorbed,
+            }),
             (_, Some(_)) if reading => Judged::Unread,
             (_, Some(endpoint)) if self.known && directory.served(self.index, endpoint) => {
                 Judged::Is(Verdict::Stuck { endpoint })
@@ -595,6 +599,20 @@ mod tests {
         assert_eq!(
             verdicts(&flows.decide(&directory, false, 200 + PATIENCE_NS)),
             [&Verdict::Unanswered { stray }]
+        );
+    }
+
+    #[test]
+    fn what_the_node_keeps_is_hijacked_if_somebody_else_may_have_the_address() {
+        let (mut flows, directory) = (Flows::default(), directory());
+        let network = "192.0.2.0/24 of eth0".to_owned();
+        for (port, network) in [(1, Some(network.clone())), (2, None)] {
+            let end = End::Absorbed { network };
+            flows.first(key(port), 0, &journey(0, "192.0.2.7:22", end), false);
+        }
+        assert_eq!(
+            verdicts(&flows.decide(&directory, false, 1)),
+            [&Verdict::Hijacked { network }, &Verdict::Absorbed]
         );
     }
 

@@ -22,6 +22,14 @@ pub enum End {
     Untranslated,
     /// Sent to an address that is no endpoint of the Service as its rules were last read.
     Elsewhere,
+    /// Handed to a socket of the node, or refused by the node, because IPVS mode has the address bound here for a
+    /// Service. No Service has the port.
+    Absorbed {
+        /// The network, and the node's link to it, in which another machine may have the address: `192.0.2.0/24 of
+        /// eth0`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        network: Option<String>,
+    },
     /// Dropped.
     Dropped {
         /// The kernel's drop reason, without its prefix: `NETFILTER_DROP`.
@@ -46,6 +54,7 @@ impl End {
             Self::Leaked => "leaked",
             Self::Untranslated => "untranslated",
             Self::Elsewhere => "elsewhere",
+            Self::Absorbed { .. } => "absorbed",
             Self::Dropped { .. } => "dropped",
             Self::Unknown => "unknown",
         }
@@ -71,6 +80,9 @@ impl End {
             Self::Elsewhere => {
                 "the endpoints changed after the rules were last read, or a rule of somebody else translates first"
             }
+            Self::Absorbed { .. } => {
+                "the address is bound on kube-ipvs0 for a Service, and with it every port; no Service has this one"
+            }
             Self::Dropped { .. } => {
                 "see the stage: raw is a rule before conntrack and none of kube-proxy's, filter a policy or a \
                  Service without endpoints, deliver a port that nobody listens on"
@@ -88,6 +100,7 @@ impl std::fmt::Display for End {
             Self::Leaked => f.write_str("leaked"),
             Self::Untranslated => f.write_str("untranslated to a local socket"),
             Self::Elsewhere => f.write_str("sent elsewhere"),
+            Self::Absorbed { .. } => f.write_str("kept on this node, which has the address bound"),
             Self::Dropped { reason, stage, by } => write_drop(f, reason, stage, by.as_deref()),
             Self::Unknown => f.write_str("unknown"),
         }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 
-use tracer_ebpf::path::{Path, Target};
+use tracer_ebpf::path::{ABSORBED, Path, Target};
 use tracer_ebpf::record::{
     IPV4, OUTPUT_FIRST, Record, STEPS, TUPLE_HASH, kind, protocol, sctp, state, tcp,
 };
@@ -91,7 +91,7 @@ impl Reader {
         let tuples = tuples_of(record);
         let key = key_of(record, tuples.as_ref());
         let Some(index) = directory.asked(key.destination, key.protocol) else {
-            return Told::Other;
+            return self.absorbed(heard, key, directory).unwrap_or(Told::Other);
         };
         let back = match record.kind {
             kind::FIRST | kind::DROP => {
@@ -117,6 +117,34 @@ impl Reader {
             },
             None => Told::Other,
         }
+    }
+
+    /// A first packet to a port that no Service has of an address that is bound here for one, if it ended here.
+    fn absorbed(&self, heard: &Heard, key: Key, directory: &Directory) -> Option<Told> {
+        let record = &heard.record;
+        let absorbed = directory.absorbs(key.destination.ip())?;
+        let mut journey = self.journey(heard, key, absorbed.index, directory);
+        // What was handed to a socket has been told already if that does not take it. Only at INPUT is it decided
+        // that a packet stays; one that was translated before was sent here by somebody else's rule.
+        let (hook, stage) = catalogue::stage_name(record.stage, self.detail);
+        let here = match record.kind {
+            kind::FIRST => record.transmitted == 0,
+            kind::DROP => hook == "INPUT" && stage != catalogue::DELIVER,
+            _ => false,
+        };
+        let same = journey.headed == Some(key.destination);
+        if !(record.path >= ABSORBED && here && same && journey.first == Some(true)) {
+            return None;
+        }
+        let network = absorbed.attached.as_ref().map(ToString::to_string);
+        journey.end = End::Absorbed { network };
+        Some(Told::Journey {
+            key,
+            index: absorbed.index,
+            known: false,
+            further: false,
+            journey: Box::new(journey),
+        })
     }
 
     fn journey(&self, heard: &Heard, key: Key, index: usize, directory: &Directory) -> Journey {
@@ -166,7 +194,7 @@ impl Reader {
             source: key.source,
             destination: asked,
             headed,
-            path: path.map_or("unknown", |path| path.title()),
+            path: path.map_or_else(|| title_of(record.path), |path| path.title()),
             first: is_first(record, headers.map(|headers| headers.protocol)),
             answer: record.state == state::REPLY,
             elapsed_ns: record.elapsed,
@@ -229,6 +257,14 @@ impl Reader {
             verdict::icmp_error(ipv4, record.flags, record.code),
         ))
     }
+}
+
+/// What a path is called that no histogram counts.
+fn title_of(path: u8) -> &'static str {
+    const TITLES: [&str; 3] = ["pod→kube-ipvs0", "host→kube-ipvs0", "external→kube-ipvs0"];
+    let origin = path.checked_sub(ABSORBED).map(usize::from);
+    let title = origin.and_then(|origin| TITLES.get(origin));
+    title.copied().unwrap_or("unknown")
 }
 
 /// Is it the first packet of its flow? What conntrack has not seen asks for a new flow if its protocol has a packet

@@ -45,7 +45,10 @@ impl Tally {
     /// Counts a new flow.
     pub fn add(&mut self, journey: &Journey) {
         self.flows += 1;
-        self.node.add(journey.elapsed_ns);
+        // What the node keeps for itself says nothing of the way to endpoints.
+        if !matches!(journey.end, End::Absorbed { .. }) {
+            self.node.add(journey.elapsed_ns);
+        }
     }
 
     /// Counts a later packet that was dropped.
