@@ -19,12 +19,13 @@ use tests::trace::{
     only_what_is_chosen_is_traced,
 };
 use tests::truth::{
-    drops_equal_the_counter_over_100_000_packets, stages_sum_to_the_whole,
-    the_traced_way_is_one_foretold,
+    drops_before_conntrack_are_told_as_what_they_are, drops_equal_the_counter_over_100_000_packets,
+    stages_sum_to_the_whole, the_traced_way_is_one_foretold,
 };
 use tests::verdicts::{
     a_flow_to_a_dead_endpoint_is_stuck, a_stranger_that_answers_is_told,
-    an_established_flow_to_a_dead_endpoint_is_stuck, prepared_faults_are_told,
+    an_established_flow_to_a_dead_endpoint_is_stuck, an_external_ip_of_another_machine_is_hijacked,
+    prepared_faults_are_told,
 };
 use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
@@ -168,6 +169,21 @@ fn nftables_stranger_answers() {
 }
 
 #[test]
+fn iptables_legacy_hijacks_nothing() {
+    an_external_ip_of_another_machine_is_hijacked(Mode::IptablesLegacy, Tier::Hooks);
+}
+
+#[test]
+fn iptables_nft_hijacks_nothing() {
+    an_external_ip_of_another_machine_is_hijacked(Mode::IptablesNft, Tier::Hooks);
+}
+
+#[test]
+fn nftables_hijacks_nothing() {
+    an_external_ip_of_another_machine_is_hijacked(Mode::Nftables, Tier::Hooks);
+}
+
+#[test]
 fn nftables_stuck_established_flow() {
     an_established_flow_to_a_dead_endpoint_is_stuck(Mode::Nftables);
 }
@@ -240,6 +256,21 @@ fn nftables_truth_of_sums() {
 #[test]
 fn truth_of_drops() {
     drops_equal_the_counter_over_100_000_packets();
+}
+
+#[test]
+fn iptables_legacy_truth_of_early_drops() {
+    drops_before_conntrack_are_told_as_what_they_are(Mode::IptablesLegacy);
+}
+
+#[test]
+fn iptables_nft_truth_of_early_drops() {
+    drops_before_conntrack_are_told_as_what_they_are(Mode::IptablesNft);
+}
+
+#[test]
+fn nftables_truth_of_early_drops() {
+    drops_before_conntrack_are_told_as_what_they_are(Mode::Nftables);
 }
 
 #[test]

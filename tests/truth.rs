@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use tracer::cluster::random;
@@ -45,7 +45,12 @@ fn forbid(node: &TestNode, services: &[usize]) {
 
 /// Packets that [`forbid`]'s rules dropped, by the kernel's own count.
 fn dropped_by_the_kernel(node: &TestNode) -> u64 {
-    let arguments = ["list", "counter", "ip", "fault", "dropped"];
+    dropped_in(node, "fault")
+}
+
+/// Packets that a table's counter `dropped` counted.
+fn dropped_in(node: &TestNode, table: &str) -> u64 {
+    let arguments = ["list", "counter", "ip", table, "dropped"];
     let said = tool::run(node.lab.node(), "nft", &arguments, "").expect("it is listed");
     said.split_once("packets ")
         .and_then(|(_, rest)| rest.split_whitespace().next())
@@ -90,7 +95,7 @@ pub fn stages_sum_to_the_whole(mode: Mode) {
     let mut told: BTreeMap<&str, (u32, u32)> = BTreeMap::new();
     // What was dropped on its way has stages, and no whole: it did not pass the whole node.
     let mut dropped_ns: BTreeMap<&str, u64> = BTreeMap::new();
-    for journey in journeys(events).filter(|journey| journey.first) {
+    for journey in journeys(events).filter(|journey| journey.first == Some(true)) {
         let steps: u64 = journey.stages.iter().map(|stage| stage.took_ns).sum();
         assert_eq!(steps, journey.elapsed_ns, "{mode}: {journey:?}");
         assert!(journey.elapsed_ns > 0, "{journey:?}");
@@ -180,6 +185,136 @@ pub fn drops_equal_the_counter_over_100_000_packets() {
     assert_eq!(service.flows, first + ESTABLISHED as u64);
     assert_eq!(service.repeated, PACKETS / 2 - first);
     assert_eq!(service.dropped_later(), PACKETS / 2);
+}
+
+/// Packets that are dropped before conntrack sees them: what asks for a new flow is told as a flow that was dropped
+/// there, of UDP it is told that nobody knows; and all together are as many as the rule counted.
+pub fn drops_before_conntrack_are_told_as_what_they_are(mode: Mode) {
+    const TCP: usize = 0;
+    const UDP: usize = 1;
+    /// Dropped further on, before: its client is known.
+    const SEEN: usize = 3;
+    const FLOWS: u64 = 20;
+    let node = TestNode::build(4, 3).expect("a laboratory");
+    on_one_thread(node.apply(mode)).expect("rules");
+    forbid(&node, &[SEEN]);
+    let [tcp, udp, seen] = [TCP, UDP, SEEN].map(|service| node.vip(service));
+    let (host, pod) = (node.lab.node(), node.lab.client_pod());
+    let bind = || UdpSocket::bind("0.0.0.0:0").expect("binds");
+    let mut session = Session::start(host, options(Vec::new(), Tier::Hooks)).expect("attaches");
+    let [answered, dropped] = [udp, seen].map(|vip| {
+        let socket = pod.run(bind).expect("enters");
+        socket.send_to(b"1\n", vip).expect("sends");
+        socket
+    });
+    answered
+        .set_read_timeout(Some(PATIENCE))
+        .expect("a timeout");
+    answered.recv(&mut [0; 64]).expect("an answer");
+    let begin = Instant::now();
+    let delivered = |event: &Event| {
+        matches!(
+            event,
+            Event::Verdict(Decided {
+                verdict: Verdict::Delivered,
+                ..
+            })
+        )
+    };
+    // An answered flow is forgotten once it has been told.
+    while !session.poll().expect("polls").iter().any(delivered) {
+        assert!(begin.elapsed() < PATIENCE, "the answer is never told");
+    }
+    let connect = || TcpStream::connect_timeout(&tcp, PATIENCE).expect("connects");
+    let mut established = pod.run(connect).expect("enters");
+    let raw = format!(
+        "table ip early {{\n counter dropped {{ }}\n \
+         chain in {{ type filter hook prerouting priority -300;\n \
+           ip daddr {{ {0}, {1}, {2} }} counter name dropped drop\n }}\n \
+         chain out {{ type filter hook output priority -300;\n \
+           ip daddr {{ {0}, {1}, {2} }} counter name dropped drop\n }}\n}}\n",
+        tcp.ip(),
+        udp.ip(),
+        seen.ip()
+    );
+    tool::run(host, "nft", &["-f", "-"], &raw).expect("the rules go in");
+    for netns in [pod, host] {
+        let ask = || {
+            for _ in 0..FLOWS {
+                // Shorter than the second after which a SYN is sent again.
+                let timeout = Duration::from_millis(20);
+                TcpStream::connect_timeout(&tcp, timeout).expect_err("nobody answers");
+                // To the node's own processes the kernel says that it dropped it.
+                bind().send_to(b"1\n", udp).ok();
+            }
+        };
+        netns.run(ask).expect("enters");
+    }
+    answered.send_to(b"2\n", udp).expect("sends");
+    dropped.send_to(b"2\n", seen).expect("sends");
+    std::io::Write::write_all(&mut established, b"2\n").expect("is queued");
+    // It is sent at once, and perhaps once more until the connection is given up.
+    socket2::SockRef::from(&established)
+        .set_linger(Some(Duration::ZERO))
+        .expect("lingers");
+    drop(established);
+    let (_, summary) = session.finish().expect("ends");
+    assert_nothing_was_missed(&summary);
+
+    let counted = dropped_in(&node, "early");
+    assert_eq!(summary.probes.dropped, counted + 1, "{summary}");
+    let told = |service: usize| {
+        let name = format!("lab/svc-{service:05}:p");
+        let mut services = summary.services.iter();
+        services.find(|told| told.name == name).expect("is told of")
+    };
+    let end = |stage: &str| End::Dropped {
+        reason: "NETFILTER_DROP".to_owned(),
+        stage: stage.to_owned(),
+        by: None,
+    };
+    let verdict = |stage: &str| Verdict::Dropped {
+        reason: "NETFILTER_DROP".to_owned(),
+        stage: stage.to_owned(),
+        by: None,
+    };
+    let of_tcp = told(TCP);
+    let verdicts: BTreeMap<_, _> = of_tcp
+        .verdicts
+        .iter()
+        .map(|told| (told.verdict.clone(), told.count))
+        .collect();
+    let wanted = BTreeMap::from([
+        (Verdict::Delivered, 1),
+        (verdict("PREROUTING raw"), FLOWS),
+        (verdict("OUTPUT raw"), FLOWS),
+    ]);
+    assert_eq!(verdicts, wanted, "{mode}: {summary}");
+    assert_eq!((of_tcp.flows, of_tcp.repeated), (2 * FLOWS + 1, 0));
+    assert!(of_tcp.unplaced_drops.is_empty(), "{of_tcp:#?}");
+    let of_udp = told(UDP);
+    assert_eq!((of_udp.flows, of_udp.repeated), (1, 0), "{of_udp:#?}");
+    let unplaced = of_udp.unplaced_drops.iter();
+    let unplaced: Vec<_> = unplaced
+        .map(|told| (told.end.clone(), told.count))
+        .collect();
+    let wanted = [
+        (end("OUTPUT raw"), FLOWS),
+        (end("PREROUTING raw"), FLOWS + 1),
+    ];
+    assert_eq!(unplaced, wanted, "{mode}: {summary}");
+    let of_seen = told(SEEN);
+    assert_eq!((of_seen.flows, of_seen.repeated), (1, 1), "{of_seen:#?}");
+    let later = of_tcp.dropped_later();
+    // The data, and the RST of the one who gives up.
+    assert!(later >= 2, "{of_tcp:#?}");
+    let all = 2 * FLOWS + later + 2 * FLOWS + 1 + 1;
+    assert_eq!(all, counted, "{mode}: {summary}");
+    let text = summary.to_string();
+    assert!(
+        text.contains("of new or established flows, which is unknown, 20 dropped at OUTPUT raw"),
+        "{text}"
+    );
 }
 
 /// What the tracer's runs found, over all clusters.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use tracer::cluster::Family;
@@ -14,7 +14,7 @@ use tracer::scenario::node::TestNode;
 use tracer::trace::session::{Event, Options, Session};
 use tracer::trace::verdict::{Verdict, Who};
 
-use crate::trace::on_one_thread;
+use crate::trace::{self, on_one_thread};
 
 /// Longer than anything here takes on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -249,6 +249,166 @@ pub fn an_established_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
     let (_, summary) = session.finish().expect("ends");
     let text = summary.to_string();
     assert!(text.contains("1 established flow is stuck"), "{text}");
+}
+
+/// A port of the other machine that is no Service's.
+const SSH: u16 = 2222;
+
+/// Gives the first Service these addresses, and waits until the session has read the rules.
+fn publish(
+    node: &mut TestNode,
+    mode: Mode,
+    session: &mut Session,
+    external: &[IpAddr],
+    balanced: &[IpAddr],
+) -> Vec<Event> {
+    let service = &mut node.cluster.services[0];
+    service.external_ips = external.to_vec();
+    service.load_balancer_ips = balanced.to_vec();
+    on_one_thread(node.apply(mode)).expect("rules");
+    let wanted = |address: &IpAddr, session: &Session| {
+        let directory = session.directory();
+        if mode == Mode::Ipvs {
+            directory.absorbs(*address).is_some()
+        } else {
+            directory
+                .asked(SocketAddr::new(*address, plan::SERVICE_PORT), 6)
+                .is_some()
+        }
+    };
+    let begin = Instant::now();
+    let mut events = Vec::new();
+    loop {
+        assert!(begin.elapsed() < PATIENCE, "the rules are never read");
+        events.extend(session.poll().expect("polls"));
+        let there = external
+            .iter()
+            .chain(balanced)
+            .all(|address| wanted(address, session));
+        let read = events
+            .iter()
+            .any(|event| matches!(event, Event::Services { .. }));
+        let gone = !external.is_empty() || session.directory().absorbed().is_empty();
+        if there && read && gone {
+            return events;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Who answers a new connection to an address: the first byte that it is sent, if it is accepted.
+fn who_answers(ns: &Netns, to: SocketAddr) -> Option<u8> {
+    let ask = move || {
+        let mut stream = TcpStream::connect_timeout(&to, PATIENCE).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let mut said = [0];
+        std::io::Read::read_exact(&mut stream, &mut said).ok()?;
+        Some(said[0])
+    };
+    ns.run(ask).expect("enters")
+}
+
+/// Accepts connections until the process ends, and says who it is.
+fn listen(ns: &Netns, name: u8) {
+    let listener = ns.run(|| TcpListener::bind(("0.0.0.0", SSH)).expect("binds"));
+    let listener = listener.expect("enters");
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            // Whoever has gone does not want to know.
+            let _ = std::io::Write::write_all(&mut stream, &[name]);
+        }
+    });
+}
+
+/// A Service whose external IP is another machine's address. In IPVS mode everything that is sent there ends on
+/// this node, from pods, from the node itself and from outside, whether the rules refuse it or a server of the
+/// node answers in the other one's place; in the other modes nothing does but the Service's own port.
+pub fn an_external_ip_of_another_machine_is_hijacked(mode: Mode, tier: Tier) {
+    const OTHER: u8 = b'o';
+    const NODE: u8 = b'n';
+    let mut node = TestNode::build(2, 3).expect("a laboratory");
+    on_one_thread(node.apply(mode)).expect("rules");
+    let other = plan::EXTERNAL_ADDRESS.base;
+    // In no network of the node's.
+    let balanced: IpAddr = "198.51.100.9".parse().expect("an address");
+    let ssh = SocketAddr::new(other, SSH);
+    let (node2, by) = (plan::NODE2_ADDRESS.base, plan::NODE_ADDRESS.base);
+    let back = format!("route add {node2} via {by}");
+    run(
+        node.lab.external(),
+        "ip",
+        &back.split(' ').collect::<Vec<_>>(),
+    );
+    listen(node.lab.external(), OTHER);
+    listen(node.lab.node(), NODE);
+    let options = trace::options(Vec::new(), tier);
+    let mut session = Session::start(node.lab.node(), options).expect("attaches");
+    // Nothing is bound yet.
+    assert_eq!(who_answers(node.lab.node(), ssh), Some(OTHER));
+    let mut events = publish(&mut node, mode, &mut session, &[other], &[balanced]);
+    let ipvs = mode == Mode::Ipvs;
+    let reached = |answers: Option<u8>| if ipvs { answers } else { Some(OTHER) };
+    for ns in [node.lab.client_pod(), node.lab.node(), node.lab.node2()] {
+        assert_eq!(who_answers(ns, ssh), reached(None), "{mode}");
+    }
+    let udp = || {
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("binds");
+        socket.send_to(b"1\n", (other, SSH)).expect("sends");
+        if ipvs {
+            socket.send_to(b"1\n", (balanced, SSH)).expect("sends");
+        }
+    };
+    node.lab.client_pod().run(udp).expect("enters");
+    let vip = SocketAddr::new(other, plan::SERVICE_PORT);
+    let connect = move || TcpStream::connect_timeout(&vip, PATIENCE).expect("the Service answers");
+    drop(node.lab.client_pod().run(connect).expect("enters"));
+    if ipvs {
+        // As before kube-proxy 1.26 rejected there: who logs in on the other machine logs in here.
+        run(node.lab.node(), "iptables-nft", &["-F", "KUBE-IPVS-FILTER"]);
+        assert_eq!(who_answers(node.lab.client_pod(), ssh), Some(NODE));
+        assert_eq!(who_answers(node.lab.node(), ssh), Some(NODE));
+    }
+    events.extend(publish(&mut node, mode, &mut session, &[], &[]));
+    assert_eq!(who_answers(node.lab.node(), ssh), Some(OTHER));
+    let (last, summary) = session.finish().expect("ends");
+    events.extend(last);
+
+    let mut kept: BTreeMap<(&str, &Verdict), u32> = BTreeMap::new();
+    for event in &events {
+        if let Event::Verdict(decided) = event
+            && !decided.verdict.is_of_service()
+        {
+            assert!(decided.service.ends_with(":80/tcp"), "{decided}");
+            assert_eq!(decided.destination.port(), SSH);
+            *kept.entry((decided.path, &decided.verdict)).or_default() += 1;
+        }
+    }
+    let network = "192.0.2.0/24 of ext0".to_owned();
+    let hijacked = Verdict::Hijacked { network };
+    let wanted = BTreeMap::from([
+        (("external→kube-ipvs0", &hijacked), 1),
+        (("host→kube-ipvs0", &hijacked), 2),
+        (("pod→kube-ipvs0", &hijacked), 3),
+        (("pod→kube-ipvs0", &Verdict::Absorbed), 1),
+    ]);
+    let wanted = if ipvs { wanted } else { BTreeMap::new() };
+    assert_eq!(kept, wanted, "{mode}: {summary}");
+    let services = summary
+        .services
+        .iter()
+        .flat_map(|service| &service.verdicts);
+    let delivered = services.filter(|told| told.verdict == Verdict::Delivered);
+    assert_eq!(
+        delivered.map(|told| told.count).sum::<u64>(),
+        1,
+        "{summary}"
+    );
+    assert_eq!(summary.outages, [], "{summary}");
+    let probes = summary.probes;
+    assert_eq!((probes.ring_lost, probes.unpaired), (0, 0), "{probes:?}");
+    let text = summary.to_string();
+    let said = "192.0.2.2:80/tcp: of 7 new flows 6 hijacked by this node (an address in 192.0.2.0/24 of ext0)";
+    assert_eq!(text.contains(said), ipvs, "{text}");
 }
 
 /// Somebody answers who is no endpoint: a rule of somebody else translates to it first.

@@ -142,6 +142,16 @@ fn ipvs_verdicts() {
 }
 
 #[test]
+fn ipvs_hijack() {
+    tests::verdicts::an_external_ip_of_another_machine_is_hijacked(Mode::Ipvs, Tier::Hooks);
+}
+
+#[test]
+fn functions_hijack() {
+    tests::verdicts::an_external_ip_of_another_machine_is_hijacked(Mode::Ipvs, Tier::Functions);
+}
+
+#[test]
 fn ipvs_trace() {
     tests::trace::every_flow_is_told_by_its_service(Mode::Ipvs, Tier::Hooks);
 }

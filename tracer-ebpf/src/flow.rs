@@ -4,7 +4,7 @@ use aya_ebpf::Global;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap};
-use tracer_ebpf::path::{Origin, Path, Target};
+use tracer_ebpf::path::{ABSORBED, Origin, Path, Target};
 use tracer_ebpf::record::{
     Address, Aligned, Key4, Key6, Known, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE, hook,
     protocol, tcp,
@@ -39,6 +39,21 @@ static NODES4: HashMap<[u8; 4], u32> = HashMap::with_max_entries(64, 0);
 /// The same for IPv6.
 #[map]
 static NODES6: HashMap<[u8; 16], u32> = HashMap::with_max_entries(64, 0);
+
+/// Not 0 where IPVS binds addresses of Services on the node: elsewhere the verifier removes what asks for them.
+#[unsafe(no_mangle)]
+static MAY_ABSORB: Global<u32> = Global::new(0);
+
+/// Not 0 while there are any in `ABSORBED4` or `ABSORBED6`: most nodes with IPVS have none.
+#[map]
+static ABSORBS: Array<u32> = Array::with_max_entries(1, 0);
+
+/// External addresses of Services that are bound on the node: what goes there stays here, on any port.
+#[map]
+static ABSORBED4: HashMap<[u8; 4], u32> = HashMap::with_max_entries(1, 0);
+/// The same for IPv6.
+#[map]
+static ABSORBED6: HashMap<[u8; 16], u32> = HashMap::with_max_entries(1, 0);
 
 /// What a packet's header says of its flow. An ICMP error belongs to the flow of the packet that it
 /// quotes, in the other direction.
@@ -128,7 +143,8 @@ impl Ports {
 pub(crate) const NOTHING: u32 = 0xff;
 
 /// The packet's path: an index below [`Path::COUNT`]; `Path::COUNT` for what comes from an endpoint
-/// (conntrack will tell whose reply it is); [`NOTHING`] for the rest, after one look at the ports.
+/// (conntrack will tell whose reply it is); [`ABSORBED`] and an origin; [`NOTHING`] for the rest, after one look at
+/// the ports.
 #[inline(always)]
 pub(crate) unsafe fn recognise(skb: *const u8, ipv4: bool, at: u32, flow: &mut Flow) -> u32 {
     unsafe {
@@ -167,7 +183,28 @@ pub(crate) unsafe fn recognise(skb: *const u8, ipv4: bool, at: u32, flow: &mut F
                 return Path::COUNT as u32;
             }
         }
+        if MAY_ABSORB.load() != 0 && !flow.error && is_absorbed(ipv4, &flow.destination) {
+            // What the node sends there comes back to it by its loopback.
+            return u32::from(ABSORBED) + origin_of(ipv4, &flow.source, &flow.destination);
+        }
         NOTHING
+    }
+}
+
+/// Is this an address that the node took for a Service?
+#[inline(always)]
+unsafe fn is_absorbed(ipv4: bool, address: &Address) -> bool {
+    let Some(any) = ABSORBS.get_ptr(0) else {
+        return false;
+    };
+    unsafe {
+        if any.read_volatile() == 0 {
+            false
+        } else if ipv4 {
+            ABSORBED4.get(first4(address).to_ne_bytes()).is_some()
+        } else {
+            ABSORBED6.get(address.0).is_some()
+        }
     }
 }
 

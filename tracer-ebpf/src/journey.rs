@@ -19,7 +19,7 @@ use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, PerCpuArray, RingBuf};
 use tracer_ebpf::histogram::{CELLS, cell_of};
-use tracer_ebpf::path::{Path, Target};
+use tracer_ebpf::path::{ABSORBED, Path, Target};
 use tracer_ebpf::record::{
     ANSWERED, Address, Aligned, Cells, HISTOGRAMS, IPV4, IPV6, RESENT, Record, SLOTS, STAGE_NODE,
     STAGE_RECEIVE, STEPS, Slot, TUPLE_HASH, Table, Told, histogram_index, hook, kind, phase,
@@ -201,7 +201,7 @@ unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool, 
         let arrived = if received { bpf_ktime_get_ns() } else { 0 };
         let mut flow = Flow::ZERO;
         let path = recognise(skb, here.ipv4, here.hook, &mut flow);
-        if path > Path::COUNT as u32 {
+        if path == NOTHING {
             (*table).stats.other += 1;
             if ours {
                 (*slot).skb = 0;
@@ -371,7 +371,8 @@ unsafe fn finish(table: *mut Table, slot: *mut Slot, transmitted: bool) {
                 count(first + u32::from(STAGE_NODE), (*slot).elapsed);
             }
         }
-        if (*slot).kind == kind::FIRST && (*slot).ct != 0 {
+        // Who answers in place of another machine is no endpoint.
+        if (*slot).kind == kind::FIRST && (*slot).ct != 0 && (*slot).path < Path::COUNT as u8 {
             let reply = (&raw const (*slot).tuples).cast::<u8>().add(TUPLE_HASH);
             let port = [*reply.add(16), *reply.add(17)];
             let from = address_at(reply);
@@ -443,10 +444,11 @@ unsafe fn kind_at_end(slot: *mut Slot) -> u8 {
     }
 }
 
+/// Was it sent to a Service, or to one's address?
 #[inline(always)]
 unsafe fn to_service(slot: *const Slot) -> bool {
     let path = unsafe { (*slot).path };
-    path < Path::COUNT as u8 && path % 3 != Target::Pod as u8
+    path < Path::COUNT as u8 && path % 3 != Target::Pod as u8 || path >= ABSORBED
 }
 
 /// Where a connection's answer is remembered. Entries lie at multiples of 64 bytes.
@@ -520,7 +522,7 @@ unsafe fn learn_state(slot: *mut Slot, skb: *const u8) {
 #[inline(always)]
 unsafe fn know_connection(slot: *mut Slot) {
     unsafe {
-        let backwards = (*slot).state == state::REPLY || (*slot).path as usize >= Path::COUNT;
+        let backwards = (*slot).state == state::REPLY || (*slot).path == Path::COUNT as u8;
         let told = (*slot).kind != 0;
         if (*slot).ct == 0 || !(told || backwards && (*slot).timed != timed::NO) {
             return;
@@ -679,4 +681,4 @@ unsafe fn write(
     }
 }
 
-const _: () = assert!(NOTHING > Path::COUNT as u32);
+const _: () = assert!(NOTHING > ABSORBED as u32 + 2);

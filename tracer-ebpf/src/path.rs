@@ -24,6 +24,11 @@ pub enum Target {
     Pod = 2,
 }
 
+/// Stands, with an [`Origin`] added, for the path of what goes to an address that IPVS has bound on this node for a
+/// Service, and to a port that no Service has. It is none of [`Path::ALL`]: such packets are told, and no histogram
+/// counts them.
+pub const ABSORBED: u8 = 0x40;
+
 /// One way into the node: origin and target together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Path {
@@ -105,6 +110,9 @@ impl Path {
         }
     }
 }
+
+// Told apart by their numbers.
+const _: () = assert!(ABSORBED as usize > Path::COUNT);
 
 #[cfg(test)]
 mod tests {

@@ -205,7 +205,8 @@ pub struct Slot {
     pub boundary: u8,
     /// See [`state`].
     pub state: u8,
-    /// Index of the path; `Path::COUNT` for a reply whose flow is not known yet.
+    /// Index of the path; `Path::COUNT` for a reply whose flow is not known yet; [`ABSORBED`](crate::path::ABSORBED)
+    /// and an origin.
     pub path: u8,
     /// [`IPV4`] or [`IPV6`].
     pub family: u8,
@@ -451,7 +452,7 @@ pub struct Record {
     pub family: u8,
     /// IP protocol number; of an ICMP error, that of the packet which it is about.
     pub protocol: u8,
-    /// Index of the path.
+    /// Index of the path, or [`ABSORBED`](crate::path::ABSORBED) and an origin.
     pub path: u8,
     /// See [`state`].
     pub state: u8,

@@ -85,20 +85,32 @@ pub fn of_node(ns: &Netns) -> Result<Vec<IpAddr>, AddressError> {
     Ok(addresses)
 }
 
-/// An address that IPVS mode has bound although it lies in a network of one of the node's links: if it is
-/// another machine's, everything that this node sends there, on any port, stays here.
+/// An address that IPVS mode has bound on the node: whatever this node sends there, on any port, stays here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Absorbed {
+pub struct Bound {
     /// The address.
     pub address: IpAddr,
-    /// The network that it lies in.
+    /// The network of another link of the node in which it lies: there another machine may have it.
+    pub attached: Option<Attached>,
+}
+
+/// A network that one of the node's links is attached to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// The network.
     pub network: Cidr,
-    /// The link of that network.
+    /// The link.
     pub link: String,
 }
 
-/// The addresses of kube-ipvs0 that lie in networks of other links.
-pub fn absorbed(ns: &Netns) -> Result<Vec<Absorbed>, AddressError> {
+impl fmt::Display for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.network, self.link)
+    }
+}
+
+/// The addresses of kube-ipvs0.
+pub fn bound(ns: &Netns) -> Result<Vec<Bound>, AddressError> {
     let list = ns.run(getifaddrs)?.map_err(|source| AddressError::List {
         namespace: ns.name().to_owned(),
         source,
@@ -119,21 +131,23 @@ pub fn absorbed(ns: &Netns) -> Result<Vec<Absorbed>, AddressError> {
     Ok(among(&bound, &networks))
 }
 
-fn among(bound: &[IpAddr], networks: &[(Cidr, String)]) -> Vec<Absorbed> {
+fn among(bound: &[IpAddr], networks: &[(Cidr, String)]) -> Vec<Bound> {
     let of = |address: &IpAddr| {
         // A network of one address is that address.
         let holds = |(network, _): &&(Cidr, String)| {
             let whole = if address.is_ipv4() { 32 } else { 128 };
             network.prefix < whole && network.contains(*address)
         };
-        let (network, link) = networks.iter().find(holds)?;
-        Some(Absorbed {
-            address: *address,
+        let attached = networks.iter().find(holds).map(|(network, link)| Attached {
             network: *network,
             link: link.clone(),
-        })
+        });
+        Bound {
+            address: *address,
+            attached,
+        }
     };
-    bound.iter().filter_map(of).collect()
+    bound.iter().map(of).collect()
 }
 
 fn ip_of(address: &SockaddrStorage) -> Option<IpAddr> {
@@ -387,13 +401,13 @@ mod tests {
             ip("fd00::1"),
         ];
         let found = among(&bound, &networks);
-        let [absorbed] = found.as_slice() else {
-            panic!("{found:?}");
-        };
+        let attached = |bound: &Bound| Some((bound.address, bound.attached.as_ref()?.to_string()));
+        let attached: Vec<_> = found.iter().filter_map(attached).collect();
         assert_eq!(
-            (absorbed.address, absorbed.link.as_str()),
-            (ip("192.0.2.7"), "eth0")
+            attached,
+            [(ip("192.0.2.7"), "192.0.2.0/24 of eth0".to_owned())]
         );
+        assert_eq!(found.len(), bound.len());
         let (address, mask) = (ip("192.0.2.1"), ip("255.255.255.0"));
         assert_eq!(network(address, mask), networks[0].0);
     }

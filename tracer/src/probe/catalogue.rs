@@ -105,7 +105,7 @@ pub const ALL: [Boundary; BOUNDARIES] = [
         "confirm",
         "conntrack helpers, and confirmation of the entry",
     ),
-    b(hook::INPUT, LAST, LAST, "deliver", "the way to the socket"),
+    b(hook::INPUT, LAST, LAST, DELIVER, "the way to the socket"),
     b(hook::FORWARD, FIRST, -150, "mangle", "the mangle table"),
     b(
         hook::FORWARD,
@@ -209,6 +209,9 @@ fn is_first(id: usize) -> bool {
 fn is_last(id: usize) -> bool {
     id + 1 == ALL.len() || ALL[id + 1].hook != ALL[id].hook
 }
+
+/// The stage of INPUT behind its last component.
+pub const DELIVER: &str = "deliver";
 
 /// A stage as reports name it: hook and component.
 pub fn stage_name(stage: u8, detail: Detail) -> (&'static str, &'static str) {

@@ -128,6 +128,9 @@ pub struct Watch {
     pub pod_cidrs: Vec<(IpAddr, u8)>,
     /// For how many more targets of each family there has to be room: see [`Probes::watch_also`].
     pub spare: u32,
+    /// External addresses of Services that are bound on the node; `None` where that cannot be, and packets pay
+    /// nothing for it, as without IPVS. [`Probes::watch_also`] can change them, and not whether there can be any.
+    pub absorbed: Option<HashSet<IpAddr>>,
     /// How finely packets are followed.
     pub detail: Detail,
     /// One in how many packets is timed that are not the first of a flow; 0 and 1: all.
@@ -284,7 +287,17 @@ impl Probes {
         let room = u32::try_from(watch.targets.len().max(1))
             .unwrap_or(u32::MAX)
             .saturating_add(watch.spare);
-        let mut programs = Programs::new(OBJECT, &[("TARGETS4", room), ("TARGETS6", room)])?;
+        let absorbed = watch.absorbed.as_ref().map_or(1, |absorbed| {
+            let there = u32::try_from(absorbed.len()).unwrap_or(u32::MAX);
+            there.saturating_add(watch.spare).max(1)
+        });
+        let rooms = [
+            ("TARGETS4", room),
+            ("TARGETS6", room),
+            ("ABSORBED4", absorbed),
+            ("ABSORBED6", absorbed),
+        ];
+        let mut programs = Programs::new(OBJECT, &rooms)?;
         programs.resolve(RDONLY_CAST, offsets::rdonly_cast(btf)?);
         fill(&mut programs, watch)?;
         let tracepoints = catalogue::tracepoints(watch.detail)
@@ -532,6 +545,8 @@ fn constants(btf: &Btf, node: &Netns, watch: &Watch) -> Result<Constants, ProbeE
     let mut constants: Constants = program::numbers(offsets::offsets(btf)?).collect();
     constants.insert("SAMPLE", watch.sample.max(1).to_ne_bytes().to_vec());
     constants.insert("EMPTY", u32::from(watch.empty).to_ne_bytes().to_vec());
+    let may_absorb = u32::from(watch.absorbed.is_some());
+    constants.insert("MAY_ABSORB", may_absorb.to_ne_bytes().to_vec());
     let netns = node.number().map_err(ProbeError::Inode)?;
     constants.insert("NETNS", netns.to_ne_bytes().to_vec());
     constants.extend(pod_constants(&watch.pod_cidrs));
@@ -605,6 +620,9 @@ fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
     }
     know_all(programs, "TARGETS4", v4)?;
     know_all(programs, "TARGETS6", v6)?;
+    if let Some(absorbed) = &watch.absorbed {
+        absorb(programs, absorbed)?;
+    }
     let nodes = || watch.node_addresses.iter();
     insert_all(
         programs,
@@ -680,6 +698,41 @@ fn know_all<K: Copy + 'static>(
         }
         map.insert(Plain(key), Plain(known), 0)
             .map_err(map_error(name))?;
+    }
+    Ok(())
+}
+
+/// Tells the probes which addresses are absorbed, and no others.
+fn absorb(programs: &mut Programs, absorbed: &HashSet<IpAddr>) -> Result<(), ProbeError> {
+    let (mut v4, mut v6) = (HashSet::new(), HashSet::new());
+    for address in absorbed {
+        match address {
+            IpAddr::V4(ip) => v4.insert(ip.octets()),
+            IpAddr::V6(ip) => v6.insert(ip.octets()),
+        };
+    }
+    replace_all(programs, "ABSORBED4", &v4)?;
+    replace_all(programs, "ABSORBED6", &v6)?;
+    let mut any: Array<_, u32> = map_mut(programs, "ABSORBS")?;
+    any.set(0, u32::from(!absorbed.is_empty()), 0)
+        .map_err(map_error("ABSORBS"))
+}
+
+/// Makes a hash map hold these keys and no others.
+fn replace_all<K: Copy + Eq + std::hash::Hash + 'static>(
+    programs: &mut Programs,
+    name: &'static str,
+    wanted: &HashSet<K>,
+) -> Result<(), ProbeError> {
+    let mut map: BpfHashMap<_, Plain<K>, u32> = map_mut(programs, name)?;
+    let there: Result<Vec<_>, _> = map.keys().collect();
+    for key in there.map_err(map_error(name))? {
+        if !wanted.contains(&key.0) {
+            map.remove(&key).map_err(map_error(name))?;
+        }
+    }
+    for key in wanted {
+        map.insert(Plain(*key), 1, 0).map_err(map_error(name))?;
     }
     Ok(())
 }

@@ -568,6 +568,7 @@ pub(crate) fn trace() -> Trace {
         verdicts,
         later_drops,
         later_resets: Vec::new(),
+        unplaced_drops: Vec::new(),
         stuck: BTreeMap::new(),
         answered: Histogram::default(),
         node,

@@ -9,6 +9,7 @@ use super::{figures, units};
 use crate::record::run::{Bin, Clock, Histogram, PacketState};
 use crate::rules::Mode;
 use crate::trace::changes::RuleChange;
+use crate::trace::journey::place;
 use crate::trace::run::{Kept, KeptJourney, TraceRun};
 use crate::trace::summary::{Health, PathSummary, ServiceSummary, Summary};
 use crate::trace::verdict::Verdict;
@@ -257,6 +258,11 @@ pub fn bad_flows(service: &ServiceSummary) -> String {
     listed(bad.map(|count| (&count.verdict, count.count)))
 }
 
+/// `3 dropped at ...`: packets of which nobody knows whether their flows were new.
+pub fn unplaced_drops(service: &ServiceSummary) -> String {
+    listed(service.unplaced_drops.iter().map(|c| (&c.end, c.count)))
+}
+
 /// `3 dropped at ...`; nothing for what went well.
 pub fn later_drops(service: &ServiceSummary) -> String {
     listed(service.later_drops.iter().map(|c| (&c.end, c.count)))
@@ -279,6 +285,7 @@ pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
     let bad = |service: &&ServiceSummary| {
         service.verdicts.iter().any(|c| !c.verdict.is_good())
             || service.dropped_later() > 0
+            || !service.unplaced_drops.is_empty()
             || !service.stuck.is_empty()
     };
     let mut lines = Vec::new();
@@ -302,6 +309,14 @@ pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
             let line = format!("{}: of established flows {later}", service.name);
             lines.push((Tone::Plain, line));
         }
+        let unplaced = unplaced_drops(service);
+        if !unplaced.is_empty() {
+            let line = format!(
+                "{}: of new or established flows, which is unknown, {unplaced}",
+                service.name
+            );
+            lines.push((Tone::Plain, line));
+        }
     }
     let services = summary.services.iter();
     let stuck = summary
@@ -309,7 +324,8 @@ pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
         .iter()
         .any(|service| !service.stuck.is_empty());
     let of_flows = services.clone().flat_map(|service| &service.verdicts);
-    let of_drops = services.flat_map(|service| &service.later_drops);
+    let of_drops =
+        services.flat_map(|service| service.later_drops.iter().chain(&service.unplaced_drops));
     let mut advice: Vec<(&str, &str)> = of_flows
         .filter_map(|count| Some((count.verdict.word(), count.verdict.advice()?)))
         .chain(stuck.then_some((STUCK.word(), STUCK.advice().unwrap_or_default())))
@@ -512,11 +528,7 @@ pub fn journeys(run: &TraceRun, journeys: &[KeptJourney], most: usize) -> Table 
                 headed.map(|to| format!(" → {to}")).unwrap_or_default()
             ),
             units::cost_u64(run.summary.clock, journey.elapsed_ns),
-            format!(
-                "{}{}",
-                journey.end,
-                if journey.first { "" } else { ", established" }
-            ),
+            format!("{}{}", journey.end, place(journey.first)),
         ]
     };
     Table {

@@ -5,7 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use tracer_ebpf::path::Target;
 
+use crate::kernel::addresses::{Attached, Bound};
 use crate::kernel::clock::monotonic_ns;
+use crate::rules::Mode;
 use crate::rules::services::{Found, FoundService, FrontendKind};
 
 /// How often it is remembered that a Service's rules were altered.
@@ -75,6 +77,15 @@ impl std::fmt::Display for Choice {
     }
 }
 
+/// An external address of a Service that is bound on the node: packets to it end here, on any port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Absorbed {
+    /// The Service's index.
+    pub index: usize,
+    /// The network in which another machine may have the address.
+    pub attached: Option<Attached>,
+}
+
 /// Every `ServicePort` that the rules name or named since the session began.
 #[derive(Clone, Debug, Default)]
 pub struct Directory {
@@ -83,6 +94,11 @@ pub struct Directory {
     by_name: HashMap<(String, u8, bool), usize>,
     /// By virtual address, or the node's, port and protocol.
     frontends: HashMap<(SocketAddr, u8), (usize, Target)>,
+    /// External and load balancer addresses that IPVS mode serves, by the rules as they are now: the first
+    /// `ServicePort` of each.
+    external: HashMap<IpAddr, usize>,
+    /// Those that the node has bound.
+    absorbed: HashMap<IpAddr, Absorbed>,
     /// The last change that was over when the rules were begun to be read that are known now, and those
     /// that are being read (`CLOCK_MONOTONIC`, ns).
     known_ns: u64,
@@ -111,6 +127,7 @@ impl Directory {
     pub fn learn(&mut self, found: &Found, local: &[IpAddr], changed_ns: u64) {
         let said = |known: &Known| (known.there, known.endpoints.clone());
         let before: Vec<_> = self.services.iter().map(said).collect();
+        self.external.clear();
         for service in &mut self.services {
             service.there = false;
             for endpoint in std::mem::take(&mut service.endpoints) {
@@ -168,6 +185,14 @@ impl Directory {
             .former
             .retain(|endpoint, _| !known.endpoints.contains(endpoint));
         known.there = true;
+        let kinds = [FrontendKind::ExternalIp, FrontendKind::LoadBalancer];
+        let external = service.frontends.iter();
+        let external = external.filter(|frontend| kinds.contains(&frontend.kind));
+        if service.mode == Mode::Ipvs.name() {
+            for address in external.filter_map(|frontend| frontend.address) {
+                self.external.entry(address).or_insert(index);
+            }
+        }
         for frontend in &service.frontends {
             let (addresses, target) = match frontend.address {
                 Some(address) if frontend.kind == FrontendKind::NodePort => {
@@ -188,6 +213,27 @@ impl Directory {
                 self.frontends.insert((socket, protocol), (index, target));
             }
         }
+    }
+
+    /// Takes in the addresses that the node has bound for Services, after [`Self::learn`].
+    pub fn learn_bound(&mut self, bound: Vec<Bound>) {
+        let external = &self.external;
+        let absorbed = bound.into_iter().filter_map(|bound| {
+            let index = *external.get(&bound.address)?;
+            let attached = bound.attached;
+            Some((bound.address, Absorbed { index, attached }))
+        });
+        self.absorbed = absorbed.collect();
+    }
+
+    /// Is this an external address of a Service that the node has bound?
+    pub fn absorbs(&self, address: IpAddr) -> Option<&Absorbed> {
+        self.absorbed.get(&address)
+    }
+
+    /// Every such address.
+    pub fn absorbed(&self) -> HashSet<IpAddr> {
+        self.absorbed.keys().copied().collect()
     }
 
     /// The `ServicePort` that packets to this address ask for, as an index.
@@ -336,6 +382,61 @@ pub(super) mod tests {
         assert_eq!(name("10.96.0.1:82"), None);
         assert_eq!(directory.asked(socket("10.96.0.1:80"), 17), None);
         assert_eq!(directory.targets().len(), 3 + 1 + 3);
+    }
+
+    /// What IPVS mode binds for a Service that is known from outside, as the rules say it at the moment.
+    #[test]
+    fn only_external_addresses_that_are_bound_are_absorbed() {
+        let mut ipvs = found();
+        for service in &mut ipvs.services {
+            service.mode = "ipvs";
+        }
+        let external = |at: usize, kind, address: &str, found: &mut Found| {
+            let frontend = Frontend {
+                kind,
+                address: Some(address.parse().expect("an address")),
+                ..found.services[at].frontends[0]
+            };
+            found.services[at].frontends.push(frontend);
+        };
+        let mut nftables = found();
+        for found in [&mut ipvs, &mut nftables] {
+            external(1, FrontendKind::ExternalIp, "192.0.2.7", found);
+            external(2, FrontendKind::ExternalIp, "192.0.2.7", found);
+            external(2, FrontendKind::LoadBalancer, "198.51.100.9", found);
+        }
+        let bound = || {
+            let attached = Attached {
+                network: "192.0.2.0/24".parse().expect("a network"),
+                link: "eth0".to_owned(),
+            };
+            let bound = |address: &str, attached| Bound {
+                address: address.parse().expect("an address"),
+                attached,
+            };
+            vec![
+                bound("10.96.0.1", None),
+                bound("192.0.2.7", Some(attached)),
+                bound("198.51.100.9", None),
+            ]
+        };
+        let absorbs = |directory: &Directory, address: &str| {
+            let absorbed = directory.absorbs(address.parse().expect("an address"))?;
+            Some((absorbed.index, absorbed.attached.is_some()))
+        };
+        let mut directory = Directory::new(Vec::new());
+        directory.learn(&ipvs, &[], 0);
+        directory.learn_bound(bound());
+        assert_eq!(absorbs(&directory, "10.96.0.1"), None);
+        assert_eq!(absorbs(&directory, "192.0.2.7"), Some((1, true)));
+        assert_eq!(absorbs(&directory, "198.51.100.9"), Some((2, false)));
+        // In another mode nothing that is bound is the rules' doing; and what goes is forgotten.
+        directory.learn(&nftables, &[], 1);
+        directory.learn_bound(bound());
+        assert!(directory.absorbed().is_empty());
+        directory.learn(&ipvs, &[], 2);
+        directory.learn_bound(Vec::new());
+        assert!(directory.absorbed().is_empty());
     }
 
     #[test]

@@ -188,6 +188,13 @@ impl Flows {
         true
     }
 
+    /// Would a packet be its flow's first one, sent once more, by what is remembered of the flow? `None` if
+    /// nothing is: most flows are forgotten once they are answered.
+    pub fn is_repeated(&self, key: &Key) -> Option<bool> {
+        let flow = self.known.get(key)?;
+        Some(!matches!(flow.back, Some((Back::Answer(_), _))))
+    }
+
     /// A flow's first packet went on to an endpoint on this very node: where it stands now.
     pub fn further(&mut self, key: Key, journey: &Journey) {
         if let Some(flow) = self.known.get_mut(&key) {
@@ -399,6 +406,10 @@ impl Flow {
         match (&self.end, stray) {
             (End::Unknown, _) => Judged::Is(Verdict::Unknown),
             (End::Leaked, _) => Judged::Is(Verdict::Leaked),
+            (End::Absorbed { network }, _) => Judged::Is(match network.clone() {
+                Some(network) => Verdict::Hijacked { network },
+                None => Verdict::Absorbed,
+            }),
             (_, Some(_)) if reading => Judged::Unread,
             (_, Some(endpoint)) if self.known && directory.served(self.index, endpoint) => {
                 Judged::Is(Verdict::Stuck { endpoint })
@@ -504,7 +515,10 @@ mod tests {
         assert!(flows.known.is_empty());
         // An answer that is told before its first packet is not lost.
         flows.came_back(key(2), Back::Answer(socket(ENDPOINT)), 60);
+        assert_eq!(flows.is_repeated(&key(2)), None);
         flows.first(key(2), 0, &journey(55, ENDPOINT, End::Sent), false);
+        // It was answered: what comes now is a later one.
+        assert_eq!(flows.is_repeated(&key(2)), Some(false));
         assert_eq!(
             verdicts(&flows.decide(&directory, false, 70)),
             [&Verdict::Delivered]
@@ -515,6 +529,7 @@ mod tests {
     fn silence_is_unanswered_once_patience_ends_and_corrected_by_a_late_answer() {
         let (mut flows, directory) = (Flows::default(), directory());
         flows.first(key(1), 0, &journey(0, ENDPOINT, End::Sent), false);
+        assert_eq!(flows.is_repeated(&key(1)), Some(true));
         assert!(flows.decide(&directory, false, PATIENCE_NS - 1).is_empty());
         let silent = Verdict::Unanswered { stray: None };
         let decided = flows.decide(&directory, false, PATIENCE_NS);
@@ -584,6 +599,20 @@ mod tests {
         assert_eq!(
             verdicts(&flows.decide(&directory, false, 200 + PATIENCE_NS)),
             [&Verdict::Unanswered { stray }]
+        );
+    }
+
+    #[test]
+    fn what_the_node_keeps_is_hijacked_if_somebody_else_may_have_the_address() {
+        let (mut flows, directory) = (Flows::default(), directory());
+        let network = "192.0.2.0/24 of eth0".to_owned();
+        for (port, network) in [(1, Some(network.clone())), (2, None)] {
+            let end = End::Absorbed { network };
+            flows.first(key(port), 0, &journey(0, "192.0.2.7:22", end), false);
+        }
+        assert_eq!(
+            verdicts(&flows.decide(&directory, false, 1)),
+            [&Verdict::Hijacked { network }, &Verdict::Absorbed]
         );
     }
 

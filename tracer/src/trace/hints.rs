@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use super::directory::{Choice, name_of};
-use crate::kernel::addresses::Absorbed;
+use crate::kernel::addresses::Bound;
 use crate::report::units;
 use crate::rules::services::{Found, FrontendKind};
 
@@ -37,11 +37,11 @@ pub fn unmatched(choices: &[Choice], found: &Found) -> Vec<String> {
 }
 
 /// A line for each address that is bound for a Service and may be another machine's.
-pub fn hijacked(absorbed: &[Absorbed], found: &Found) -> Vec<String> {
-    absorbed
+pub fn hijacked(bound: &[Bound], found: &Found) -> Vec<String> {
+    bound
         .iter()
-        .map(|absorbed| {
-            let address = absorbed.address;
+        .filter_map(|bound| Some((bound.address, bound.attached.as_ref()?)))
+        .map(|(address, attached)| {
             let names: BTreeSet<String> = found
                 .services
                 .iter()
@@ -53,11 +53,9 @@ pub fn hijacked(absorbed: &[Absorbed], found: &Found) -> Vec<String> {
                 names.push("no Service that the rules name".to_owned());
             }
             format!(
-                "{address} is bound on kube-ipvs0 (for {}) and lies in {} of {}: whatever this node sends there, \
+                "{address} is bound on kube-ipvs0 (for {}) and lies in {attached}: whatever this node sends there, \
                  on any port, stays here; if that is another machine's address, it is hijacked",
-                names.join(", "),
-                absorbed.network,
-                absorbed.link
+                names.join(", ")
             )
         })
         .collect()

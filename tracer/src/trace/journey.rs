@@ -22,6 +22,14 @@ pub enum End {
     Untranslated,
     /// Sent to an address that is no endpoint of the Service as its rules were last read.
     Elsewhere,
+    /// Handed to a socket of the node, or refused by the node, because IPVS mode has the address bound here for a
+    /// Service. No Service has the port.
+    Absorbed {
+        /// The network, and the node's link to it, in which another machine may have the address: `192.0.2.0/24 of
+        /// eth0`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        network: Option<String>,
+    },
     /// Dropped.
     Dropped {
         /// The kernel's drop reason, without its prefix: `NETFILTER_DROP`.
@@ -46,6 +54,7 @@ impl End {
             Self::Leaked => "leaked",
             Self::Untranslated => "untranslated",
             Self::Elsewhere => "elsewhere",
+            Self::Absorbed { .. } => "absorbed",
             Self::Dropped { .. } => "dropped",
             Self::Unknown => "unknown",
         }
@@ -71,9 +80,12 @@ impl End {
             Self::Elsewhere => {
                 "the endpoints changed after the rules were last read, or a rule of somebody else translates first"
             }
+            Self::Absorbed { .. } => {
+                "the address is bound on kube-ipvs0 for a Service, and with it every port; no Service has this one"
+            }
             Self::Dropped { .. } => {
-                "see the stage: filter is a policy or a Service without endpoints, deliver a port that nobody \
-                 listens on"
+                "see the stage: raw is a rule before conntrack and none of kube-proxy's, filter a policy or a \
+                 Service without endpoints, deliver a port that nobody listens on"
             }
             Self::Unknown => "fragments and packets with long extension headers are not read",
         })
@@ -88,6 +100,7 @@ impl std::fmt::Display for End {
             Self::Leaked => f.write_str("leaked"),
             Self::Untranslated => f.write_str("untranslated to a local socket"),
             Self::Elsewhere => f.write_str("sent elsewhere"),
+            Self::Absorbed { .. } => f.write_str("kept on this node, which has the address bound"),
             Self::Dropped { reason, stage, by } => write_drop(f, reason, stage, by.as_deref()),
             Self::Unknown => f.write_str("unknown"),
         }
@@ -125,8 +138,9 @@ pub struct Journey {
     pub headed: Option<SocketAddr>,
     /// `pod→ClusterIP`, ...
     pub path: &'static str,
-    /// Is it a flow's first packet?
-    pub first: bool,
+    /// Is it a flow's first packet? `None`: it was dropped before conntrack saw it, and its protocol does not
+    /// say.
+    pub first: Option<bool>,
     /// Is it an answer, on its way back?
     pub answer: bool,
     /// The sum of its stages, ns: its time on this node without the probes' own.
@@ -162,6 +176,16 @@ impl std::fmt::Display for Journey {
     }
 }
 
+/// What is said behind the end of a packet that is no flow's first one, or of which nobody knows: see
+/// [`Journey::first`].
+pub const fn place(first: Option<bool>) -> &'static str {
+    match first {
+        Some(true) => "",
+        Some(false) => ", established",
+        None => ", new or established",
+    }
+}
+
 /// One stage of one journey.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct StageTime {
@@ -188,7 +212,7 @@ impl Journey {
             destination: socket("10.96.10.1:80"),
             headed: Some(socket("10.244.0.12:8080")),
             path: "pod→ClusterIP",
-            first: true,
+            first: Some(true),
             answer: false,
             elapsed_ns: 32_000,
             source_after: Some(socket("10.244.0.7:51544")),

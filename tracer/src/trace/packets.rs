@@ -3,8 +3,10 @@
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 
-use tracer_ebpf::path::{Path, Target};
-use tracer_ebpf::record::{IPV4, OUTPUT_FIRST, Record, STEPS, TUPLE_HASH, kind, state};
+use tracer_ebpf::path::{ABSORBED, Path, Target};
+use tracer_ebpf::record::{
+    IPV4, OUTPUT_FIRST, Record, STEPS, TUPLE_HASH, kind, protocol, sctp, state, tcp,
+};
 
 use super::directory::Directory;
 use super::flows::{Back, Key};
@@ -89,7 +91,7 @@ impl Reader {
         let tuples = tuples_of(record);
         let key = key_of(record, tuples.as_ref());
         let Some(index) = directory.asked(key.destination, key.protocol) else {
-            return Told::Other;
+            return self.absorbed(heard, key, directory).unwrap_or(Told::Other);
         };
         let back = match record.kind {
             kind::FIRST | kind::DROP => {
@@ -115,6 +117,34 @@ impl Reader {
             },
             None => Told::Other,
         }
+    }
+
+    /// A first packet to a port that no Service has of an address that is bound here for one, if it ended here.
+    fn absorbed(&self, heard: &Heard, key: Key, directory: &Directory) -> Option<Told> {
+        let record = &heard.record;
+        let absorbed = directory.absorbs(key.destination.ip())?;
+        let mut journey = self.journey(heard, key, absorbed.index, directory);
+        // What was handed to a socket has been told already if that does not take it. Only at INPUT is it decided
+        // that a packet stays; one that was translated before was sent here by somebody else's rule.
+        let (hook, stage) = catalogue::stage_name(record.stage, self.detail);
+        let here = match record.kind {
+            kind::FIRST => record.transmitted == 0,
+            kind::DROP => hook == "INPUT" && stage != catalogue::DELIVER,
+            _ => false,
+        };
+        let same = journey.headed == Some(key.destination);
+        if !(record.path >= ABSORBED && here && same && journey.first == Some(true)) {
+            return None;
+        }
+        let network = absorbed.attached.as_ref().map(ToString::to_string);
+        journey.end = End::Absorbed { network };
+        Some(Told::Journey {
+            key,
+            index: absorbed.index,
+            known: false,
+            further: false,
+            journey: Box::new(journey),
+        })
     }
 
     fn journey(&self, heard: &Heard, key: Key, index: usize, directory: &Directory) -> Journey {
@@ -164,8 +194,8 @@ impl Reader {
             source: key.source,
             destination: asked,
             headed,
-            path: path.map_or("unknown", |path| path.title()),
-            first: record.kind == kind::FIRST || record.state == state::NEW,
+            path: path.map_or_else(|| title_of(record.path), |path| path.title()),
+            first: is_first(record, headers.map(|headers| headers.protocol)),
             answer: record.state == state::REPLY,
             elapsed_ns: record.elapsed,
             source_after,
@@ -229,6 +259,31 @@ impl Reader {
     }
 }
 
+/// What a path is called that no histogram counts.
+fn title_of(path: u8) -> &'static str {
+    const TITLES: [&str; 3] = ["pod→kube-ipvs0", "host→kube-ipvs0", "external→kube-ipvs0"];
+    let origin = path.checked_sub(ABSORBED).map(usize::from);
+    let title = origin.and_then(|origin| TITLES.get(origin));
+    title.copied().unwrap_or("unknown")
+}
+
+/// Is it the first packet of its flow? What conntrack has not seen asks for a new flow if its protocol has a packet
+/// for that, which makes a new flow whatever conntrack knows. `carried` is the protocol of the packet itself, which
+/// may be an ICMP error about one of the flow.
+fn is_first(record: &Record, carried: Option<u8>) -> Option<bool> {
+    if record.kind == kind::FIRST || record.state != state::UNKNOWN {
+        return Some(record.kind == kind::FIRST || record.state == state::NEW);
+    }
+    if carried? != record.protocol {
+        return Some(false);
+    }
+    match record.protocol {
+        protocol::TCP => Some(record.flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN),
+        protocol::SCTP => Some(record.flags == sctp::INIT),
+        _ => None,
+    }
+}
+
 /// Did the node itself send the packet?
 const fn is_ours(record: &Record) -> bool {
     record.began >= OUTPUT_FIRST
@@ -268,4 +323,48 @@ fn stages_of(record: &Record, detail: Detail) -> Vec<StageTime> {
             time
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of what conntrack has not seen, only the packet itself says what it is.
+    #[test]
+    fn what_asks_for_a_flow_is_a_first_packet() {
+        let dropped = |protocol, flags, carried| {
+            let record = Record {
+                kind: kind::DROP,
+                state: state::UNKNOWN,
+                protocol,
+                flags,
+                ..Record::ZERO
+            };
+            is_first(&record, carried)
+        };
+        let tcp = |flags| dropped(protocol::TCP, flags, Some(protocol::TCP));
+        // ECN asks for itself in a SYN (RFC 3168, section 6.1.1).
+        for flags in [tcp::SYN, tcp::SYN | 0xc0] {
+            assert_eq!(tcp(flags), Some(true));
+        }
+        for flags in [tcp::SYN | tcp::ACK, tcp::ACK, tcp::RST, 0] {
+            assert_eq!(tcp(flags), Some(false));
+        }
+        let sctp = |chunk| dropped(protocol::SCTP, chunk, Some(protocol::SCTP));
+        assert_eq!(sctp(sctp::INIT), Some(true));
+        assert_eq!(sctp(0), Some(false));
+        assert_eq!(dropped(protocol::UDP, 0, Some(protocol::UDP)), None);
+        // An ICMP error of type 3, destination unreachable, is no SYN with FIN.
+        assert_eq!(dropped(protocol::TCP, 3, Some(protocol::ICMP)), Some(false));
+        // Whose headers cannot be read.
+        assert_eq!(dropped(protocol::TCP, tcp::SYN, None), None);
+        for (seen, first) in [(state::NEW, true), (state::ESTABLISHED, false)] {
+            let record = Record {
+                kind: kind::DROP,
+                state: seen,
+                ..Record::ZERO
+            };
+            assert_eq!(is_first(&record, None), Some(first));
+        }
+    }
 }

@@ -5,7 +5,7 @@
 //! what it asked for and what became of it. What else happens, such as a rule change, stands in the list at
 //! its own time as a packet that is a line of text, which it has as its comment too.
 
-use super::journey::Journey;
+use super::journey::{Journey, place};
 use crate::record::run::Clock;
 use crate::report::units;
 
@@ -99,7 +99,7 @@ impl Encoder {
     pub fn journey(self, journey: &Journey) -> Vec<u8> {
         let length = packet_length(&journey.header);
         let captured = journey.header.len().min(length as usize);
-        let later = if journey.first { "" } else { ", established" };
+        let later = place(journey.first);
         let comment = format!(
             "{journey}: {}{later}, {} on this node",
             journey.end,
@@ -297,7 +297,7 @@ mod tests {
         };
         let headless = Journey {
             end: End::Unknown,
-            first: false,
+            first: Some(false),
             ..Journey::sample()
         };
         let stream = [

@@ -112,8 +112,8 @@ pub struct KeptJourney {
     pub destination: SocketAddr,
     /// Where it was headed at the end.
     pub headed: Option<SocketAddr>,
-    /// Is it a flow's first packet?
-    pub first: bool,
+    /// Is it a flow's first packet? `None`: nobody knows.
+    pub first: Option<bool>,
     /// Its time on this node, ns.
     pub elapsed_ns: u64,
     /// How it ended.

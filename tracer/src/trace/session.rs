@@ -30,6 +30,7 @@ use crate::probe::catalogue::Detail;
 use crate::probe::tier::{Heard, ProbeError, Probes, Tier, Watch};
 use crate::record::evidence::Reasons;
 use crate::record::times;
+use crate::rules::Mode;
 use crate::rules::dump::Unreadable;
 use crate::rules::services::{self, Found};
 
@@ -189,6 +190,8 @@ enum Turn {
     Further,
     /// A later one.
     Later,
+    /// The first or a later one: nobody knows.
+    Unplaced,
 }
 
 /// Probes at work.
@@ -197,6 +200,8 @@ pub struct Session {
     ns: Netns,
     options: Options,
     hints: Vec<String>,
+    /// Can the probes be told of addresses that the node has bound?
+    may_absorb: bool,
     probes: Probes,
     watcher: Watcher,
     reader: Reader,
@@ -232,6 +237,10 @@ impl Session {
         let mut directory = Directory::new(options.choices.clone());
         let local = addresses::of_node(ns)?;
         directory.learn(&found, &local, 0);
+        let bound = addresses::bound(ns)?;
+        directory.learn_bound(bound.clone());
+        // Where IPVS mode is not, packets pay nothing for what it may bind.
+        let may_absorb = found.modes.contains(&Mode::Ipvs.name());
         if directory.services().is_empty() {
             return Err(TraceError::NoSuchService {
                 services: found.services.len(),
@@ -246,7 +255,7 @@ impl Session {
         let mut probes = Probes::attach(
             options.tier,
             ns,
-            &watch(&directory, local.clone(), &options),
+            &watch(&directory, local.clone(), &options, may_absorb),
         )?;
         let missing: Vec<String> = probes
             .missing()
@@ -274,11 +283,12 @@ impl Session {
             hints: hints::mixed(&found)
                 .into_iter()
                 .chain(hints::unmatched(&options.choices, &found))
-                .chain(hints::hijacked(&addresses::absorbed(ns)?, &found))
+                .chain(hints::hijacked(&bound, &found))
                 .chain(missing)
                 .chain(options.no_pods())
                 .collect(),
             options,
+            may_absorb,
             probes,
             watcher,
             tallies: vec![Tally::default(); directory.services().len()],
@@ -405,10 +415,11 @@ impl Session {
             };
             let local = addresses::of_node(&self.ns)?;
             self.directory.learn(&found, &local, self.changed_ns);
+            self.directory.learn_bound(addresses::bound(&self.ns)?);
             self.reader.local = local.iter().copied().collect();
             self.tallies
                 .resize(self.directory.services().len(), Tally::default());
-            let watch = watch(&self.directory, local, &self.options);
+            let watch = watch(&self.directory, local, &self.options, self.may_absorb);
             self.probes.watch_also(&watch)?;
             let there = |there| {
                 let services = self.directory.services().iter();
@@ -438,14 +449,17 @@ impl Session {
                 index,
                 known,
                 further,
-                journey,
+                mut journey,
             } => {
                 if !self.options.wants(&journey) {
                     self.others += 1;
                     return;
                 }
-                let turn = if !journey.first {
+                journey.first = journey.first.or_else(|| self.flows.is_repeated(&key));
+                let turn = if journey.first == Some(false) {
                     Turn::Later
+                } else if journey.first.is_none() {
+                    Turn::Unplaced
                 } else if further {
                     self.flows.further(key, &journey);
                     if !matches!(journey.end, End::Dropped { .. }) {
@@ -494,6 +508,7 @@ impl Session {
             // Its flow is counted with what became of it.
             Turn::Further => {}
             Turn::Later => self.tallies[index].add_later(&journey),
+            Turn::Unplaced => self.tallies[index].add_unplaced(&journey),
         }
         events.push(Event::Journey(journey));
     }
@@ -520,7 +535,9 @@ impl Session {
         for decided in decided {
             self.tallies[decided.index].decide(&decided);
             self.timeline.decide(self.started_ns, &decided);
-            self.outages.add(&decided);
+            if decided.verdict.is_of_service() {
+                self.outages.add(&decided);
+            }
             events.push(Event::Verdict(decided));
         }
     }
@@ -600,7 +617,7 @@ fn pod_cidrs(asked: &[Cidr], found: &[Cidr]) -> Vec<Cidr> {
     Family::ALL.into_iter().filter_map(of).collect()
 }
 
-fn watch(directory: &Directory, local: Vec<IpAddr>, options: &Options) -> Watch {
+fn watch(directory: &Directory, local: Vec<IpAddr>, options: &Options, may_absorb: bool) -> Watch {
     Watch {
         targets: directory.targets(),
         former: directory.former(),
@@ -611,6 +628,7 @@ fn watch(directory: &Directory, local: Vec<IpAddr>, options: &Options) -> Watch 
             .map(|cidr| (cidr.base, cidr.prefix))
             .collect(),
         spare: SPARE,
+        absorbed: may_absorb.then(|| directory.absorbed()),
         detail: options.detail,
         sample: options.sample,
         empty: false,

@@ -40,6 +40,9 @@ pub struct ServiceSummary {
     pub verdicts: Vec<VerdictCount>,
     /// Packets of established flows that were dropped.
     pub later_drops: Vec<Count>,
+    /// Packets that were dropped before conntrack saw them, of new or of established flows: nobody knows.
+    #[serde(default)]
+    pub unplaced_drops: Vec<Count>,
     /// Resets of flows that had been answered, or answered otherwise.
     pub later_resets: Vec<ResetCount>,
     /// Established flows that went on to an endpoint that is gone, by endpoint.
@@ -269,6 +272,7 @@ impl Summary {
                     })
                     .collect(),
                 later_drops: counts(&tally.later_drops),
+                unplaced_drops: counts(&tally.unplaced_drops),
                 later_resets: tally
                     .later_resets
                     .iter()

@@ -23,6 +23,9 @@ pub struct Tally {
     pub verdicts: BTreeMap<Verdict, u64>,
     /// Packets of established flows that were dropped, by reason and stage.
     pub later_drops: BTreeMap<End, u64>,
+    /// Packets that were dropped before conntrack saw them, and of which nobody knows whether their flows were
+    /// new, by reason and stage.
+    pub unplaced_drops: BTreeMap<End, u64>,
     /// Resets that decided nothing: of flows that had been answered, or reset before.
     pub later_resets: BTreeMap<Who, u64>,
     /// Established flows that go on to an endpoint that is gone, by endpoint.
@@ -36,18 +39,26 @@ pub struct Tally {
 impl Tally {
     /// Is there anything to tell?
     pub fn has_anything(&self) -> bool {
-        self.flows + self.repeated > 0 || !self.later_drops.is_empty() || !self.stuck.is_empty()
+        self.flows + self.repeated + self.drops() > 0 || !self.stuck.is_empty()
     }
 
     /// Counts a new flow.
     pub fn add(&mut self, journey: &Journey) {
         self.flows += 1;
-        self.node.add(journey.elapsed_ns);
+        // What the node keeps for itself says nothing of the way to endpoints.
+        if !matches!(journey.end, End::Absorbed { .. }) {
+            self.node.add(journey.elapsed_ns);
+        }
     }
 
     /// Counts a later packet that was dropped.
     pub fn add_later(&mut self, journey: &Journey) {
         *self.later_drops.entry(journey.end.clone()).or_default() += 1;
+    }
+
+    /// Counts a packet that was dropped, of a new flow or of an established one.
+    pub fn add_unplaced(&mut self, journey: &Journey) {
+        *self.unplaced_drops.entry(journey.end.clone()).or_default() += 1;
     }
 
     /// Counts what became of a flow.
@@ -77,12 +88,17 @@ impl Tally {
         bad.map(|(_, count)| count).sum()
     }
 
-    /// Packets that the kernel dropped: first ones that decided their flow, and later ones.
+    /// Packets that the kernel dropped: first ones that decided their flow, later ones, and those of which nobody
+    /// knows what they were.
     pub fn drops(&self) -> u64 {
         let first = self.verdicts.iter();
         let first = first.filter(|(verdict, _)| matches!(verdict, Verdict::Dropped { .. }));
         let first: u64 = first.map(|(_, count)| count).sum();
-        first + self.later_drops.values().sum::<u64>()
+        let others = self
+            .later_drops
+            .values()
+            .chain(self.unplaced_drops.values());
+        first + others.sum::<u64>()
     }
 }
 

@@ -42,6 +42,14 @@ pub enum Verdict {
         /// The endpoint that was.
         endpoint: SocketAddr,
     },
+    /// This node kept it, to whichever socket or refusal, because IPVS mode has its address bound on kube-ipvs0
+    /// for a Service; no Service has the port, and another machine may have the address.
+    Hijacked {
+        /// The network in which the address lies, and the node's link to it: `192.0.2.0/24 of eth0`.
+        network: String,
+    },
+    /// The same, of an address that lies in no network of the node's links.
+    Absorbed,
     /// It was refused by a TCP RST or an SCTP ABORT.
     Reset {
         /// By whom.
@@ -90,6 +98,11 @@ impl Verdict {
         matches!(self, Self::Delivered)
     }
 
+    /// Does it tell how its Service does? What goes to another port of the Service's address does not.
+    pub const fn is_of_service(&self) -> bool {
+        !matches!(self, Self::Hijacked { .. } | Self::Absorbed)
+    }
+
     /// Is it known to have gone wrong?
     pub const fn is_bad(&self) -> bool {
         !self.is_good() && self.is_known()
@@ -104,6 +117,8 @@ impl Verdict {
             Self::Leaked => "leaked",
             Self::Misdelivered { .. } => "misdelivered",
             Self::Stuck { .. } => "stuck",
+            Self::Hijacked { .. } => "hijacked",
+            Self::Absorbed => "absorbed",
             Self::Reset { .. } => "reset",
             Self::Unanswered { .. } => "unanswered",
             Self::Undecided => "undecided",
@@ -133,6 +148,10 @@ impl Verdict {
             Self::Dropped { stage, .. } if stage.starts_with("INPUT deliver") => {
                 "it reached a socket of the node that did not take it: no listener, or a full queue"
             }
+            Self::Dropped { stage, .. } if stage.ends_with(" raw") => {
+                "a rule before conntrack drops it, in iptables' table raw or a chain of nftables at -300 or before \
+                 (iptables-save -t raw, nft list ruleset): none of kube-proxy's does"
+            }
             Self::Dropped { .. } => {
                 "filter drops are a policy, a loadBalancerSourceRange or a Local policy without a local \
                  endpoint (svcpath rules walk shows the rule)"
@@ -148,6 +167,16 @@ impl Verdict {
             Self::Stuck { .. } => {
                 "delete the entry (conntrack -D --orig-dst ADDRESS) and ask why kube-proxy has not: until then \
                  every packet of this flow keeps it alive"
+            }
+            Self::Hijacked { .. } => {
+                "every node in IPVS mode binds a Service's externalIPs and load balancer addresses on kube-ipvs0, \
+                 and keeps what is sent there, on any port: if a machine of that network has the address, take it \
+                 out of the Service (kubectl get services -A -o wide); if it is announced for the Service alone, \
+                 nobody is robbed, and no Service has this port"
+            }
+            Self::Absorbed => {
+                "no Service has this port; the address is bound on kube-ipvs0, so that packets end here, whoever \
+                 else has it: see whose it is before believing what answered"
             }
             Self::Reset { by: Who::Client } => "the client gave up before it was answered",
             Self::Reset {
@@ -177,6 +206,10 @@ impl std::fmt::Display for Verdict {
             Self::Leaked => f.write_str("leaked"),
             Self::Misdelivered { by } => write!(f, "misdelivered: answered by {by}"),
             Self::Stuck { endpoint } => write!(f, "stuck on the dead endpoint {endpoint}"),
+            Self::Hijacked { network } => {
+                write!(f, "hijacked by this node (an address in {network})")
+            }
+            Self::Absorbed => f.write_str("absorbed by this node"),
             Self::Reset { by } => write!(f, "reset by {by}"),
             Self::Unanswered { stray: None } => f.write_str("unanswered"),
             Self::Unanswered { stray: Some(to) } => write!(f, "unanswered, sent to {to}"),

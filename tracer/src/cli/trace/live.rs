@@ -116,7 +116,7 @@ impl Live {
         let tallies = session.tallies();
         self.flows.resize(tallies.len(), 0);
         let mut busiest: Vec<(usize, &Tally)> = tallies.iter().enumerate().collect();
-        busiest.retain(|(_, tally)| tally.flows > 0 || !tally.later_drops.is_empty());
+        busiest.retain(|(_, tally)| tally.flows > 0 || tally.drops() > 0);
         busiest.sort_by_key(|(index, tally)| (std::cmp::Reverse(tally.flows), *index));
         let rate = |index: usize, tally: &Tally| {
             let before = self.flows.get(index).copied().unwrap_or(0);

@@ -704,9 +704,18 @@ impl fmt::Display for Value {
             Self::Address(address) => address.fmt(f),
             Self::Protocol(protocol) => protocol.fmt(f),
             Self::Number(number) => number.fmt(f),
+            Self::Word(word) if needs_quotes(word) => write!(f, "\"{word}\""),
             Self::Word(word) => f.write_str(word),
         }
     }
+}
+
+/// Would this word be read as something else without quotes? nft takes any text in quotes as a
+/// name, even what no link can be called.
+fn needs_quotes(word: &str) -> bool {
+    matches!(word, "" | "." | ":" | "=")
+        || word.starts_with('#')
+        || word.contains([' ', '\t', '\r', '{', '}', ',', ';'])
 }
 
 /// Writes `items` with `separator` between them.
@@ -825,6 +834,20 @@ impl fmt::Display for Destination {
     }
 }
 
+/// A key of these fields: as [`KeyText`], with names of interfaces in quotes.
+fn key_text(fields: &[Field], key: &[Value]) -> String {
+    let parts: Vec<String> = key
+        .iter()
+        .enumerate()
+        .map(|(part, value)| match (fields.get(part), value) {
+            (Some(Field::InputInterface), Value::Word(name)) => format!("\"{name}\""),
+            (Some(Field::InputInterface), value) => format!("\"{value}\""),
+            (_, value) => value.to_string(),
+        })
+        .collect();
+    parts.join(" . ")
+}
+
 /// The constants of a match, in the notation of the field.
 fn write_keys(f: &mut fmt::Formatter<'_>, fields: &[Field], keys: &[Key]) -> fmt::Result {
     let texts: Vec<String> = keys
@@ -833,8 +856,7 @@ fn write_keys(f: &mut fmt::Formatter<'_>, fields: &[Field], keys: &[Key]) -> fmt
             ([Field::Mark | Field::MarkAnd(_)], [Value::Number(number)]) => {
                 format!("{number:#010x}")
             }
-            ([Field::InputInterface], [value]) => format!("\"{value}\""),
-            _ => KeyText(key).to_string(),
+            _ => key_text(fields, key),
         })
         .collect();
     match fields {
@@ -873,7 +895,7 @@ impl fmt::Display for Statement {
                         f.write_str(" vmap { ")?;
                         let entries = verdicts
                             .iter()
-                            .map(|(key, verdict)| format!("{} : {verdict}", KeyText(key)));
+                            .map(|(key, verdict)| format!("{} : {verdict}", key_text(fields, key)));
                         join(f, entries, ", ")?;
                         f.write_str(" }")
                     }

@@ -211,10 +211,19 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
+    /// A word without quotes: names of tables, chains and sets never have them.
     fn word(&mut self, what: &str) -> Parsed<&'a str> {
-        match self.lexer.next()?.and_then(Token::text) {
-            Some(word) => Ok(word),
-            None => Err(self.lexer.error(format!("{what} is missing"))),
+        match self.lexer.next()? {
+            Some(Token::Word(word)) => Ok(word),
+            _ => Err(self.lexer.error(format!("{what} is missing"))),
+        }
+    }
+
+    /// The text of a comment, which is this token.
+    fn comment(&self, token: Option<Token<'a>>) -> Parsed<&'a str> {
+        match token.and_then(Token::text) {
+            Some(text) => Ok(text),
+            None => Err(self.lexer.error("the comment's text is missing")),
         }
     }
 
@@ -313,7 +322,8 @@ impl<'a> Parser<'a> {
                 Some(Token::Close) => return Ok(()),
                 Some(Token::Newline | Token::Semicolon) => {}
                 Some(Token::Word("comment")) => {
-                    let comment = self.word("the comment's text")?;
+                    let token = self.lexer.next()?;
+                    let comment = self.comment(token)?;
                     self.once(&mut table.comment, comment.into(), "comment")?;
                 }
                 Some(Token::Word("flags")) => match self.word("the flag")? {
@@ -355,7 +365,7 @@ impl<'a> Parser<'a> {
                     loop {
                         match self.lexer.next()? {
                             Some(Token::Open) => break,
-                            Some(Token::Word(word) | Token::Quoted(word)) => {
+                            Some(Token::Word(word)) => {
                                 name.push(' ');
                                 name.push_str(word);
                             }
@@ -430,7 +440,7 @@ impl<'a> Parser<'a> {
             let end = self.statement(token)?;
             match &self.tokens[..] {
                 [Token::Word("comment"), text] if chain.rules.is_empty() => {
-                    let text = text.text().unwrap_or_default();
+                    let text = self.comment(Some(*text))?;
                     self.once(&mut chain.comment, text.into(), "comment")?;
                 }
                 [Token::Word("type"), ..] => {
@@ -513,7 +523,7 @@ impl<'a> Parser<'a> {
                     self.once(&mut set.size, size, "size")?;
                 }
                 [Token::Word("comment"), text] => {
-                    let text = text.text().unwrap_or_default();
+                    let text = self.comment(Some(*text))?;
                     self.once(&mut set.comment, text.into(), "comment")?;
                 }
                 [Token::Word("counter"), ..] => {}
@@ -897,8 +907,10 @@ pub(super) fn named_type(name: &str) -> DataType {
 /// One element of `set`.
 fn element(tokens: &[Token<'_>], set: &Set, line: Line) -> Option<(Key, Element)> {
     let mut words = Words { tokens };
-    let key = words.key(set.key.len(), |part| {
-        set.key.get(part) == Some(&DataType::Protocol)
+    let key = words.key(set.key.len(), |part| match set.key.get(part) {
+        Some(DataType::Protocol) => Part::Protocol,
+        Some(DataType::Other(_)) => Part::Name,
+        _ => Part::Plain,
     })?;
     let mut element = Element {
         line,
@@ -965,6 +977,23 @@ fn rule(tokens: &[Token<'_>], line: Line) -> Rule {
         comment,
         line,
     }
+}
+
+/// Can this word, which is not in quotes, be a constant? Words that nft has for itself cannot, wherever they stand.
+fn is_constant(word: &str) -> bool {
+    let begins = word.starts_with(|first: char| first.is_ascii_alphanumeric() || first == ':');
+    begins && !matches!(word, ":" | "vmap" | "set" | "and" | "or" | "xor" | "offset")
+}
+
+/// How a part of a key may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    /// A protocol, by name or number.
+    Protocol,
+    /// A name that nft prints in quotes: an interface, or of a type that is not kube-proxy's.
+    Name,
+    /// Never in quotes.
+    Plain,
 }
 
 /// The rest of a rule.
@@ -1036,29 +1065,32 @@ impl<'a> Words<'_, 'a> {
         }
     }
 
-    /// The parts of a key, with dots between; `is_protocol` tells which part is a protocol.
-    fn key(&mut self, parts: usize, is_protocol: impl Fn(usize) -> bool) -> Option<Key> {
+    /// The parts of a key, with dots between: exactly `parts`, written as `part` allows.
+    fn key(&mut self, parts: usize, part: impl Fn(usize) -> Part) -> Option<Key> {
         let mut key = Vec::with_capacity(parts);
         loop {
-            let text = self.text()?;
-            if matches!(text, "." | ":" | "=") {
-                return None;
-            }
+            let kind = part(key.len());
+            let text = match self.next()? {
+                Token::Word(word) if is_constant(word) => word,
+                Token::Quoted(text) if kind == Part::Name => text,
+                _ => return None,
+            };
             let value = Value::parse(text);
-            key.push(if is_protocol(key.len()) {
-                value.as_protocol()
-            } else {
-                value
+            key.push(match kind {
+                Part::Protocol => value.as_protocol(),
+                Part::Name | Part::Plain => value,
             });
             if !self.take_word(".") {
-                return Some(key.into());
+                return (key.len() == parts).then(|| key.into());
             }
         }
     }
 
     fn key_of(&mut self, fields: &[Field]) -> Option<Key> {
-        self.key(fields.len(), |part| {
-            fields.get(part) == Some(&Field::Protocol)
+        self.key(fields.len(), |part| match fields.get(part) {
+            Some(Field::Protocol) => Part::Protocol,
+            Some(Field::InputInterface) => Part::Name,
+            _ => Part::Plain,
         })
     }
 
@@ -1068,8 +1100,8 @@ impl<'a> Words<'_, 'a> {
             "drop" => Verdict::Drop,
             "return" => Verdict::Return,
             "continue" => Verdict::Continue,
-            "jump" => Verdict::Jump(self.text()?.into()),
-            "goto" => Verdict::Goto(self.text()?.into()),
+            "jump" => Verdict::Jump(self.word()?.into()),
+            "goto" => Verdict::Goto(self.word()?.into()),
             _ => return None,
         })
     }
@@ -1139,17 +1171,24 @@ impl<'a> Words<'_, 'a> {
 
     fn masquerade(&mut self) -> Option<Masquerade> {
         let mut masquerade = Masquerade::default();
-        loop {
-            if self.take_word("random") {
+        let mut flag = |words: &mut Self| {
+            if words.take_word("random") {
                 masquerade.random = true;
-            } else if self.take_word("fully-random") {
+            } else if words.take_word("fully-random") {
                 masquerade.fully_random = true;
-            } else if self.take_word("persistent") {
+            } else if words.take_word("persistent") {
                 masquerade.persistent = true;
             } else {
-                break;
+                return false;
             }
-            self.take(Token::Comma);
+            true
+        };
+        let mut flagged = flag(self);
+        while flagged && self.take(Token::Comma) {
+            flagged = flag(self);
+            if !flagged {
+                return None;
+            }
         }
         // Anything else would be part of this statement.
         (self.peek() != Some(Token::Word("to"))).then_some(masquerade)
@@ -1287,18 +1326,19 @@ impl<'a> Words<'_, 'a> {
         }
     }
 
-    /// `{ item, item }`; each call of `item` reads one.
+    /// `{ item, item }`, not empty; each call of `item` reads one. A comma may follow the last.
     fn set_of(&mut self, mut item: impl FnMut(&mut Self) -> Option<()>) -> Option<()> {
         if !self.take(Token::Open) {
             return None;
         }
         loop {
+            item(self)?;
+            let comma = self.take(Token::Comma);
             if self.take(Token::Close) {
                 return Some(());
             }
-            item(self)?;
-            if !self.take(Token::Comma) {
-                return self.take(Token::Close).then_some(());
+            if !comma {
+                return None;
             }
         }
     }
@@ -1530,6 +1570,57 @@ mod tests {
                 panic!("{rule} is understood: {parsed:?}");
             };
             assert_eq!(parsed.to_string(), rule);
+        }
+    }
+
+    /// Where nft takes a text in quotes it is a name; anywhere else it is not understood, and no more are words
+    /// that have a meaning of their own.
+    #[test]
+    fn texts_in_quotes_and_words_that_are_none() {
+        for (rule, understood) in [
+            ("iifname \"a b\" drop", true),
+            ("iifname vmap { \"br0\" : accept, \"vmap\" : drop }", true),
+            ("iifname . ip saddr \"vmap\" . 10.0.0.1 drop", true),
+            (
+                "ip saddr . ip daddr . meta l4proto \"Reject it\" drop",
+                false,
+            ),
+            ("ct state \"vmap\" drop", false),
+            ("jump \"x y\"", false),
+            // Words that are none.
+            ("ct state n, @ policy accept", false),
+            ("masquerade fully-random,,", false),
+            ("ct state { } accept", false),
+            ("ip saddr { } accept", false),
+            ("masquerade random,persistent", true),
+            ("ct state z, vmap accept", false),
+            ("iifname vmap drop", false),
+            // As many constants as fields, which nft asks for.
+            ("ip saddr . th dport 10.0.0.1 drop", false),
+            ("ip saddr . th dport { 10.0.0.1 . 80 . 81 } drop", false),
+        ] {
+            let parsed = one_rule(rule);
+            assert_eq!(
+                !matches!(parsed.statements.last(), Some(Statement::Other(_))),
+                understood,
+                "{rule}: {parsed:?}"
+            );
+            assert_eq!(parsed.to_string(), rule);
+            assert_eq!(one_rule(&parsed.to_string()), parsed);
+        }
+        let names = "table ip kube-proxy {\n\tset s {\n\t\ttype ifname\n\t\telements = { \"a b\",\n\t\t\t     \"#\",\n\t\t\t     eth0 }\n\t}\n\n}\n";
+        let there = table(names);
+        assert_eq!(table(&there.to_string()), there);
+        assert_eq!(there.sets["s"].elements.len(), 3);
+        for refused in [
+            "table ip kube-proxy {\n\tchain \"a b\" {\n\t}\n}",
+            "table ip kube-proxy {\n\tset \"s\" { type ipv4_addr; }\n}",
+            "table ip kube-proxy {\n\tset s { type ipv4_addr; elements = { \"10.0.0.1\" } }\n}",
+            "table ip kube-proxy {\n\tset s { type ipv4_addr . inet_service; elements = { 10.0.0.1 } }\n}",
+            "table ip kube-proxy {\n\tset s { type ipv4_addr; comment , }\n}",
+            "table ip kube-proxy {\n\tcounter \"c\" {\n\t}\n}",
+        ] {
+            parse(refused).expect_err(refused);
         }
     }
 
