@@ -1,6 +1,7 @@
 //! End-to-end on this machine's kernel, in namespaces of our own: iptables and nftables modes.
 //! Needs root. IPVS runs in `vm.rs`, where every kernel has it.
 
+use tests::answers::answers_are_told;
 use tests::changes::{
     every_change_is_credited, rules_are_read_again_after_a_legacy_flush,
     what_leaves_sets_as_they_were_is_no_change, who_is_gone_is_known,
@@ -342,4 +343,10 @@ fn rates_of_new_flows() {
 #[test]
 fn hooks_of_both_families() {
     tests::tiers::both_families_are_followed_in_one_namespace(Tier::Hooks);
+}
+
+/// What kernels and tiers tell of the same packets is compared by `cargo xtask test`: see `kernels.rs`.
+#[test]
+fn answers_of_this_kernel() {
+    answers_are_told(&[Mode::IptablesLegacy, Mode::IptablesNft, Mode::Nftables]);
 }

@@ -1,6 +1,8 @@
 //! End-to-end checks that any kernel must pass, in whatever place they run: `host.rs` calls them on
 //! this machine, `vm.rs` in a virtual machine with every mode.
 
+pub mod agreement;
+pub mod answers;
 pub mod changes;
 pub mod faces;
 pub mod met;

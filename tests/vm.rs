@@ -225,6 +225,13 @@ fn tiers_agree_on_faults() {
     }
 }
 
+/// What kernels and tiers tell of the same packets is compared by `cargo xtask test`: see `kernels.rs`.
+#[test]
+fn answers_of_this_kernel() {
+    let tiers = tests::answers::answers_are_told(&Mode::ALL);
+    assert!(tiers.contains(&Tier::Functions), "{tiers:?}");
+}
+
 #[test]
 fn functions_pair_interleaved_packets() {
     for mode in [Mode::Ipvs, Mode::Nftables] {

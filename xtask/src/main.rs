@@ -13,6 +13,7 @@ mod qemu;
 mod run;
 mod test;
 mod vm;
+mod vm_tests;
 mod workspace;
 
 use std::fmt;

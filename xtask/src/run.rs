@@ -623,7 +623,7 @@ impl Run<'_> {
         let failure: Mutex<Option<anyhow::Error>> = Mutex::new(None);
         let stop = AtomicBool::new(false);
         let workers = match self.decision.clock {
-            Clock::Virtual => workers(cpus(), count, available_memory(), vm.memory),
+            Clock::Virtual => vms_at_a_time(count, vm.memory),
             Clock::Wall => 1,
         };
         thread::scope(|scope| {
@@ -818,6 +818,11 @@ impl std::fmt::Display for LastLines {
         f.write_str("; its last lines:")?;
         self.0.iter().try_for_each(|line| write!(f, "\n  {line}"))
     }
+}
+
+/// How many VMs with so much memory (MiB) may run side by side on this machine, for so many jobs.
+pub(crate) fn vms_at_a_time(jobs: usize, memory: u32) -> usize {
+    workers(cpus(), jobs, available_memory(), memory)
 }
 
 /// How many VMs at a time.

@@ -1,7 +1,9 @@
 //! `cargo xtask test`: every test, on this machine and in the VM.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -11,13 +13,23 @@ use clap::Args;
 use nix::sys::signal::Signal;
 use serde::Deserialize;
 
-use crate::channel::Job;
-use crate::guest::HOME;
 use crate::interrupt::Guarded;
 use crate::qemu::{Clock, Line, Vm, simple_job};
-use crate::run::{Place, build_svcpath};
-use crate::vm::{VmOptions, image, print_line, release_binary};
-use crate::{Failure, ebpf, packages, workspace};
+use crate::run::{Place, build_svcpath, vms_at_a_time};
+use crate::vm::{VmOptions, image, release_binary};
+use crate::vm_tests::{self, Batch};
+use crate::{Failure, ebpf, interrupt, packages, workspace};
+
+/// In its environment a test that tells what a kernel answers finds the directory to tell it in.
+pub(crate) const ANSWERS: &str = "SVCPATH_ANSWERS";
+/// The releases that have to have told, for the test that compares them.
+const KERNELS: &str = "SVCPATH_KERNELS";
+/// The test that tells, here and in VMs.
+const TELLS: &str = "answers_of_this_kernel";
+/// A kernel without netfilter links, which has to tell the same as those that have them.
+const OLDER: &str = "6.1";
+/// More VMs at a time are not worth their boots: the longest tests alone take a minute.
+const MOST_VMS: usize = 4;
 
 /// `cargo xtask test`.
 #[derive(Clone, Debug, Args)]
@@ -29,7 +41,9 @@ Examples:
   cargo xtask test --kernel 6.1         the VM tests on another kernel
 
 Tests that need no special kernel run here, in network namespaces of their own (cargo test
---workspace); those of tests/vm.rs run in a VM on the virtual clock.")]
+--workspace); those of tests/vm.rs run on the virtual clock, in as many VMs at a time as there are
+CPUs (at most 4). What this kernel, the VM's and 6.1 tell of the same packets is compared at the
+end; it stays in target/svcpath-answers.")]
 pub(crate) struct TestArgs {
     /// Run only the tests of one place
     #[arg(long, value_enum)]
@@ -53,83 +67,168 @@ pub(crate) fn main(args: &TestArgs) -> Result<u8> {
     }
     packages::prepare(&packages::NEEDS, !args.no_install)?;
     ebpf::check()?;
+    let answers = Answers::prepare(args)?;
     let mut failed = Vec::new();
-    if args.place != Some(Place::Vm) && !on_host(args)? {
+    if args.place != Some(Place::Vm) && !on_host(args, answers.as_ref())? {
         failed.push("here");
     }
-    if args.place != Some(Place::Host) && !in_vm(args)? {
+    if args.place != Some(Place::Host) && !in_vm(args, answers.as_ref())? {
         failed.push("in the VM");
     }
+    let kept = answers.map_or(Ok(()), Answers::keep);
     ensure!(
         failed.is_empty(),
         "tests failed {}; their output is above",
         failed.join(" and ")
     );
-    Ok(0)
+    kept.map(|()| 0)
 }
 
-fn on_host(args: &TestArgs) -> Result<bool> {
+fn on_host(args: &TestArgs, answers: Option<&Answers>) -> Result<bool> {
     let mut cargo = Command::new(workspace::cargo());
     cargo
         .args(["test", "--workspace"])
         .args(args.filter.as_ref())
+        .envs(answers.map(|answers| (ANSWERS, &answers.directory)))
         .current_dir(workspace::root());
     Ok(Guarded::spawn(&mut cargo, Signal::SIGTERM)?
         .wait()?
         .success())
 }
 
-fn in_vm(args: &TestArgs) -> Result<bool> {
+fn in_vm(args: &TestArgs, answers: Option<&Answers>) -> Result<bool> {
     build_svcpath()?;
-    let binary = build_vm_tests()?;
-    let name = binary
+    let programs = build_vm_tests()?;
+    let program = |name| {
+        let built: Option<&PathBuf> = programs.get(name);
+        built.with_context(|| format!("cargo built no test program from tests/{name}.rs"))
+    };
+    let vm_tests = program("vm")?;
+    let tests = vm_tests::list(vm_tests, args.filter.as_deref())?;
+    if tests.is_empty() {
+        // A filter may mean tests of the other place only.
+        ensure!(
+            args.filter.is_some(),
+            "tests/vm.rs has no tests: it should have some"
+        );
+        return Ok(true);
+    }
+    if args.filter.is_none() {
+        let unknown = vm_tests::unknown_of_longest(&tests);
+        ensure!(
+            unknown.is_empty(),
+            "the table of long tests (xtask/src/vm_tests.rs) names tests that are no more: {}",
+            unknown.join(", ")
+        );
+    }
+    let mut files = vec![vm_tests.clone()];
+    files.extend(release_binary());
+    let vm = machine(args, args.vm.kernel.as_deref(), &files)?;
+    let older = match answers {
+        Some(_) => Some(machine(args, Some(OLDER), &files)?),
+        None => None,
+    };
+    let older = older.filter(|older| older.image.kernel.release != vm.image.kernel.release);
+    let telling = older.iter().map(|vm| Batch {
+        vm,
+        tests: vec![TELLS.to_owned()],
+    });
+    let telling: Vec<Batch<'_>> = telling.collect();
+    let name = vm_tests
         .file_name()
         .context("cargo names no test program")?
-        .to_string_lossy()
-        .into_owned();
-    let mut files = vec![binary];
-    files.extend(release_binary());
-    let cache = workspace::vm_cache();
-    let image = image(args.vm.kernel.as_deref(), &files, &cache)?;
+        .to_string_lossy();
+    let workers = vms_at_a_time(tests.len() + telling.len(), args.vm.memory).min(MOST_VMS);
     eprintln!(
-        "     Running tests/vm.rs in the VM (kernel {})",
-        image.kernel.release
+        "     Running {} tests of tests/vm.rs (kernel {}), {workers} VMs at a time",
+        tests.len(),
+        vm.image.kernel.release
     );
-    let vm = Vm::new(
-        image,
+    let outcome = vm_tests::run(&name, &vm, &tests, telling, workers);
+    ensure!(
+        outcome.tally.ran > 0 || outcome.failed,
+        "no test ran in the VM: tests/vm.rs should have some"
+    );
+    let agree = match answers {
+        Some(answers) => {
+            answers.take(&outcome.files)?;
+            let kernels = [Some(&vm), older.as_ref()].into_iter().flatten();
+            let kernels = kernels.map(|vm| vm.image.kernel.release.clone());
+            answers.compare(program("kernels")?, args, kernels.collect())?
+        }
+        None => true,
+    };
+    Ok(clock_repeats(&vm)? && agree && !outcome.failed && outcome.tally.failed == 0)
+}
+
+/// A machine with this kernel and these programs.
+fn machine(args: &TestArgs, kernel: Option<&str>, files: &[PathBuf]) -> Result<Vm> {
+    let cache = workspace::vm_cache();
+    Ok(Vm::new(
+        image(kernel, files, &cache)?,
         Clock::Virtual,
         args.vm.memory,
         Duration::from_secs(args.vm.time_limit),
         &cache,
-    );
-    let mut argv = vec![name, "--test-threads=1".to_owned()];
-    argv.extend(args.filter.clone());
-    let job = Job {
-        argv,
-        env: [
-            ("RUST_BACKTRACE".to_owned(), "1".to_owned()),
-            ("SVCPATH".to_owned(), "/usr/local/bin/svcpath".to_owned()),
-        ]
-        .into(),
-        cwd: HOME.to_owned(),
-    };
-    let mut tally = Tally::default();
-    let output = vm.run(
-        &job,
-        &mut |line| {
-            if let Line::Stdout(bytes) = line {
-                tally.take(&String::from_utf8_lossy(bytes));
-            }
-            print_line(line);
-        },
-        &AtomicBool::new(false),
-    )?;
-    // A filter may mean tests of the other place only.
-    ensure!(
-        tally.ran > 0 || args.filter.is_some(),
-        "no test ran in the VM: tests/vm.rs should have some"
-    );
-    Ok(output.exit == 0 && tally.failed == 0 && clock_repeats(&vm)?)
+    ))
+}
+
+/// What kernels tell of the same packets.
+struct Answers {
+    directory: PathBuf,
+}
+
+impl Answers {
+    /// An empty directory for them; nothing if the test that tells is not asked for.
+    fn prepare(args: &TestArgs) -> Result<Option<Self>> {
+        let filter = args.filter.as_deref().unwrap_or_default();
+        if !TELLS.contains(filter) {
+            return Ok(None);
+        }
+        let directory = workspace::vm_cache().join(format!("answers-{}", std::process::id()));
+        interrupt::remove_on_exit(&directory);
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
+        Ok(Some(Self { directory }))
+    }
+
+    /// What VMs told.
+    fn take(&self, files: &BTreeMap<String, Vec<u8>>) -> Result<()> {
+        for (name, content) in files {
+            let to = self.directory.join(name);
+            fs::write(&to, content).with_context(|| format!("cannot write {}", to.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Is it the same?
+    fn compare(&self, program: &Path, args: &TestArgs, mut kernels: Vec<String>) -> Result<bool> {
+        if args.place.is_none() {
+            let names = nix::sys::utsname::uname().context("this kernel does not tell its name")?;
+            kernels.push(names.release().to_string_lossy().into_owned());
+        }
+        let mut compare = Command::new(program);
+        compare
+            .arg("--nocapture")
+            .env(ANSWERS, &self.directory)
+            .env(KERNELS, kernels.join(","));
+        Ok(Guarded::spawn(&mut compare, Signal::SIGTERM)?
+            .wait()?
+            .success())
+    }
+
+    /// Leaves them where they can be looked at, in place of those of the run before.
+    fn keep(self) -> Result<()> {
+        let to = workspace::target().join("svcpath-answers");
+        interrupt::remove(&to);
+        fs::rename(&self.directory, &to).with_context(|| {
+            format!(
+                "cannot move {} to {}",
+                self.directory.display(),
+                to.display()
+            )
+        })
+    }
 }
 
 /// Do two boots at the same time print the same nanoseconds and the same random bytes? On this
@@ -173,34 +272,27 @@ fn clock_repeats(vm: &Vm) -> Result<bool> {
     Ok(same)
 }
 
-/// Builds tests/vm.rs; the program.
-fn build_vm_tests() -> Result<PathBuf> {
+/// Builds tests/vm.rs and tests/kernels.rs; the programs by name.
+fn build_vm_tests() -> Result<BTreeMap<String, PathBuf>> {
     let mut cargo = Command::new(workspace::cargo());
     cargo
-        .args([
-            "test",
-            "-p",
-            "tests",
-            "--features",
-            "vm",
-            "--test",
-            "vm",
-            "--no-run",
-        ])
+        .args(["test", "--release", "-p", "tests", "--features", "vm"])
+        .args(["--no-run"])
+        .args(["--test", "vm", "--test", "kernels"])
         .arg("--message-format=json-render-diagnostics")
         .current_dir(workspace::root())
         .stdout(Stdio::piped());
     let mut child = Guarded::spawn(&mut cargo, Signal::SIGTERM)?;
     let stdout = child.child().stdout.take().context("cargo has no output")?;
-    let mut program = None;
+    let mut programs = BTreeMap::new();
     for line in BufReader::new(stdout).lines() {
-        program = executable(&line.context("cannot read cargo's output")?).or(program);
+        programs.extend(executable(&line.context("cannot read cargo's output")?));
     }
     ensure!(
         child.wait()?.success(),
         "the VM tests do not build; cargo's errors are above"
     );
-    program.context("cargo built no test program from tests/vm.rs")
+    Ok(programs)
 }
 
 #[derive(Deserialize)]
@@ -215,37 +307,12 @@ struct Target {
     kind: Vec<String>,
 }
 
-/// The test program that a line of cargo's JSON announces.
-fn executable(line: &str) -> Option<PathBuf> {
+/// The test program that a line of cargo's JSON announces, by its name.
+fn executable(line: &str) -> Option<(String, PathBuf)> {
     let message: Message = serde_json::from_str(line).ok()?;
     let target = message.target?;
-    (target.name == "vm" && target.kind == ["test"])
-        .then_some(message.executable)
-        .flatten()
-}
-
-/// What libtest says it did.
-#[derive(Debug, Default, PartialEq)]
-struct Tally {
-    ran: u64,
-    failed: u64,
-}
-
-impl Tally {
-    fn take(&mut self, line: &str) {
-        let Some(result) = line.strip_prefix("test result: ") else {
-            return;
-        };
-        // "ok. 3 passed; 0 failed; 1 ignored; ..."
-        let count = |what: &str| {
-            result
-                .split(['.', ';'])
-                .find_map(|part| part.trim().strip_suffix(what)?.trim().parse::<u64>().ok())
-                .unwrap_or(0)
-        };
-        self.failed += count("failed");
-        self.ran += count("passed") + count("failed");
-    }
+    let program = message.executable.filter(|_| target.kind == ["test"])?;
+    Some((target.name, program))
 }
 
 #[cfg(test)]
@@ -253,19 +320,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn results_are_counted_over_all_lines() {
-        let mut tally = Tally::default();
-        tally.take("running 4 tests");
-        tally.take("test a ... ok");
-        tally.take("test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.1s");
-        tally.take("test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 9 filtered out; finished in 0.1s");
-        assert_eq!(tally, Tally { ran: 3, failed: 1 });
-    }
-
-    #[test]
     fn the_program_is_found_among_cargos_messages() {
         let found = r#"{"reason":"compiler-artifact","target":{"kind":["test"],"name":"vm","src_path":"/x"},"executable":"/t/vm-1"}"#;
-        assert_eq!(executable(found), Some("/t/vm-1".into()));
+        assert_eq!(executable(found), Some(("vm".to_owned(), "/t/vm-1".into())));
         let library = r#"{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"vm"},"executable":null}"#;
         assert_eq!(executable(library), None);
         assert_eq!(

@@ -284,12 +284,19 @@ fn remove_orphans(cache: &Path) {
 
 /// The process that a temporary file's name says it belongs to.
 fn owner(name: &str) -> Option<u32> {
-    let own = ["programs-", "packages-", "parts-", "modules-", "stripped-"]
-        .iter()
-        .find_map(|prefix| name.strip_prefix(prefix))
-        .map(|rest| rest.trim_end_matches(".cpio"))
-        // A running VM's directory: PID-NUMBER.
-        .or_else(|| name.split_once('-').map(|(pid, _)| pid))?;
+    let own = [
+        "programs-",
+        "packages-",
+        "parts-",
+        "answers-",
+        "modules-",
+        "stripped-",
+    ]
+    .iter()
+    .find_map(|prefix| name.strip_prefix(prefix))
+    .map(|rest| rest.trim_end_matches(".cpio"))
+    // A running VM's directory: PID-NUMBER.
+    .or_else(|| name.split_once('-').map(|(pid, _)| pid))?;
     own.parse().ok()
 }
 
@@ -342,6 +349,7 @@ mod tests {
         assert_eq!(owner("programs-31.cpio"), Some(31));
         assert_eq!(owner("packages-31.cpio"), Some(31));
         assert_eq!(owner("parts-31"), Some(31));
+        assert_eq!(owner("answers-31"), Some(31));
         assert_eq!(owner("31-0"), Some(31));
         assert_eq!(owner("base-0306a89ae880d06b.cpio"), None);
         assert_eq!(owner("console-31-0.log"), None);
