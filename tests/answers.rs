@@ -340,7 +340,7 @@ fn trace(node: &TestNode, tier: Tier, round: usize) -> BTreeMap<String, Answers>
         })
         .collect();
     let mut journeys: HashMap<(u8, u16), Vec<Journey>> = HashMap::new();
-    for journey in truth::journeys(events).filter(|journey| journey.first) {
+    for journey in truth::journeys(events).filter(|journey| journey.first != Some(false)) {
         let key = (journey.protocol, journey.source.port());
         journeys.entry(key).or_default().push(journey);
     }
