@@ -207,7 +207,10 @@ fn take_share(tests: &mut VecDeque<(String, u32)>, workers: usize) -> Vec<String
 /// mixed.
 fn run_batch(program: &str, batch: &Batch<'_>, outcome: &Mutex<Outcome>) {
     let kernel = &batch.vm.image.kernel.release;
-    let what = format!("{} tests in a VM (kernel {kernel})", batch.tests.len());
+    let what = match batch.tests.len() {
+        1 => format!("one test in a VM (kernel {kernel})"),
+        count => format!("{count} tests in a VM (kernel {kernel})"),
+    };
     eprintln!("     Running {what}: {}", batch.tests.join(", "));
     let begin = Instant::now();
     let mut lines = Vec::new();
