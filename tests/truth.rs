@@ -653,7 +653,13 @@ pub fn a_slower_stage_shows_what_was_added(tool: &str) {
         let new = all.map(|run| run.new[name]);
         let later = all.map(|run| run.later[name]);
         println!("{tool} {name}: {exact:?}\n  first {new:?}\n  later {later:?}");
-        assert_eq!(new[0].middle, new[1].middle, "{name}: nothing was changed");
+        // Conntrack's chains, into which first packets bring their entries, are not of one length: an instruction
+        // or two more or less may be in another cell of the histogram.
+        let [first_a, first_b, ..] = exact.map(|ns| ns as f64);
+        assert!(
+            new[0].middle == new[1].middle || same(first_a, first_b),
+            "{name}: nothing was changed"
+        );
         assert_eq!(
             later[0].middle, later[1].middle,
             "{name}: nothing was changed"

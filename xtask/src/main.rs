@@ -1,5 +1,6 @@
 //! The project's own tasks: run, test, vm, build-ebpf, bench.
 
+mod answers;
 mod channel;
 mod ebpf;
 mod guest;

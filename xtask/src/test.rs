@@ -1,9 +1,8 @@
 //! `cargo xtask test`: every test, on this machine and in the VM.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -13,21 +12,14 @@ use clap::Args;
 use nix::sys::signal::Signal;
 use serde::Deserialize;
 
+use crate::answers::{self, Answers, OLDER, TELLS};
 use crate::interrupt::Guarded;
 use crate::qemu::{Clock, Line, Vm, simple_job};
 use crate::run::{Place, build_svcpath, vms_at_a_time};
 use crate::vm::{VmOptions, image, release_binary};
 use crate::vm_tests::{self, Batch};
-use crate::{Failure, ebpf, interrupt, packages, workspace};
+use crate::{Failure, ebpf, packages, workspace};
 
-/// In its environment a test that tells what a kernel answers finds the directory to tell it in.
-pub(crate) const ANSWERS: &str = "SVCPATH_ANSWERS";
-/// The releases that have to have told, for the test that compares them.
-const KERNELS: &str = "SVCPATH_KERNELS";
-/// The test that tells, here and in VMs.
-const TELLS: &str = "answers_of_this_kernel";
-/// A kernel without netfilter links, which has to tell the same as those that have them.
-const OLDER: &str = "6.1";
 /// More VMs at a time are not worth their boots: the longest tests alone take a minute.
 const MOST_VMS: usize = 4;
 
@@ -67,7 +59,7 @@ pub(crate) fn main(args: &TestArgs) -> Result<u8> {
     }
     packages::prepare(&packages::NEEDS, !args.no_install)?;
     ebpf::check()?;
-    let answers = Answers::prepare(args)?;
+    let answers = Answers::prepare(args.filter.as_deref())?;
     let mut failed = Vec::new();
     if args.place != Some(Place::Vm) && !on_host(args, answers.as_ref())? {
         failed.push("here");
@@ -89,7 +81,7 @@ fn on_host(args: &TestArgs, answers: Option<&Answers>) -> Result<bool> {
     cargo
         .args(["test", "--workspace"])
         .args(args.filter.as_ref())
-        .envs(answers.map(|answers| (ANSWERS, &answers.directory)))
+        .envs(answers.map(Answers::variable))
         .current_dir(workspace::root());
     Ok(Guarded::spawn(&mut cargo, Signal::SIGTERM)?
         .wait()?
@@ -124,41 +116,43 @@ fn in_vm(args: &TestArgs, answers: Option<&Answers>) -> Result<bool> {
     let mut files = vec![vm_tests.clone()];
     files.extend(release_binary());
     let vm = machine(args, args.vm.kernel.as_deref(), &files)?;
-    let older = match answers {
-        Some(_) => Some(machine(args, Some(OLDER), &files)?),
-        None => None,
-    };
-    let older = older.filter(|older| older.image.kernel.release != vm.image.kernel.release);
-    let telling = older.iter().map(|vm| Batch {
+    let mut well = true;
+    let older = answers.and_then(|_| {
+        let older = machine(args, Some(OLDER), &files);
+        let older = older.inspect_err(|error| {
+            eprintln!("error: no kernel {OLDER} to compare with: {error:#}");
+            well = false;
+        });
+        older.ok()
+    });
+    let release = |vm: &Vm| vm.image.kernel.release.clone();
+    let older = older.filter(|older| release(older) != release(&vm));
+    let batch = |vm| Batch {
         vm,
         tests: vec![TELLS.to_owned()],
-    });
-    let telling: Vec<Batch<'_>> = telling.collect();
-    let name = vm_tests
-        .file_name()
-        .context("cargo names no test program")?
-        .to_string_lossy();
+    };
+    let telling: Vec<Batch<'_>> = older.iter().map(batch).collect();
     let workers = vms_at_a_time(tests.len() + telling.len(), args.vm.memory).min(MOST_VMS);
     eprintln!(
         "     Running {} tests of tests/vm.rs (kernel {}), {workers} VMs at a time",
         tests.len(),
-        vm.image.kernel.release
+        release(&vm)
     );
-    let outcome = vm_tests::run(&name, &vm, &tests, telling, workers);
-    ensure!(
-        outcome.tally.ran > 0 || outcome.failed,
-        "no test ran in the VM: tests/vm.rs should have some"
-    );
-    let agree = match answers {
-        Some(answers) => {
-            answers.take(&outcome.files)?;
-            let kernels = [Some(&vm), older.as_ref()].into_iter().flatten();
-            let kernels = kernels.map(|vm| vm.image.kernel.release.clone());
-            answers.compare(program("kernels")?, args, kernels.collect())?
+    let outcome = vm_tests::run(vm_tests, &vm, &tests, telling, workers)?;
+    well &= !outcome.failed;
+    if let Some(answers) = answers {
+        answers.take(&outcome.files)?;
+        let mut kernels: Vec<String> = [Some(&vm), older.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(release)
+            .collect();
+        if args.place.is_none() {
+            kernels.push(answers::kernel_here()?);
         }
-        None => true,
-    };
-    Ok(clock_repeats(&vm)? && agree && !outcome.failed && outcome.tally.failed == 0)
+        well &= answers.agree(program("kernels")?, &kernels)?;
+    }
+    Ok(clock_repeats(&vm)? && well)
 }
 
 /// A machine with this kernel and these programs.
@@ -171,64 +165,6 @@ fn machine(args: &TestArgs, kernel: Option<&str>, files: &[PathBuf]) -> Result<V
         Duration::from_secs(args.vm.time_limit),
         &cache,
     ))
-}
-
-/// What kernels tell of the same packets.
-struct Answers {
-    directory: PathBuf,
-}
-
-impl Answers {
-    /// An empty directory for them; nothing if the test that tells is not asked for.
-    fn prepare(args: &TestArgs) -> Result<Option<Self>> {
-        let filter = args.filter.as_deref().unwrap_or_default();
-        if !TELLS.contains(filter) {
-            return Ok(None);
-        }
-        let directory = workspace::vm_cache().join(format!("answers-{}", std::process::id()));
-        interrupt::remove_on_exit(&directory);
-        fs::create_dir_all(&directory)
-            .with_context(|| format!("cannot create {}", directory.display()))?;
-        Ok(Some(Self { directory }))
-    }
-
-    /// What VMs told.
-    fn take(&self, files: &BTreeMap<String, Vec<u8>>) -> Result<()> {
-        for (name, content) in files {
-            let to = self.directory.join(name);
-            fs::write(&to, content).with_context(|| format!("cannot write {}", to.display()))?;
-        }
-        Ok(())
-    }
-
-    /// Is it the same?
-    fn compare(&self, program: &Path, args: &TestArgs, mut kernels: Vec<String>) -> Result<bool> {
-        if args.place.is_none() {
-            let names = nix::sys::utsname::uname().context("this kernel does not tell its name")?;
-            kernels.push(names.release().to_string_lossy().into_owned());
-        }
-        let mut compare = Command::new(program);
-        compare
-            .arg("--nocapture")
-            .env(ANSWERS, &self.directory)
-            .env(KERNELS, kernels.join(","));
-        Ok(Guarded::spawn(&mut compare, Signal::SIGTERM)?
-            .wait()?
-            .success())
-    }
-
-    /// Leaves them where they can be looked at, in place of those of the run before.
-    fn keep(self) -> Result<()> {
-        let to = workspace::target().join("svcpath-answers");
-        interrupt::remove(&to);
-        fs::rename(&self.directory, &to).with_context(|| {
-            format!(
-                "cannot move {} to {}",
-                self.directory.display(),
-                to.display()
-            )
-        })
-    }
 }
 
 /// Do two boots at the same time print the same nanoseconds and the same random bytes? On this
