@@ -2,9 +2,10 @@
 //!
 //! # Cost
 //!
-//! The kernel finds its place anew at each page that is read (`ip_vs_conn_seq_start`, net/netfilter/ipvs/ip_vs_conn.c),
-//! so that a whole table of n connections costs n² steps. Only its beginning is read: [`MOST`] bytes. What is added or
-//! removed meanwhile can hide others, so that a connection that was found is there, and one that was not may be.
+//! The kernel finds its place anew at each page that is read (`ip_vs_conn_seq_start`,
+//! `net/netfilter/ipvs/ip_vs_conn.c`), so that a whole table of n connections costs n² steps. Only its beginning is
+//! read: [`MOST`] bytes. What is added or removed meanwhile can hide others, so that a connection that was found is
+//! there, and one that was not may be.
 
 use std::collections::HashSet;
 use std::fs::File;

@@ -115,7 +115,7 @@ mod tests {
             destination: socket("10.96.10.1:80"),
             headed: Some(socket("10.244.0.12:8080")),
             path: "pod→ClusterIP",
-            first: true,
+            first: Some(true),
             answer: false,
             elapsed_ns: stages.iter().map(|stage| stage.took_ns).sum(),
             source_after: Some(socket("10.244.0.7:51544")),
@@ -145,7 +145,7 @@ mod tests {
         insta::assert_snapshot!(super::journey(Clock::Wall, "+0.040271 s", &journey), @"+0.040271 s  shop/web:http pod→ClusterIP 10.244.0.7:51544 → 10.96.10.1:80 → 10.244.0.12:8080  32.0 us  sent to its endpoint");
         journey.end = End::Leaked;
         journey.headed = Some(journey.destination);
-        journey.first = false;
+        journey.first = Some(false);
         let text = super::journey(Clock::Virtual, "+0.1 s", &journey);
         insta::assert_snapshot!(text, @"+0.1 s  shop/web:http pod→ClusterIP 10.244.0.7:51544 → 10.96.10.1:80  32.0k  leaked, established");
     }
