@@ -6,6 +6,8 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use tracer::cluster::Family;
+use tracer::kernel::clock::monotonic_ns;
+use tracer::kernel::conntrack;
 use tracer::kernel::netns::Netns;
 use tracer::lab::plan;
 use tracer::probe::tier::Tier;
@@ -205,6 +207,26 @@ fn sends_until<T>(
     }
 }
 
+/// An endpoint stops answering, without a word.
+fn silence(node: &TestNode, endpoint: SocketAddr) {
+    let rule = format!(
+        "add table ip fault; add chain ip fault in {{ type filter hook input priority 0; }}; \
+         add rule ip fault in ip daddr {} udp dport {} drop",
+        endpoint.ip(),
+        endpoint.port()
+    );
+    for pod in node.lab.server_pods() {
+        run(pod, "nft", &[&rule]);
+    }
+}
+
+/// Takes an endpoint out as kube-proxy does in IPVS mode: it gets no new connections.
+fn drain(node: &TestNode, vip: SocketAddr, endpoint: SocketAddr) {
+    let (vip, endpoint) = (vip.to_string(), endpoint.to_string());
+    let arguments = ["-e", "-u", &vip, "-r", &endpoint, "-m", "-w", "0"];
+    run(node.lab.node(), "ipvsadm", &arguments);
+}
+
 /// Two established flows whose endpoints are taken out of the rules, and whose clients go on sending: one
 /// endpoint is dead, the other answers still. Only the first flow is stuck.
 pub fn an_established_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
@@ -223,20 +245,19 @@ pub fn an_established_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
         socket.recv(&mut [0; 64]).expect("an answer");
         socket
     });
-    for service in SERVICES_OF {
-        node.cluster.services[service].ports[0].endpoints[0].address =
-            plan::server_pod(0, Family::V4).nth(200);
+    silence(&node, dead);
+    if mode == Mode::Ipvs {
+        // kube-proxy lets go of a server only when its connections have ended.
+        for (vip, endpoint) in vips.iter().zip([dead, alive]) {
+            drain(&node, *vip, endpoint);
+        }
+    } else {
+        for service in SERVICES_OF {
+            node.cluster.services[service].ports[0].endpoints[0].address =
+                plan::server_pod(0, Family::V4).nth(200);
+        }
+        on_one_thread(node.apply(mode)).expect("rules");
     }
-    let silence = format!(
-        "add table ip fault; add chain ip fault in {{ type filter hook input priority 0; }}; \
-         add rule ip fault in ip daddr {} udp dport {} drop",
-        dead.ip(),
-        dead.port()
-    );
-    for pod in node.lab.server_pods() {
-        run(pod, "nft", &[&silence]);
-    }
-    on_one_thread(node.apply(mode)).expect("rules");
     let stuck = sends_until(&to_dead, vips[0], &mut session, |event| {
         to_alive.send_to(b"1\n", vips[1]).expect("sends");
         to_alive.recv(&mut [0; 64]).expect("an answer");
@@ -409,6 +430,69 @@ pub fn an_external_ip_of_another_machine_is_hijacked(mode: Mode, tier: Tier) {
     let text = summary.to_string();
     let said = "192.0.2.2:80/tcp: of 7 new flows 6 hijacked by this node (an address in 192.0.2.0/24 of ext0)";
     assert_eq!(text.contains(said), ipvs, "{text}");
+}
+
+/// A UDP flow that conntrack has forgotten and IPVS has not: it goes to the endpoint that was drained meanwhile,
+/// until that is no server of IPVS any more.
+pub fn what_ipvs_alone_remembers_is_stuck() {
+    const SERVICE: usize = 1;
+    let node = TestNode::build(SERVICES, 1).expect("a laboratory");
+    on_one_thread(node.apply(Mode::Ipvs)).expect("rules");
+    let (vip, dead, alive) = (
+        node.vip(SERVICE),
+        endpoint_of(&node, SERVICE),
+        endpoint_of(&node, 3),
+    );
+    let ns = node.lab.node();
+    let mut session = Session::start(ns, Options::default()).expect("attaches");
+    let bind = || UdpSocket::bind("0.0.0.0:0").expect("binds");
+    let socket = ns.run(bind).expect("enters");
+    socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let forgetful = ["udp_timeout", "udp_timeout_stream"];
+    for timeout in forgetful.map(|name| format!("net.netfilter.nf_conntrack_{name}=1")) {
+        run(ns, "sysctl", &["-qw", &timeout]);
+    }
+    socket.send_to(b"1\n", vip).expect("sends");
+    socket.recv(&mut [0; 64]).expect("an answer");
+    silence(&node, dead);
+    let [front, gone, other] = [vip, dead, alive].map(|socket| socket.to_string());
+    run(ns, "ipvsadm", &["-a", "-u", &front, "-r", &other, "-m"]);
+    drain(&node, vip, dead);
+    let begin = Instant::now();
+    loop {
+        assert!(begin.elapsed() < PATIENCE, "never forgotten, or never read");
+        session.poll().expect("polls");
+        let directory = session.directory();
+        let index = directory.asked(vip, 17).expect("a Service");
+        let entries = conntrack::list(ns, |entry| entry.destination == vip).expect("lists");
+        if entries.is_empty() && directory.served(index, dead) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let begin_ns = monotonic_ns();
+    socket.send_to(b"2\n", vip).expect("sends");
+    let mut told = |wanted: Verdict| {
+        let begin = Instant::now();
+        loop {
+            assert!(begin.elapsed() < PATIENCE, "never told");
+            for event in session.poll().expect("polls") {
+                if let Event::Verdict(decided) = event
+                    && decided.first_ns > begin_ns
+                {
+                    assert_eq!(decided.verdict, wanted, "{decided}");
+                    return;
+                }
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    told(Verdict::Stuck { endpoint: dead });
+    // expire_nodest_conn, which kube-proxy sets, lets the next packet go elsewhere.
+    run(ns, "ipvsadm", &["-d", "-u", &front, "-r", &gone]);
+    socket.send_to(b"3\n", vip).expect("sends");
+    socket.recv(&mut [0; 64]).expect("an answer");
+    told(Verdict::Delivered);
 }
 
 /// Somebody answers who is no endpoint: a rule of somebody else translates to it first.

@@ -142,6 +142,16 @@ fn ipvs_verdicts() {
 }
 
 #[test]
+fn ipvs_stuck_established_flow() {
+    tests::verdicts::an_established_flow_to_a_dead_endpoint_is_stuck(Mode::Ipvs);
+}
+
+#[test]
+fn ipvs_stuck_flow() {
+    tests::verdicts::what_ipvs_alone_remembers_is_stuck();
+}
+
+#[test]
 fn ipvs_hijack() {
     tests::verdicts::an_external_ip_of_another_machine_is_hijacked(Mode::Ipvs, Tier::Hooks);
 }

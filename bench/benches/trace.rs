@@ -112,7 +112,9 @@ impl Collector {
             }
         }
         let now_ns = records.last().map_or(0, |record| record.time);
-        for decided in self.flows.decide(&self.directory, false, now_ns) {
+        // Nothing goes to a former endpoint here.
+        let nobody = |_: &_, _| false;
+        for decided in self.flows.decide(&self.directory, false, now_ns, nobody) {
             self.tallies[decided.index].decide(&decided);
             events.push(Event::Verdict(decided));
         }

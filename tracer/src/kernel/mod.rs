@@ -9,6 +9,7 @@ pub mod conntrack;
 pub mod dump;
 pub mod ipset;
 pub mod ipvs;
+pub mod ipvs_connections;
 pub mod link;
 pub mod netlink;
 pub mod netns;

@@ -229,8 +229,15 @@ impl Flows {
     }
 
     /// The flows of which it is known by now what became of them. `reading`: rules have changed that the
-    /// directory does not know yet.
-    pub fn decide(&mut self, directory: &Directory, reading: bool, now_ns: u64) -> Vec<Decided> {
+    /// directory does not know yet. `remembers` tells whether somebody other than conntrack remembers that a flow
+    /// goes to a former endpoint.
+    pub fn decide(
+        &mut self,
+        directory: &Directory,
+        reading: bool,
+        now_ns: u64,
+        mut remembers: impl FnMut(&Key, SocketAddr) -> bool,
+    ) -> Vec<Decided> {
         let mut due = std::mem::take(&mut self.touched);
         if !reading {
             due.append(&mut self.unread);
@@ -239,7 +246,8 @@ impl Flows {
         take_older(&mut self.open, now_ns, PATIENCE_NS, &mut due);
         let mut decided = Vec::new();
         for (first_ns, key) in due {
-            decided.extend(self.look_at(key, first_ns, directory, reading, now_ns));
+            let looked = self.look_at(key, first_ns, directory, reading, now_ns, &mut remembers);
+            decided.extend(looked);
         }
         let mut old = Waiting::new();
         take_older(&mut self.decided, now_ns, REMEMBERED_NS, &mut old);
@@ -256,12 +264,15 @@ impl Flows {
         directory: &Directory,
         reading: bool,
         now_ns: u64,
+        mut remembers: impl FnMut(&Key, SocketAddr) -> bool,
     ) -> Option<Decided> {
         let flow = self.known.get_mut(&key)?;
         if flow.first_ns != first_ns {
             return None;
         }
-        let verdict = match flow.judge(directory, reading, now_ns, PATIENCE_NS) {
+        let verdict = match flow.judge(directory, reading, now_ns, PATIENCE_NS, |to| {
+            remembers(&key, to)
+        }) {
             Judged::Is(verdict) => verdict,
             Judged::InGrace => {
                 self.in_grace.push_back((first_ns, key));
@@ -316,8 +327,13 @@ impl Flows {
     }
 
     /// The session ends: of what is still open, what is old enough is unanswered.
-    pub fn finish(&mut self, directory: &Directory, now_ns: u64) -> Vec<Decided> {
-        let mut decided = self.decide(directory, false, now_ns);
+    pub fn finish(
+        &mut self,
+        directory: &Directory,
+        now_ns: u64,
+        mut remembers: impl FnMut(&Key, SocketAddr) -> bool,
+    ) -> Vec<Decided> {
+        let mut decided = self.decide(directory, false, now_ns, &mut remembers);
         let open = [&mut self.in_grace, &mut self.open, &mut self.unread].map(std::mem::take);
         for (first_ns, key) in open.into_iter().flatten() {
             let Some(flow) = self.known.get_mut(&key) else {
@@ -326,7 +342,9 @@ impl Flows {
             if flow.first_ns != first_ns || flow.verdict.is_some() {
                 continue;
             }
-            let verdict = match flow.judge(directory, false, now_ns, PATIENCE_AT_END_NS) {
+            let verdict = match flow.judge(directory, false, now_ns, PATIENCE_AT_END_NS, |to| {
+                remembers(&key, to)
+            }) {
                 Judged::Is(verdict) => verdict,
                 Judged::InGrace => flow.dropped().unwrap_or(Verdict::Undecided),
                 Judged::Open | Judged::Unread => Verdict::Undecided,
@@ -377,7 +395,14 @@ fn take_older(queue: &mut Waiting, now_ns: u64, age_ns: u64, into: &mut Waiting)
 }
 
 impl Flow {
-    fn judge(&self, directory: &Directory, reading: bool, now_ns: u64, patience_ns: u64) -> Judged {
+    fn judge(
+        &self,
+        directory: &Directory,
+        reading: bool,
+        now_ns: u64,
+        patience_ns: u64,
+        mut remembers: impl FnMut(SocketAddr) -> bool,
+    ) -> Judged {
         let age_ns = now_ns.saturating_sub(self.first_ns);
         let serves = |address, at_ns| directory.serves(self.index, address, at_ns);
         match self.back {
@@ -414,8 +439,13 @@ impl Flow {
             (_, Some(endpoint)) if self.known && directory.served(self.index, endpoint) => {
                 Judged::Is(Verdict::Stuck { endpoint })
             }
-            _ if age_ns >= patience_ns => Judged::Is(Verdict::Unanswered { stray }),
-            _ => Judged::Open,
+            _ if age_ns < patience_ns => Judged::Open,
+            (_, Some(endpoint))
+                if directory.served(self.index, endpoint) && remembers(endpoint) =>
+            {
+                Judged::Is(Verdict::Stuck { endpoint })
+            }
+            _ => Judged::Is(Verdict::Unanswered { stray }),
         }
     }
 
@@ -498,6 +528,10 @@ mod tests {
         directory
     }
 
+    fn nobody(_: &Key, _: SocketAddr) -> bool {
+        false
+    }
+
     fn verdicts(decided: &[Decided]) -> Vec<&Verdict> {
         decided.iter().map(|decided| &decided.verdict).collect()
     }
@@ -507,9 +541,9 @@ mod tests {
         let (mut flows, directory) = (Flows::default(), directory());
         assert!(flows.first(key(1), 0, &journey(10, ENDPOINT, End::Sent), false));
         assert!(!flows.first(key(1), 0, &journey(20, ENDPOINT, End::Sent), false));
-        assert!(flows.decide(&directory, false, 30).is_empty());
+        assert!(flows.decide(&directory, false, 30, nobody).is_empty());
         flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), 40);
-        let decided = flows.decide(&directory, false, 50);
+        let decided = flows.decide(&directory, false, 50, nobody);
         assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
         assert_eq!(decided[0].after_ns, Some(30));
         assert!(flows.known.is_empty());
@@ -520,7 +554,7 @@ mod tests {
         // It was answered: what comes now is a later one.
         assert_eq!(flows.is_repeated(&key(2)), Some(false));
         assert_eq!(
-            verdicts(&flows.decide(&directory, false, 70)),
+            verdicts(&flows.decide(&directory, false, 70, nobody)),
             [&Verdict::Delivered]
         );
     }
@@ -530,12 +564,16 @@ mod tests {
         let (mut flows, directory) = (Flows::default(), directory());
         flows.first(key(1), 0, &journey(0, ENDPOINT, End::Sent), false);
         assert_eq!(flows.is_repeated(&key(1)), Some(true));
-        assert!(flows.decide(&directory, false, PATIENCE_NS - 1).is_empty());
+        assert!(
+            flows
+                .decide(&directory, false, PATIENCE_NS - 1, nobody)
+                .is_empty()
+        );
         let silent = Verdict::Unanswered { stray: None };
-        let decided = flows.decide(&directory, false, PATIENCE_NS);
+        let decided = flows.decide(&directory, false, PATIENCE_NS, nobody);
         assert_eq!(verdicts(&decided), [&silent]);
         flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), PATIENCE_NS + 1);
-        let decided = flows.decide(&directory, false, PATIENCE_NS + 2);
+        let decided = flows.decide(&directory, false, PATIENCE_NS + 2, nobody);
         assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
         assert_eq!(decided[0].corrects.as_deref(), Some(&silent));
         // At the end, what is too young stays undecided.
@@ -546,7 +584,7 @@ mod tests {
             &journey(PATIENCE_AT_END_NS, ENDPOINT, End::Sent),
             false,
         );
-        let decided = flows.finish(&directory, PATIENCE_AT_END_NS);
+        let decided = flows.finish(&directory, PATIENCE_AT_END_NS, nobody);
         assert_eq!(verdicts(&decided), [&silent, &Verdict::Undecided]);
     }
 
@@ -556,8 +594,8 @@ mod tests {
         let stranger = "10.244.0.99:8080";
         flows.first(key(1), 0, &journey(10, stranger, End::Elsewhere), false);
         flows.came_back(key(1), Back::Answer(socket(stranger)), 20);
-        assert!(flows.decide(&directory, true, 30).is_empty());
-        let decided = flows.decide(&directory, false, 40);
+        assert!(flows.decide(&directory, true, 30, nobody).is_empty());
+        let decided = flows.decide(&directory, false, 40, nobody);
         let by = socket(stranger);
         assert_eq!(verdicts(&decided), [&Verdict::Misdelivered { by }]);
         // An endpoint that went after the flow began was one; later it is none.
@@ -579,7 +617,10 @@ mod tests {
                 false,
             );
             flows.came_back(key(port), Back::Answer(socket(ENDPOINT)), 200);
-            assert_eq!(verdicts(&flows.decide(&directory, false, 210)), [&wanted]);
+            assert_eq!(
+                verdicts(&flows.decide(&directory, false, 210, nobody)),
+                [&wanted]
+            );
         }
     }
 
@@ -590,15 +631,43 @@ mod tests {
         flows.first(key(1), 0, &journey(200, ENDPOINT, End::Elsewhere), true);
         let endpoint = socket(ENDPOINT);
         assert_eq!(
-            verdicts(&flows.decide(&directory, false, 210)),
+            verdicts(&flows.decide(&directory, false, 210, nobody)),
             [&Verdict::Stuck { endpoint }]
         );
         // Not remembered: a rule of somebody else sent it there.
         flows.first(key(2), 0, &journey(200, ENDPOINT, End::Elsewhere), false);
         let stray = Some(endpoint);
         assert_eq!(
-            verdicts(&flows.decide(&directory, false, 200 + PATIENCE_NS)),
+            verdicts(&flows.decide(&directory, false, 200 + PATIENCE_NS, nobody)),
             [&Verdict::Unanswered { stray }]
+        );
+    }
+
+    /// Asked only when it has not been answered, and of former endpoints.
+    #[test]
+    fn what_somebody_else_remembers_of_a_dead_endpoint_is_stuck() {
+        let (mut flows, mut directory) = (Flows::default(), directory());
+        let endpoint = socket(ENDPOINT);
+        let remembers = |asked: &Key, to: SocketAddr| {
+            assert_eq!(to, endpoint);
+            *asked == key(1)
+        };
+        directory.learn(&Found::default(), &[], 100);
+        for port in [1, 2] {
+            flows.first(key(port), 0, &journey(200, ENDPOINT, End::Elsewhere), false);
+        }
+        let stranger = "10.244.0.99:8080";
+        flows.first(key(3), 0, &journey(200, stranger, End::Elsewhere), false);
+        assert!(flows.decide(&directory, false, 210, remembers).is_empty());
+        let decided = flows.decide(&directory, false, 200 + PATIENCE_NS, remembers);
+        let unanswered = |stray| Verdict::Unanswered { stray: Some(stray) };
+        assert_eq!(
+            verdicts(&decided),
+            [
+                &Verdict::Stuck { endpoint },
+                &unanswered(endpoint),
+                &unanswered(socket(stranger))
+            ]
         );
     }
 
@@ -611,7 +680,7 @@ mod tests {
             flows.first(key(port), 0, &journey(0, "192.0.2.7:22", end), false);
         }
         assert_eq!(
-            verdicts(&flows.decide(&directory, false, 1)),
+            verdicts(&flows.decide(&directory, false, 1, nobody)),
             [&Verdict::Hijacked { network }, &Verdict::Absorbed]
         );
     }
@@ -627,18 +696,18 @@ mod tests {
         for port in [1, 2] {
             flows.first(key(port), 0, &journey(0, ENDPOINT, end.clone()), false);
         }
-        assert!(flows.decide(&directory, false, 1).is_empty());
+        assert!(flows.decide(&directory, false, 1, nobody).is_empty());
         let by = Who::Node;
         flows.came_back(key(2), Back::Error(by, "port unreachable"), 2);
         let how = "port unreachable";
         assert_eq!(
-            verdicts(&flows.decide(&directory, false, 3)),
+            verdicts(&flows.decide(&directory, false, 3, nobody)),
             [&Verdict::Rejected {
                 by,
                 how: how.to_owned()
             }]
         );
-        let decided = flows.decide(&directory, false, GRACE_NS);
+        let decided = flows.decide(&directory, false, GRACE_NS, nobody);
         assert!(matches!(decided[0].verdict, Verdict::Dropped { .. }));
         assert_eq!(decided.len(), 1);
     }
@@ -655,7 +724,7 @@ mod tests {
             ));
             flows.first(key, 0, &journey(number, ENDPOINT, End::Sent), false);
             if number % 1000 == 0 {
-                flows.decide(&directory, false, number);
+                flows.decide(&directory, false, number, nobody);
             }
         }
         assert_eq!(flows.known.len(), MOST);

@@ -10,7 +10,7 @@ use tracer_ebpf::path::{Origin, Path, Target};
 
 use super::changes::{ChangesError, Listening, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
-use super::flows::{Back, Decided, Flows};
+use super::flows::{Back, Decided, Flows, Key};
 use super::hints;
 use super::journey::{End, Journey};
 use super::outages::{Outage, Outages};
@@ -209,6 +209,7 @@ pub struct Session {
     /// Packets that went to no known endpoint, while the rules are read again.
     held: Vec<(Turn, Heard)>,
     stuck: stuck::Watch,
+    remembered: stuck::Remembered,
     outages: Outages,
     ended_outages: Vec<Outage>,
     directory: Directory,
@@ -278,6 +279,7 @@ impl Session {
             flows: Flows::default(),
             held: Vec::new(),
             stuck: stuck::Watch::default(),
+            remembered: stuck::Remembered::default(),
             outages: Outages::default(),
             ended_outages: Vec::new(),
             hints: hints::mixed(&found)
@@ -368,7 +370,11 @@ impl Session {
         }
         self.learn(&mut events)?;
         let reading = self.is_outdated();
-        let decided = self.flows.decide(&self.directory, reading, monotonic_ns());
+        let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
+        let now_ns = monotonic_ns();
+        let decided = self
+            .flows
+            .decide(&self.directory, reading, now_ns, remembers);
         self.count(decided, &mut events);
         let probes = &self.probes;
         let heard = |endpoint, protocol| probes.heard(endpoint, protocol);
@@ -555,7 +561,10 @@ impl Session {
             self.learn(&mut events)?;
             std::thread::sleep(Duration::from_millis(1));
         }
-        let decided = self.flows.finish(&self.directory, monotonic_ns());
+        let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
+        let decided = self
+            .flows
+            .finish(&self.directory, monotonic_ns(), remembers);
         self.count(decided, &mut events);
         let outages = std::mem::take(&mut self.outages);
         let known = |index| self.directory.get(index);

@@ -5,7 +5,7 @@
 //! has packets that keep it alive. The endpoint may still answer them: kube-proxy leaves established TCP
 //! connections alone. A flow is stuck if its entry was renewed twice, and nothing came from the endpoint meanwhile.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
@@ -16,11 +16,15 @@ use super::directory::Directory;
 use super::flows::Key;
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::conntrack::{self, ConntrackError, Entry};
+use crate::kernel::ipvs_connections::{self, Connection};
 use crate::kernel::netns::Netns;
 use crate::probe::tier::ProbeError;
+use crate::rules::Mode;
 
 /// How often the list is read while there may be something in it.
 const EVERY: Duration = Duration::from_secs(2);
+/// How long what IPVS remembers is believed: no longer than an unanswered flow is waited for.
+const AGE: Duration = Duration::from_secs(1);
 /// The most flows that are remembered.
 const MOST: usize = 100_000;
 /// A request may be seen before its answer: one renewal says nothing.
@@ -67,6 +71,38 @@ struct Seen {
     heard_ns: Option<u64>,
     /// How often it was renewed while nothing came from its endpoint.
     unheard: u32,
+}
+
+/// What IPVS remembers of former endpoints beside conntrack: a UDP flow that conntrack forgets after 30 s or two
+/// minutes of silence is IPVS' for five, and a new one to conntrack when it goes on.
+#[derive(Debug, Default)]
+pub struct Remembered {
+    connections: HashSet<Connection>,
+    read: Option<Instant>,
+}
+
+impl Remembered {
+    /// Does IPVS remember that this flow goes to a former endpoint? No, as well, where it cannot be read, or has more
+    /// connections than are read.
+    pub fn holds(&mut self, ns: &Netns, directory: &Directory, key: &Key, to: SocketAddr) -> bool {
+        let service = directory.asked(key.destination, key.protocol);
+        let service = service.and_then(|index| directory.get(index));
+        if service.is_none_or(|service| service.mode != Mode::Ipvs.name()) {
+            return false;
+        }
+        if self.read.is_none_or(|read| read.elapsed() >= AGE) {
+            let former = directory.former();
+            let of_former = |found: &Connection| former.contains(&(found.server, found.protocol));
+            self.connections = ipvs_connections::list(ns, of_former).unwrap_or_default();
+            self.read = Some(Instant::now());
+        }
+        self.connections.contains(&Connection {
+            protocol: key.protocol,
+            source: key.source,
+            destination: key.destination,
+            server: to,
+        })
+    }
 }
 
 /// Looks for stuck flows.

@@ -37,7 +37,7 @@ pub enum Verdict {
         /// Who.
         by: SocketAddr,
     },
-    /// Conntrack remembers it, and sends it to an endpoint that the rules no longer name.
+    /// Conntrack or IPVS remembers it, and sends it to an endpoint that the rules no longer name.
     Stuck {
         /// The endpoint that was.
         endpoint: SocketAddr,
@@ -165,8 +165,9 @@ impl Verdict {
                  hostPort): compare the rules with the cluster (svcpath rules check --live)"
             }
             Self::Stuck { .. } => {
-                "delete the entry (conntrack -D --orig-dst ADDRESS) and ask why kube-proxy has not: until then \
-                 every packet of this flow keeps it alive"
+                "delete the entry (conntrack -D --orig-dst ADDRESS; what IPVS remembers, in ipvsadm -Lnc, goes with its \
+                 real server: ipvsadm -d) and ask why kube-proxy has not: until then every packet of this flow keeps \
+                 it alive"
             }
             Self::Hijacked { .. } => {
                 "every node in IPVS mode binds a Service's externalIPs and load balancer addresses on kube-ipvs0, \
