@@ -3,10 +3,12 @@
 
 pub mod changes;
 pub mod faces;
+pub mod identity;
 pub mod met;
 pub mod oracle;
 pub mod rules;
 pub mod safety;
+mod sctp;
 pub mod tiers;
 pub mod trace;
 pub mod truth;

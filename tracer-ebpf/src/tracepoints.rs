@@ -6,7 +6,7 @@ use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::debug;
 use tracer_ebpf::record::phase;
 
-use crate::journey::{depart, drop, slot_of, table};
+use crate::journey::{depart, depart_in_parts, drop, slot_of, table};
 use crate::kernel::{NETNS, netns_of};
 
 /// A packet enters this node: remember when.
@@ -45,6 +45,8 @@ fn net_dev_xmit(ctx: BtfTracePointContext) -> i32 {
         let slot = slot_of(table, skb);
         if (*slot).skb == skb as u64 && (*slot).phase == phase::UNDERWAY {
             depart(table, slot);
+        } else {
+            depart_in_parts(table, ctx.arg(2));
         }
     }
     0

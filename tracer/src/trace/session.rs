@@ -438,6 +438,7 @@ impl Session {
                 index,
                 known,
                 further,
+                opening,
                 journey,
             } => {
                 if !self.options.wants(&journey) {
@@ -452,7 +453,7 @@ impl Session {
                         return;
                     }
                     Turn::Further
-                } else if self.flows.first(key, index, &journey, known) {
+                } else if self.flows.first(key, index, &journey, known, opening) {
                     Turn::First
                 } else {
                     Turn::Repeated
