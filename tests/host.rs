@@ -6,7 +6,7 @@ use tests::changes::{
     what_leaves_sets_as_they_were_is_no_change, who_is_gone_is_known,
 };
 use tests::faces::{a_flush_is_in_the_kept_trace, a_trace_is_kept_and_read_back};
-use tests::identity;
+use tests::identity::{Beside, every_flow_is_told_as_it_was};
 use tests::oracle::walk_agrees_with_the_kernel;
 use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
 use tests::safety::{
@@ -314,66 +314,25 @@ fn hooks_of_both_families() {
     tests::tiers::both_families_are_followed_in_one_namespace(Tier::Hooks);
 }
 
-/// The tier that this machine's kernel has.
-const HERE: &[Tier] = &[Tier::Hooks];
-
 #[test]
-fn iptables_legacy_identity_of_both_families() {
-    identity::both_families_by_every_path(Mode::IptablesLegacy, HERE);
+fn iptables_legacy_identity() {
+    let beside = Beside {
+        cut: true,
+        ..Beside::default()
+    };
+    every_flow_is_told_as_it_was(Mode::IptablesLegacy, &[Tier::Hooks], beside);
 }
 
 #[test]
-fn iptables_nft_identity_of_both_families() {
-    identity::both_families_by_every_path(Mode::IptablesNft, HERE);
+fn iptables_nft_identity() {
+    let beside = Beside {
+        captures: true,
+        ..Beside::default()
+    };
+    every_flow_is_told_as_it_was(Mode::IptablesNft, &[Tier::Hooks], beside);
 }
 
 #[test]
-fn nftables_identity_of_both_families() {
-    identity::both_families_by_every_path(Mode::Nftables, HERE);
-}
-
-#[test]
-fn nftables_identity_of_faults() {
-    identity::faults_of_both_families(Mode::Nftables, HERE);
-}
-
-#[test]
-fn nftables_identity_of_associations() {
-    identity::associations_are_told(Mode::Nftables, HERE);
-}
-
-#[test]
-fn nftables_identity_of_parts() {
-    identity::datagrams_in_parts_are_one_journey(Mode::Nftables, HERE);
-}
-
-#[test]
-fn nftables_identity_beside_captures() {
-    identity::captures_are_no_journeys(Mode::Nftables, HERE);
-}
-
-#[test]
-fn nftables_identity_of_large_segments() {
-    identity::large_segments_are_one_flow(Mode::Nftables, HERE, false);
-    identity::large_segments_are_one_flow(Mode::Nftables, HERE, true);
-}
-
-#[test]
-fn nftables_identity_of_the_way_back() {
-    identity::the_way_back_is_one_journey(Mode::Nftables, HERE);
-}
-
-#[test]
-fn nftables_identity_of_answers() {
-    identity::answers_are_their_own_flows(Mode::Nftables, HERE);
-}
-
-#[test]
-fn nftables_identity_of_ports() {
-    identity::a_port_used_again_is_another_flow(Mode::Nftables, HERE);
-}
-
-#[test]
-fn nftables_identity_of_errors() {
-    identity::errors_belong_to_their_flows(Mode::Nftables, HERE);
+fn nftables_identity() {
+    every_flow_is_told_as_it_was(Mode::Nftables, &[Tier::Hooks], Beside::default());
 }

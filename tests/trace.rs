@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use tokio::task::LocalSet;
-use tracer::cluster::Family;
+use tracer::cluster::{Cluster, Family};
 use tracer::kernel::clock::monotonic_ns;
 use tracer::kernel::dump;
 use tracer::lab::traffic::{self, Stream, TrafficPlan, TrafficResult};
@@ -38,11 +38,17 @@ pub(crate) fn node(mode: Mode) -> TestNode {
 }
 
 pub(crate) fn send(node: &TestNode, flows: u32, seed: u64) -> TrafficResult {
-    send_by(node, Family::V4, flows, seed)
+    send_to(node, &node.cluster, Family::V4, flows, seed)
 }
 
-/// Flows of a family by the three paths to Services.
-pub(crate) fn send_by(node: &TestNode, family: Family, flows: u32, seed: u64) -> TrafficResult {
+/// Flows of a family by the three paths to these Services.
+pub(crate) fn send_to(
+    node: &TestNode,
+    cluster: &Cluster,
+    family: Family,
+    flows: u32,
+    seed: u64,
+) -> TrafficResult {
     let streams = Path::SERVICE.into_iter().map(|path| Stream {
         path,
         per_second: 500.0,
@@ -57,7 +63,7 @@ pub(crate) fn send_by(node: &TestNode, family: Family, flows: u32, seed: u64) ->
         ..TrafficPlan::default()
     };
     on_one_thread(async {
-        let prepared = traffic::prepare(&node.lab, &node.cluster, &plan).await?;
+        let prepared = traffic::prepare(&node.lab, cluster, &plan).await?;
         prepared.run(monotonic_ns() + 1_000_000).await
     })
     .expect("traffic")

@@ -325,64 +325,12 @@ fn cost_against_bpftrace_needs_it() {
     assert!(error.to_string().contains("--package bpftrace"), "{error}");
 }
 
+/// Both tiers at once; beside captures, and with links that take no large segments.
 #[test]
-fn identity_of_both_families() {
-    for mode in [Mode::Ipvs, Mode::IptablesNft] {
-        tests::identity::both_families_by_every_path(mode, &Tier::ALL);
-    }
-}
-
-#[test]
-fn identity_of_faults() {
-    tests::identity::faults_of_both_families(Mode::Ipvs, &Tier::ALL);
-}
-
-#[test]
-fn identity_of_associations() {
-    for mode in [Mode::Ipvs, Mode::IptablesLegacy] {
-        tests::identity::associations_are_told(mode, &Tier::ALL);
-    }
-}
-
-#[test]
-fn identity_of_parts() {
-    for mode in [Mode::Ipvs, Mode::Nftables] {
-        tests::identity::datagrams_in_parts_are_one_journey(mode, &Tier::ALL);
-    }
-}
-
-#[test]
-fn identity_beside_captures() {
-    tests::identity::captures_are_no_journeys(Mode::Ipvs, &Tier::ALL);
-}
-
-#[test]
-fn identity_of_large_segments() {
-    for cut in [false, true] {
-        tests::identity::large_segments_are_one_flow(Mode::Ipvs, &Tier::ALL, cut);
-    }
-}
-
-#[test]
-fn identity_of_the_way_back() {
-    for mode in [Mode::Ipvs, Mode::Nftables] {
-        tests::identity::the_way_back_is_one_journey(mode, &Tier::ALL);
-    }
-}
-
-#[test]
-fn identity_of_answers() {
-    tests::identity::answers_are_their_own_flows(Mode::Ipvs, &Tier::ALL);
-}
-
-#[test]
-fn identity_of_ports() {
-    tests::identity::a_port_used_again_is_another_flow(Mode::Ipvs, &Tier::ALL);
-}
-
-#[test]
-fn identity_of_errors() {
-    for mode in [Mode::Ipvs, Mode::IptablesLegacy] {
-        tests::identity::errors_belong_to_their_flows(mode, &Tier::ALL);
-    }
+fn identity_in_both_tiers() {
+    let beside = tests::identity::Beside {
+        captures: true,
+        cut: true,
+    };
+    tests::identity::every_flow_is_told_as_it_was(Mode::Ipvs, &Tier::ALL, beside);
 }
