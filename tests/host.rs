@@ -7,6 +7,7 @@ use tests::changes::{
     what_leaves_sets_as_they_were_is_no_change, who_is_gone_is_known,
 };
 use tests::faces::{a_flush_is_in_the_kept_trace, a_trace_is_kept_and_read_back};
+use tests::identity::{Beside, every_flow_is_told_as_it_was};
 use tests::oracle::walk_agrees_with_the_kernel;
 use tests::rules::{random_clusters_are_clean, the_real_cluster_is_clean};
 use tests::safety::{
@@ -349,4 +350,27 @@ fn hooks_of_both_families() {
 #[test]
 fn answers_of_this_kernel() {
     answers_are_told(&[Mode::IptablesLegacy, Mode::IptablesNft, Mode::Nftables]);
+}
+
+#[test]
+fn iptables_legacy_identity() {
+    let beside = Beside {
+        cut: true,
+        ..Beside::default()
+    };
+    every_flow_is_told_as_it_was(Mode::IptablesLegacy, &[Tier::Hooks], beside);
+}
+
+#[test]
+fn iptables_nft_identity() {
+    let beside = Beside {
+        captures: true,
+        ..Beside::default()
+    };
+    every_flow_is_told_as_it_was(Mode::IptablesNft, &[Tier::Hooks], beside);
+}
+
+#[test]
+fn nftables_identity() {
+    every_flow_is_told_as_it_was(Mode::Nftables, &[Tier::Hooks], Beside::default());
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use tokio::task::LocalSet;
+use tracer::cluster::{Cluster, Family};
 use tracer::kernel::clock::monotonic_ns;
 use tracer::kernel::dump;
 use tracer::lab::traffic::{self, Stream, TrafficPlan, TrafficResult};
@@ -37,6 +38,17 @@ pub(crate) fn node(mode: Mode) -> TestNode {
 }
 
 pub(crate) fn send(node: &TestNode, flows: u32, seed: u64) -> TrafficResult {
+    send_to(node, &node.cluster, Family::V4, flows, seed)
+}
+
+/// Flows of a family by the three paths to these Services.
+pub(crate) fn send_to(
+    node: &TestNode,
+    cluster: &Cluster,
+    family: Family,
+    flows: u32,
+    seed: u64,
+) -> TrafficResult {
     let streams = Path::SERVICE.into_iter().map(|path| Stream {
         path,
         per_second: 500.0,
@@ -46,11 +58,12 @@ pub(crate) fn send(node: &TestNode, flows: u32, seed: u64) -> TrafficResult {
     let plan = TrafficPlan {
         streams: streams.collect(),
         seed,
+        family,
         patience: Duration::from_millis(500),
         ..TrafficPlan::default()
     };
     on_one_thread(async {
-        let prepared = traffic::prepare(&node.lab, &node.cluster, &plan).await?;
+        let prepared = traffic::prepare(&node.lab, cluster, &plan).await?;
         prepared.run(monotonic_ns() + 1_000_000).await
     })
     .expect("traffic")
@@ -60,7 +73,7 @@ pub(crate) fn options(choices: Vec<Choice>, tier: Tier) -> Options {
     Options {
         tier: Some(tier),
         choices,
-        pod_cidrs: vec![plan::NODE_POD_CIDR],
+        pod_cidrs: vec![plan::NODE_POD_CIDR, plan::NODE_POD_CIDR6],
         cost: true,
         ..Options::default()
     }

@@ -350,3 +350,13 @@ fn cost_against_bpftrace_needs_it() {
     assert!(matches!(error, CostError::NoBpftrace), "{error}");
     assert!(error.to_string().contains("--package bpftrace"), "{error}");
 }
+
+/// Both tiers at once; beside captures, and with links that take no large segments.
+#[test]
+fn identity_in_both_tiers() {
+    let beside = tests::identity::Beside {
+        captures: true,
+        cut: true,
+    };
+    tests::identity::every_flow_is_told_as_it_was(Mode::Ipvs, &Tier::ALL, beside);
+}

@@ -7,7 +7,7 @@ use aya_ebpf::maps::{Array, HashMap};
 use tracer_ebpf::path::{ABSORBED, Origin, Path, Target};
 use tracer_ebpf::record::{
     Address, Aligned, Key4, Key6, Known, PORT_BITS, PORT_IS_DESTINATION, PORT_IS_SOURCE, hook,
-    protocol, tcp,
+    protocol, sctp, tcp,
 };
 
 use crate::kernel::{COPY, Header, field, first4, halves, header_at, network_header};
@@ -21,6 +21,10 @@ static POD_MASK4: Global<u32> = Global::new(0);
 static POD_NET6: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static POD_MASK6: Global<u64> = Global::new(0);
+
+/// 1 if packets are met before defragmentation: the first of several parts, which has ports, is no packet then.
+#[unsafe(no_mangle)]
+static WHOLE: Global<u32> = Global::new(0);
 
 /// Which ports can be of interest at all: two bits a port.
 #[map]
@@ -99,7 +103,9 @@ impl Flow {
 
     #[inline(always)]
     fn refuses(&self) -> bool {
-        self.error || (self.protocol == protocol::TCP && self.flags & tcp::RST != 0)
+        self.error
+            || (self.protocol == protocol::TCP && self.flags & tcp::RST != 0)
+            || (self.protocol == protocol::SCTP && self.flags == sctp::ABORT)
     }
 }
 
@@ -240,8 +246,10 @@ unsafe fn read4(at: u64, flow: &mut Flow) -> bool {
         let next: u8 = field(ip, 9);
         let part: u16 = field(ip, 6);
         let begin = at + u64::from(field::<u8>(ip, 0) & 0xf) * 4;
-        // A fragment's offset, network order: where nothing defragments, later fragments have no ports.
-        if part & 0xff1f != 0 {
+        // A fragment's offset, network order: where nothing defragments, later fragments have no ports. The bit
+        // before it says that others follow.
+        let mask = if WHOLE.load() != 0 { 0xff3f } else { 0xff1f };
+        if part & mask != 0 {
             return false;
         }
         if has_ports(next) {

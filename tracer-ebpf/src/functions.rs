@@ -12,6 +12,10 @@
 //! packet go on which is at another hook is counted as unpaired. A component's function that is called
 //! from elsewhere than the packet's hook (traffic control and Open vSwitch call conntrack) is no step.
 //!
+//! **Parts.** A hook begins before its defragmentation, which keeps the parts of a packet until the last one has
+//! come, and goes on with the whole one in the last part's place. So parts are nobody, and the whole packet is
+//! met when PREROUTING returns.
+//!
 //! **Namespaces.** Functions run for all of them; only the node's count.
 
 use core::ffi::c_void;
@@ -27,8 +31,8 @@ use tracer_ebpf::record::{
 };
 
 use crate::details::{self, TABLE_NAME};
-use crate::journey::{Here, enter, step, table, under_way};
-use crate::kernel::{NET_INUM, NETNS};
+use crate::journey::{Here, begin_whole, enter, slot_for, step, table, under_way};
+use crate::kernel::{NET_INUM, NETNS, came_in_parts};
 
 /// The first stage of each hook, a byte a hook.
 #[unsafe(no_mangle)]
@@ -225,7 +229,7 @@ unsafe fn hook_entry(skb: *const u8, state: *const u8) {
 unsafe fn hook_exit(skb: *const u8, state: *const u8) {
     unsafe {
         let Some((table, slot, at)) = at_hook(skb, state) else {
-            return;
+            return whole_entry(skb, state);
         };
         let stage = byte(LAST_STAGES.load(), at.hook);
         if !is_at((*slot).boundary, at.hook) {
@@ -239,6 +243,30 @@ unsafe fn hook_exit(skb: *const u8, state: *const u8) {
             if role != 0 || stage != (*slot).boundary {
                 go(table, slot, skb, at, stage, role);
             }
+        }
+    }
+}
+
+/// A packet that came in parts is whole when PREROUTING returns: its journey begins there.
+#[inline(always)]
+unsafe fn whole_entry(skb: *const u8, state: *const u8) {
+    unsafe {
+        let ipv4 = ptr::read_volatile(state.add(STATE_PF.load() as usize)) == IPV4;
+        let hook = ptr::read_volatile(state.add(STATE_HOOK.load() as usize));
+        if u32::from(hook) != hook::PREROUTING || !came_in_parts(skb, ipv4) {
+            return;
+        }
+        let (Some(at), Some(table)) = (at(state), table()) else {
+            return;
+        };
+        let here = Here {
+            stage: byte(LAST_STAGES.load(), at.hook),
+            hook: at.hook,
+            role: role::ENTRY,
+            ipv4: at.ipv4,
+        };
+        if here.stage != NO_STAGE {
+            begin_whole(table, slot_for(table, skb), skb, here);
         }
     }
 }

@@ -28,7 +28,9 @@ use tracer_ebpf::record::{
 
 use crate::details;
 use crate::flow::{Flow, NOTHING, expect_answer, origin_of, read, recognise, target_of};
-use crate::kernel::{connection, first4, halves, is_confirmed, low_half, read_start, read_tuples};
+use crate::kernel::{
+    connection, cut_by, first4, halves, is_confirmed, low_half, read_start, read_tuples,
+};
 
 /// One in how many later packets is timed; first packets always are.
 #[unsafe(no_mangle)]
@@ -222,6 +224,7 @@ unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool, 
         (*slot).kind = 0;
         (*slot).confirmed = 0;
         (*slot).notes = 0;
+        (*slot).cut = 0;
         (*slot).phase = phase::UNDERWAY;
         (*slot).boundary = here.stage;
         (*slot).began = here.stage;
@@ -234,6 +237,8 @@ unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool, 
         (*slot).code = flow.code;
         if flow.error {
             (*slot).kind = kind::ERROR;
+            // Who sent it: translation makes it come from the Service.
+            read_start(skb, &mut (*slot).header);
         }
         (*slot).sport = flow.sport;
         (*slot).dport = flow.dport;
@@ -252,6 +257,35 @@ unsafe fn begin(table: *mut Table, slot: *mut Slot, skb: *const u8, ours: bool, 
             (*slot).started = now;
             (*slot).last = now;
         }
+    }
+}
+
+/// A packet that came in parts is met first behind a hook that may have translated it: what it was before, its
+/// connection tells.
+#[inline(always)]
+pub(crate) unsafe fn begin_whole(table: *mut Table, slot: *mut Slot, skb: *const u8, here: Here) {
+    unsafe {
+        let ours = (*slot).skb == skb as u64;
+        begin(table, slot, skb, ours, here);
+        if (*slot).skb != skb as u64 {
+            return;
+        }
+        learn_state(slot, skb);
+        let forwards = (*slot).state == state::NEW || (*slot).state == state::ESTABLISHED;
+        if !forwards || !read_tuples((*slot).ct, &mut (*slot).tuples) {
+            return;
+        }
+        let path = path_of_flow(slot);
+        if path >= Path::COUNT as u8 {
+            return;
+        }
+        (*slot).path = path;
+        let tuple = (&raw const (*slot).tuples).cast::<u8>();
+        let (source, destination) = (address_at(tuple), address_at(tuple.add(20)));
+        copy(&raw mut (*slot).source, &raw const source);
+        copy(&raw mut (*slot).destination, &raw const destination);
+        (*slot).sport = [*tuple.add(16), *tuple.add(17)];
+        (*slot).dport = [*tuple.add(36), *tuple.add(37)];
     }
 }
 
@@ -295,10 +329,13 @@ pub(crate) unsafe fn step(table: *mut Table, slot: *mut Slot, skb: *const u8, he
         if here.role & (role::DEPART | role::DELIVER) != 0 {
             settle(slot);
             (*slot).kind = kind_at_end(slot);
-            if (*slot).kind != 0 {
+            if (*slot).kind != 0 && (*slot).kind != kind::ERROR {
                 read_start(skb, &mut (*slot).header);
             }
             know_connection(slot);
+        }
+        if here.role & role::DEPART != 0 {
+            may_be_cut(table, slot, skb, here);
         }
         if here.role & role::DELIVER != 0 {
             (*table).stats.delivered += 1;
@@ -306,6 +343,37 @@ pub(crate) unsafe fn step(table: *mut Table, slot: *mut Slot, skb: *const u8, he
             (*slot).phase = phase::DELIVERED;
         } else if (*slot).timed != timed::NO {
             (*slot).last = bpf_ktime_get_ns();
+        }
+    }
+}
+
+/// The packet has passed the last hook: is it what will leave?
+#[inline(always)]
+unsafe fn may_be_cut(table: *mut Table, slot: *mut Slot, skb: *const u8, here: Here) {
+    unsafe {
+        let device = cut_by(skb, here.ipv4);
+        if device != 0 {
+            (*slot).cut = 1;
+            (*table).cut = skb as u64;
+            (*table).cut_by = device;
+        }
+    }
+}
+
+/// A packet that nobody follows left by a device: if that is where one is being cut up, the kernel has made it
+/// of that one, on this CPU and at once.
+#[inline(always)]
+pub(crate) unsafe fn depart_in_parts(table: *mut Table, device: *const u8) {
+    unsafe {
+        let cut = (*table).cut;
+        if cut == 0 || (*table).cut_by != device as u64 {
+            return;
+        }
+        (*table).cut = 0;
+        if let Some(slot) = under_way(table, cut as *const u8)
+            && (*slot).cut != 0
+        {
+            depart(table, slot);
         }
     }
 }

@@ -21,7 +21,16 @@ static SKB_NETWORK_HEADER: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static SKB_DEV: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
+static SKB_LEN: Global<u32> = Global::new(0);
+/// Where defragmentation leaves the length of a packet's largest part, in the control block of IPv4 and IPv6.
+#[unsafe(no_mangle)]
+static SKB_PARTS4: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static SKB_PARTS6: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
 static DEV_NET: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static DEV_MTU: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub(crate) static NET_INUM: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
@@ -138,6 +147,33 @@ pub(crate) unsafe fn is_confirmed(ct: u64) -> bool {
 pub(crate) unsafe fn read_tuples(ct: u64, tuples: &mut Aligned<TUPLES>) -> bool {
     let from = (ct + u64::from(CT_TUPLE.load())) as *const c_void;
     unsafe { bpf_probe_read_kernel((&raw mut tuples.0).cast(), TUPLES as u32, from) == 0 }
+}
+
+/// Did the packet come in parts, which have been put together?
+#[inline(always)]
+pub(crate) unsafe fn came_in_parts(skb: *const u8, ipv4: bool) -> bool {
+    let largest = if ipv4 {
+        SKB_PARTS4.load()
+    } else {
+        SKB_PARTS6.load()
+    };
+    unsafe { ptr::read_volatile(skb.add(largest as usize).cast::<u16>()) != 0 }
+}
+
+/// The address of the device that a packet leaves by, if it may not leave as it is: longer than the device
+/// takes at once, or in parts as it came. What leaves then may be other packets, made of it. Otherwise 0.
+#[inline(always)]
+pub(crate) unsafe fn cut_by(skb: *const u8, ipv4: bool) -> u64 {
+    unsafe {
+        let dev = ptr::read_volatile(skb.add(SKB_DEV.load() as usize).cast::<*const u8>());
+        let most = ptr::read_volatile(dev.add(DEV_MTU.load() as usize).cast::<u32>());
+        let length = ptr::read_volatile(skb.add(SKB_LEN.load() as usize).cast::<u32>());
+        if length > most || came_in_parts(skb, ipv4) {
+            dev as u64
+        } else {
+            0
+        }
+    }
 }
 
 /// Number of the network namespace of a packet's device.

@@ -234,8 +234,10 @@ pub struct Slot {
     pub began: u8,
     /// How many [`Note`]s there are.
     pub notes: u8,
+    /// 1 if the packet has passed the last hook and may be cut up: see [`Table::cut`].
+    pub cut: u8,
     /// Zero.
-    pub pad: [u8; 5],
+    pub pad: [u8; 4],
     /// Source address at the first boundary; IPv4 in the first four bytes.
     pub source: Address,
     /// Destination address at the first boundary.
@@ -246,7 +248,7 @@ pub struct Slot {
     pub stages: Aligned<STEPS>,
     /// The connection's tuples when the packet left the last hook (told packets only).
     pub tuples: Aligned<TUPLES>,
-    /// The packet's first bytes when it left the last hook (told packets only).
+    /// The packet's first bytes when it left the last hook (told packets only), of an ICMP error when it came.
     pub header: Aligned<HEADER>,
 }
 
@@ -298,6 +300,11 @@ pub struct Table {
     pub skip: u64,
     /// The skb that entered a component last, where notes are wanted.
     pub last: u64,
+    /// The skb that passed the last hook and may be cut up, if it is longer than its device takes: its journey
+    /// ends when it leaves, or the first packet that is made of it.
+    pub cut: u64,
+    /// The address of that device.
+    pub cut_by: u64,
 }
 
 /// What a packet met in the kernel's functions.
@@ -492,7 +499,7 @@ pub struct Record {
     pub stages: Aligned<STEPS>,
     /// The connection's tuples at the journey's end: see [`TUPLES`].
     pub tuples: Aligned<TUPLES>,
-    /// The packet's first bytes at the journey's end.
+    /// The packet's first bytes at the journey's end, of an ICMP error at its begin.
     pub header: Aligned<HEADER>,
 }
 

@@ -6,7 +6,7 @@ use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::debug;
 use tracer_ebpf::record::phase;
 
-use crate::journey::{depart, drop, slot_for, slot_of, table, under_way};
+use crate::journey::{depart, depart_in_parts, drop, slot_for, slot_of, table, under_way};
 use crate::kernel::{NETNS, netns_of};
 
 /// A packet enters this node: remember when.
@@ -44,6 +44,8 @@ fn net_dev_xmit(ctx: BtfTracePointContext) -> i32 {
     unsafe {
         if let Some(slot) = under_way(table, skb) {
             depart(table, slot);
+        } else {
+            depart_in_parts(table, ctx.arg(2));
         }
     }
     0

@@ -8,8 +8,8 @@
 //! # What it does not see
 //!
 //! A hook at which nothing is registered: the kernel does not call its components' function. So without any
-//! rule and without connection tracking nothing at all. Nor packets that come in parts: the first part is
-//! met before defragmentation.
+//! rule and without connection tracking nothing at all. Of packets that come in parts, what happens before they
+//! are whole and at PREROUTING: they are met when that returns; where nothing puts them together, not at all.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -33,6 +33,7 @@ pub(super) fn attach(
     let mut constants = constants.clone();
     constants.extend(of_stages(watch));
     constants.extend(program::numbers(offsets::of_hooks(Btf::vmlinux()?)?));
+    constants.insert("WHOLE", 1_u32.to_ne_bytes().to_vec());
     let mut attached = Attached::default();
     // Before the components: a call is noted only where its return is.
     if watch.detail >= Detail::Functions {

@@ -5,6 +5,14 @@ use crate::kernel::btf::{Btf, BtfError};
 
 /// Offsets of the kernel's fields that the programs read, by the name of the program's constant.
 pub(super) fn offsets(btf: &Btf) -> Result<Vec<(&'static str, u32)>, BtfError> {
+    let control = btf.offset_of("sk_buff", "cb")?;
+    let parts4 = control + btf.offset_of("inet_skb_parm", "frag_max_size")?;
+    let parts6 = match btf.offset_of("inet6_skb_parm", "frag_max_size") {
+        Ok(offset) => control + offset,
+        // A kernel without IPv6, or with it as a module that is not loaded, has no such packets.
+        Err(BtfError::NoType(_)) => parts4,
+        Err(error) => return Err(error),
+    };
     Ok(vec![
         ("SKB_NFCT", btf.offset_of("sk_buff", "_nfct")?),
         ("SKB_HEAD", btf.offset_of("sk_buff", "head")?),
@@ -13,6 +21,10 @@ pub(super) fn offsets(btf: &Btf) -> Result<Vec<(&'static str, u32)>, BtfError> {
             btf.offset_of("sk_buff", "network_header")?,
         ),
         ("SKB_DEV", btf.offset_of("sk_buff", "dev")?),
+        ("SKB_LEN", btf.offset_of("sk_buff", "len")?),
+        ("SKB_PARTS4", parts4),
+        ("SKB_PARTS6", parts6),
+        ("DEV_MTU", btf.offset_of("net_device", "mtu")?),
         ("DEV_NET", btf.offset_of("net_device", "nd_net.net")?),
         ("NET_INUM", btf.offset_of("net", "ns.inum")?),
         // The original direction's tuple; the reply's follows it.

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use pnet_packet::ip::{IpNextHeaderProtocol, IpNextHeaderProtocols};
 use pnet_packet::ipv4::Ipv4Packet;
 use pnet_packet::ipv6::Ipv6Packet;
+use tracer_ebpf::record::{sctp, tcp};
 
 /// What the headers say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +24,9 @@ pub struct Headers {
     pub dport: Option<u16>,
     /// TCP's flags byte; `None` if it is not TCP or cut off.
     pub tcp_flags: Option<u8>,
+    /// By what a packet that opens a connection and is sent once more is known: the sequence number of TCP's
+    /// SYN, the initiate tag of SCTP's INIT; `None` of other packets, or if cut off.
+    pub opening: Option<u32>,
 }
 
 impl Headers {
@@ -37,8 +41,12 @@ impl Headers {
 
 /// IPv6 extension headers that may stand before the transport header, at most this many.
 const MAX_EXTENSIONS: usize = 8;
-/// Where TCP's flags lie in its header.
+/// Where TCP's sequence number and flags lie in its header.
+const TCP_SEQUENCE: usize = 4;
 const TCP_FLAGS: usize = 13;
+/// Where SCTP's first chunk begins, and its tag if it is an INIT (RFC 9260, section 3.3.2).
+const SCTP_CHUNK: usize = 12;
+const SCTP_TAG: usize = 16;
 
 /// Reads the headers of an IP packet without link header; `None` if not even the IP header is whole.
 ///
@@ -124,6 +132,18 @@ fn with_transport(
         let bytes = transport.get(at..at + 2).filter(|_| has_ports)?;
         Some(u16::from_be_bytes([bytes[0], bytes[1]]))
     };
+    let byte_of = |wanted, at: usize| transport.get(at).copied().filter(|_| protocol == wanted);
+    let tcp_flags = byte_of(IpNextHeaderProtocols::Tcp, TCP_FLAGS);
+    let chunk = byte_of(IpNextHeaderProtocols::Sctp, SCTP_CHUNK);
+    let opening = match (tcp_flags, chunk) {
+        (Some(flags), _) if flags & (tcp::SYN | tcp::ACK) == tcp::SYN => Some(TCP_SEQUENCE),
+        (_, Some(sctp::INIT)) => Some(SCTP_TAG),
+        _ => None,
+    };
+    let number = |at: usize| {
+        let bytes = transport.get(at..at + 4)?.try_into().ok()?;
+        Some(u32::from_be_bytes(bytes))
+    };
     Headers {
         version,
         src,
@@ -131,10 +151,8 @@ fn with_transport(
         protocol: protocol.0,
         sport: port(0),
         dport: port(2),
-        tcp_flags: transport
-            .get(TCP_FLAGS)
-            .copied()
-            .filter(|_| protocol == IpNextHeaderProtocols::Tcp),
+        tcp_flags,
+        opening: opening.and_then(number),
     }
 }
 
@@ -147,7 +165,7 @@ mod tests {
     /// A TCP SYN from 10.244.64.1:33000 to 10.96.0.10:80.
     const SYN: [u8; 40] = [
         0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 244, 64, 1, 10, 96, 0, 10, // IPv4
-        0x80, 0xe8, 0, 80, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0, // TCP
+        0x80, 0xe8, 0, 80, 1, 2, 3, 4, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0, // TCP
     ];
 
     #[test]
@@ -160,6 +178,11 @@ mod tests {
             Some(("10.244.64.1:33000".to_owned(), "10.96.0.10:80".to_owned()))
         );
         assert_eq!((whole.protocol, whole.tcp_flags), (6, Some(2)));
+        assert_eq!(whole.opening, Some(0x0102_0304));
+        // Of a SYN-ACK nothing is asked.
+        let mut answer = SYN;
+        answer[33] |= tcp::ACK;
+        assert_eq!(dissect(&answer).expect("a whole packet").opening, None);
         let cut = dissect(&SYN[..24]).expect("ports are there");
         assert_eq!((cut.dport, cut.tcp_flags), (Some(80), None));
         let cut = dissect(&SYN[..23]).expect("the address is there");
@@ -190,6 +213,20 @@ mod tests {
             (headers.protocol, headers.sport, headers.dport),
             (17, Some(53), Some(54))
         );
+    }
+
+    #[test]
+    fn an_association_is_known_by_its_tag() {
+        let mut packet = SYN;
+        packet[9] = 132;
+        packet[32..40].copy_from_slice(&[sctp::INIT, 0, 0, 20, 9, 8, 7, 6]);
+        let headers = dissect(&packet).expect("a whole packet");
+        assert_eq!(
+            (headers.opening, headers.tcp_flags),
+            (Some(0x0908_0706), None)
+        );
+        packet[32] = sctp::INIT_ACK;
+        assert_eq!(dissect(&packet).expect("a whole packet").opening, None);
     }
 
     proptest! {

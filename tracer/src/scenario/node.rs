@@ -118,14 +118,24 @@ impl TestNode {
 
     /// Builds the laboratory and starts a server behind every endpoint.
     pub fn build(services: u32, endpoints: u32) -> Result<Self, NodeError> {
-        let cluster = plan::cluster(services, endpoints, false)?;
-        let lab = Lab::build(LabOptions::default())?;
+        Self::build_with(services, endpoints, LabOptions::default())
+    }
+
+    /// The same, with IPv6 beside IPv4 if the laboratory is to have it.
+    pub fn build_with(
+        services: u32,
+        endpoints: u32,
+        options: LabOptions,
+    ) -> Result<Self, NodeError> {
+        let dual_stack = options.dual_stack;
+        let cluster = plan::cluster(services, endpoints, dual_stack)?;
+        let lab = Lab::build(options)?;
         let sinks = Sinks::start(&lab, &cluster)?;
         let nfacct = nfacct::supported(
             lab.node(),
             &[iptables::INVALID_DROPPED, iptables::LOCALHOST_NODE_PORTS],
         )?;
-        let view = NodeView {
+        let mut view = NodeView {
             name: plan::NODE.to_owned(),
             addresses: vec![plan::node_address(Family::V4), plan::LINK_ADDRESS.base],
             cluster_cidrs: vec![plan::CLUSTER_CIDR],
@@ -133,6 +143,12 @@ impl TestNode {
             nfacct,
             ..NodeView::default()
         };
+        if dual_stack {
+            view.addresses
+                .extend([plan::node_address(Family::V6), plan::LINK_ADDRESS6.base]);
+            view.cluster_cidrs.push(plan::CLUSTER_CIDR6);
+            view.service_cidrs.push(plan::SERVICE_CIDR6);
+        }
         Ok(Self {
             lab,
             cluster,
@@ -250,7 +266,10 @@ impl TestNode {
         Watch {
             targets,
             node_addresses: self.view.addresses.clone(),
-            pod_cidrs: vec![(plan::NODE_POD_CIDR.base, plan::NODE_POD_CIDR.prefix)],
+            // A family without targets is not watched.
+            pod_cidrs: [plan::NODE_POD_CIDR, plan::NODE_POD_CIDR6]
+                .map(|cidr| (cidr.base, cidr.prefix))
+                .to_vec(),
             ..Watch::default()
         }
     }

@@ -109,6 +109,10 @@ struct Flow {
     headed: Option<SocketAddr>,
     /// Did conntrack know it before its first packet here?
     known: bool,
+    /// By what its first packet is known if it is sent once more: see [`Headers::opening`].
+    ///
+    /// [`Headers::opening`]: crate::record::headers::Headers::opening
+    opening: Option<u32>,
     back: Option<(Back, u64)>,
     verdict: Option<Verdict>,
 }
@@ -140,6 +144,8 @@ pub struct Flows {
     unread: Waiting,
     /// Decided, and remembered.
     decided: Waiting,
+    /// Whose clients use their ports again.
+    over: Vec<(Key, Flow)>,
     /// By time, and some that are gone.
     early: HashMap<Key, (Back, u64)>,
     early_order: VecDeque<Key>,
@@ -152,9 +158,17 @@ impl Flows {
         self.forgotten
     }
 
-    /// Takes in a first packet, with what conntrack knew of its flow before; is the flow new, and not only
-    /// its packet sent once more?
-    pub fn first(&mut self, key: Key, index: usize, journey: &Journey, known: bool) -> bool {
+    /// Takes in a first packet, with what conntrack knew of its flow before and what it opens; is the flow new,
+    /// and not only its packet sent once more?
+    pub fn first(
+        &mut self,
+        key: Key,
+        index: usize,
+        journey: &Journey,
+        known: bool,
+        opening: Option<u32>,
+    ) -> bool {
+        self.end_if_other(key, opening);
         if let Some(flow) = self.known.get_mut(&key) {
             // The last packet tells best where the flow stands.
             flow.last_ns = journey.time_ns;
@@ -180,6 +194,7 @@ impl Flows {
                 end: journey.end.clone(),
                 headed: journey.headed,
                 known,
+                opening,
                 back,
                 verdict: None,
             },
@@ -193,6 +208,25 @@ impl Flows {
     pub fn is_repeated(&self, key: &Key) -> Option<bool> {
         let flow = self.known.get(key)?;
         Some(!matches!(flow.back, Some((Back::Answer(_), _))))
+    }
+
+    /// A client that opens another connection from the same port has given up the one before.
+    fn end_if_other(&mut self, key: Key, opening: Option<u32>) {
+        let other = |flow: &Flow| {
+            let both = flow.opening.zip(opening);
+            both.is_some_and(|(one, other)| one != other)
+        };
+        if !self.known.get(&key).is_some_and(other) {
+            return;
+        }
+        let Some(flow) = self.known.remove(&key) else {
+            return;
+        };
+        if self.over.len() < MOST {
+            self.over.push((key, flow));
+        } else {
+            self.forgotten += u64::from(flow.verdict.is_none());
+        }
     }
 
     /// A flow's first packet went on to an endpoint on this very node: where it stands now.
@@ -220,7 +254,10 @@ impl Flows {
             }
             return false;
         };
-        if flow.back.is_some() {
+        // Clients go on after many an error (RFC 1122, section 4.2.3.9), and may be answered yet.
+        let goes_on = matches!(flow.back, Some((Back::Error(..), _)))
+            && matches!(back, Back::Answer(_) | Back::Reset(_));
+        if flow.back.is_some() && !goes_on {
             return false;
         }
         flow.back = Some((back, time_ns));
@@ -244,7 +281,7 @@ impl Flows {
         }
         take_older(&mut self.in_grace, now_ns, GRACE_NS, &mut due);
         take_older(&mut self.open, now_ns, PATIENCE_NS, &mut due);
-        let mut decided = Vec::new();
+        let mut decided = self.end_those_over(directory, reading, now_ns, &mut remembers);
         for (first_ns, key) in due {
             let looked = self.look_at(key, first_ns, directory, reading, now_ns, &mut remembers);
             decided.extend(looked);
@@ -253,6 +290,30 @@ impl Flows {
         take_older(&mut self.decided, now_ns, REMEMBERED_NS, &mut old);
         for (first_ns, key) in old {
             self.remove(key, first_ns);
+        }
+        decided
+    }
+
+    /// Nothing more will become of these.
+    fn end_those_over(
+        &mut self,
+        directory: &Directory,
+        reading: bool,
+        now_ns: u64,
+        mut remembers: impl FnMut(&Key, SocketAddr) -> bool,
+    ) -> Vec<Decided> {
+        let mut decided = Vec::new();
+        for (key, mut flow) in std::mem::take(&mut self.over) {
+            let verdict = match flow.judge(directory, reading, now_ns, 0, |to| remembers(&key, to))
+            {
+                Judged::Is(verdict) => verdict,
+                Judged::InGrace => flow.dropped().unwrap_or(Verdict::Undecided),
+                Judged::Open | Judged::Unread => {
+                    self.over.push((key, flow));
+                    continue;
+                }
+            };
+            decided.extend(flow.decide(key, verdict, directory, now_ns));
         }
         decided
     }
@@ -306,6 +367,7 @@ impl Flows {
             open,
             unread,
             touched,
+            over,
             ..
         } = self;
         let undecided = |(first_ns, key): &(u64, Key)| {
@@ -323,7 +385,9 @@ impl Flows {
         let earliest = waiting
             .filter(|w| undecided(w))
             .map(|(first_ns, _)| *first_ns);
-        earliest.min().unwrap_or(now_ns)
+        let over = over.iter().filter(|(_, flow)| flow.verdict.is_none());
+        let over = over.map(|(_, flow)| flow.first_ns);
+        earliest.chain(over).min().unwrap_or(now_ns)
     }
 
     /// The session ends: of what is still open, what is old enough is unanswered.
@@ -539,8 +603,8 @@ mod tests {
     #[test]
     fn an_answer_of_an_endpoint_delivers() {
         let (mut flows, directory) = (Flows::default(), directory());
-        assert!(flows.first(key(1), 0, &journey(10, ENDPOINT, End::Sent), false));
-        assert!(!flows.first(key(1), 0, &journey(20, ENDPOINT, End::Sent), false));
+        assert!(flows.first(key(1), 0, &journey(10, ENDPOINT, End::Sent), false, None));
+        assert!(!flows.first(key(1), 0, &journey(20, ENDPOINT, End::Sent), false, None));
         assert!(flows.decide(&directory, false, 30, nobody).is_empty());
         flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), 40);
         let decided = flows.decide(&directory, false, 50, nobody);
@@ -550,7 +614,7 @@ mod tests {
         // An answer that is told before its first packet is not lost.
         flows.came_back(key(2), Back::Answer(socket(ENDPOINT)), 60);
         assert_eq!(flows.is_repeated(&key(2)), None);
-        flows.first(key(2), 0, &journey(55, ENDPOINT, End::Sent), false);
+        flows.first(key(2), 0, &journey(55, ENDPOINT, End::Sent), false, None);
         // It was answered: what comes now is a later one.
         assert_eq!(flows.is_repeated(&key(2)), Some(false));
         assert_eq!(
@@ -562,7 +626,7 @@ mod tests {
     #[test]
     fn silence_is_unanswered_once_patience_ends_and_corrected_by_a_late_answer() {
         let (mut flows, directory) = (Flows::default(), directory());
-        flows.first(key(1), 0, &journey(0, ENDPOINT, End::Sent), false);
+        flows.first(key(1), 0, &journey(0, ENDPOINT, End::Sent), false, None);
         assert_eq!(flows.is_repeated(&key(1)), Some(true));
         assert!(
             flows
@@ -577,12 +641,13 @@ mod tests {
         assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
         assert_eq!(decided[0].corrects.as_deref(), Some(&silent));
         // At the end, what is too young stays undecided.
-        flows.first(key(2), 0, &journey(0, ENDPOINT, End::Sent), false);
+        flows.first(key(2), 0, &journey(0, ENDPOINT, End::Sent), false, None);
         flows.first(
             key(3),
             0,
             &journey(PATIENCE_AT_END_NS, ENDPOINT, End::Sent),
             false,
+            None,
         );
         let decided = flows.finish(&directory, PATIENCE_AT_END_NS, nobody);
         assert_eq!(verdicts(&decided), [&silent, &Verdict::Undecided]);
@@ -592,7 +657,13 @@ mod tests {
     fn a_stranger_is_judged_when_the_rules_have_been_read() {
         let (mut flows, mut directory) = (Flows::default(), directory());
         let stranger = "10.244.0.99:8080";
-        flows.first(key(1), 0, &journey(10, stranger, End::Elsewhere), false);
+        flows.first(
+            key(1),
+            0,
+            &journey(10, stranger, End::Elsewhere),
+            false,
+            None,
+        );
         flows.came_back(key(1), Back::Answer(socket(stranger)), 20);
         assert!(flows.decide(&directory, true, 30, nobody).is_empty());
         let decided = flows.decide(&directory, false, 40, nobody);
@@ -615,6 +686,7 @@ mod tests {
                 0,
                 &journey(time_ns, ENDPOINT, End::Elsewhere),
                 false,
+                None,
             );
             flows.came_back(key(port), Back::Answer(socket(ENDPOINT)), 200);
             assert_eq!(
@@ -628,14 +700,26 @@ mod tests {
     fn what_conntrack_remembers_of_a_dead_endpoint_is_stuck() {
         let (mut flows, mut directory) = (Flows::default(), directory());
         directory.learn(&Found::default(), &[], 100);
-        flows.first(key(1), 0, &journey(200, ENDPOINT, End::Elsewhere), true);
+        flows.first(
+            key(1),
+            0,
+            &journey(200, ENDPOINT, End::Elsewhere),
+            true,
+            None,
+        );
         let endpoint = socket(ENDPOINT);
         assert_eq!(
             verdicts(&flows.decide(&directory, false, 210, nobody)),
             [&Verdict::Stuck { endpoint }]
         );
         // Not remembered: a rule of somebody else sent it there.
-        flows.first(key(2), 0, &journey(200, ENDPOINT, End::Elsewhere), false);
+        flows.first(
+            key(2),
+            0,
+            &journey(200, ENDPOINT, End::Elsewhere),
+            false,
+            None,
+        );
         let stray = Some(endpoint);
         assert_eq!(
             verdicts(&flows.decide(&directory, false, 200 + PATIENCE_NS, nobody)),
@@ -654,10 +738,22 @@ mod tests {
         };
         directory.learn(&Found::default(), &[], 100);
         for port in [1, 2] {
-            flows.first(key(port), 0, &journey(200, ENDPOINT, End::Elsewhere), false);
+            flows.first(
+                key(port),
+                0,
+                &journey(200, ENDPOINT, End::Elsewhere),
+                false,
+                None,
+            );
         }
         let stranger = "10.244.0.99:8080";
-        flows.first(key(3), 0, &journey(200, stranger, End::Elsewhere), false);
+        flows.first(
+            key(3),
+            0,
+            &journey(200, stranger, End::Elsewhere),
+            false,
+            None,
+        );
         assert!(flows.decide(&directory, false, 210, remembers).is_empty());
         let decided = flows.decide(&directory, false, 200 + PATIENCE_NS, remembers);
         let unanswered = |stray| Verdict::Unanswered { stray: Some(stray) };
@@ -677,7 +773,7 @@ mod tests {
         let network = "192.0.2.0/24 of eth0".to_owned();
         for (port, network) in [(1, Some(network.clone())), (2, None)] {
             let end = End::Absorbed { network };
-            flows.first(key(port), 0, &journey(0, "192.0.2.7:22", end), false);
+            flows.first(key(port), 0, &journey(0, "192.0.2.7:22", end), false, None);
         }
         assert_eq!(
             verdicts(&flows.decide(&directory, false, 1, nobody)),
@@ -694,7 +790,13 @@ mod tests {
             by: None,
         };
         for port in [1, 2] {
-            flows.first(key(port), 0, &journey(0, ENDPOINT, end.clone()), false);
+            flows.first(
+                key(port),
+                0,
+                &journey(0, ENDPOINT, end.clone()),
+                false,
+                None,
+            );
         }
         assert!(flows.decide(&directory, false, 1, nobody).is_empty());
         let by = Who::Node;
@@ -713,6 +815,50 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_after_an_error_delivers() {
+        let (mut flows, directory) = (Flows::default(), directory());
+        flows.first(key(1), 0, &journey(0, ENDPOINT, End::Sent), false, Some(1));
+        let by = Who::Beyond(socket(ENDPOINT).ip());
+        assert!(flows.came_back(key(1), Back::Error(by, "host unreachable"), 1));
+        let decided = flows.decide(&directory, false, 2, nobody);
+        assert_eq!(decided[0].verdict.word(), "rejected");
+        // Its SYN once more.
+        flows.first(key(1), 0, &journey(3, ENDPOINT, End::Sent), true, Some(1));
+        assert!(!flows.came_back(key(1), Back::Error(by, "host unreachable"), 4));
+        assert!(flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), 5));
+        let decided = flows.decide(&directory, false, 6, nobody);
+        assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
+        assert!(decided[0].corrects.is_some());
+    }
+
+    #[test]
+    fn a_port_that_is_used_again_is_another_flow() {
+        let (mut flows, directory) = (Flows::default(), directory());
+        let first = |flows: &mut Flows, time_ns, opening| {
+            let journey = journey(time_ns, ENDPOINT, End::Sent);
+            flows.first(key(1), 0, &journey, false, Some(opening))
+        };
+        assert!(first(&mut flows, 0, 7));
+        assert!(!first(&mut flows, 1, 7), "sent once more");
+        // Nobody had answered.
+        assert!(first(&mut flows, 2, 8));
+        let by = Who::Endpoint(socket(ENDPOINT));
+        flows.came_back(key(1), Back::Reset(by), 3);
+        assert!(first(&mut flows, 4, 9));
+        assert_eq!(flows.known_until_ns(5), 0);
+        flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), 5);
+        let decided = flows.decide(&directory, false, 6, nobody);
+        let wanted = [
+            &Verdict::Unanswered { stray: None },
+            &Verdict::Reset { by },
+            &Verdict::Delivered,
+        ];
+        assert_eq!(verdicts(&decided), wanted);
+        assert!(flows.known.is_empty());
+        assert_eq!(flows.known_until_ns(7), 7);
+    }
+
+    #[test]
     fn memory_is_bounded_and_what_is_forgotten_is_counted() {
         let (mut flows, directory) = (Flows::default(), directory());
         let most = MOST as u64;
@@ -722,7 +868,7 @@ mod tests {
                 std::net::Ipv4Addr::from(u32::try_from(number).expect("small")),
                 1,
             ));
-            flows.first(key, 0, &journey(number, ENDPOINT, End::Sent), false);
+            flows.first(key, 0, &journey(number, ENDPOINT, End::Sent), false, None);
             if number % 1000 == 0 {
                 flows.decide(&directory, false, number, nobody);
             }

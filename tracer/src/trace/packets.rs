@@ -31,6 +31,9 @@ pub enum Told {
         known: bool,
         /// Is it a packet that was translated before, on its way to an endpoint on this very node?
         further: bool,
+        /// What the packet opens: TCP's first sequence number, SCTP's initiate tag. A packet that is sent once
+        /// more has the same.
+        opening: Option<u32>,
         /// What became of the packet.
         journey: Box<Journey>,
     },
@@ -100,6 +103,7 @@ impl Reader {
                     index,
                     known: record.confirmed != 0,
                     further: record.state != state::REPLY && self.is_further(record, &key),
+                    opening: dissect(&record.header.0).and_then(|headers| headers.opening),
                     journey: Box::new(self.journey(heard, key, index, directory)),
                 };
             }
@@ -143,6 +147,8 @@ impl Reader {
             index: absorbed.index,
             known: false,
             further: false,
+            // Every packet of it ends here: none opens more than another.
+            opening: None,
             journey: Box::new(journey),
         })
     }
@@ -216,7 +222,9 @@ impl Reader {
     /// Who sent the RST?
     fn who_reset(&self, record: &Record, tuples: Option<&Tuples>) -> Who {
         match tuples {
-            Some(tuples) if record.state == state::REPLY => self.who_answers(record, tuples),
+            Some(tuples) if record.state == state::REPLY => {
+                self.who_answers(record, tuples, source_of(record).ip())
+            }
             Some(_) => Who::Client,
             // Conntrack does not track what refuses an untracked packet.
             None if is_ours(record) => Who::Node,
@@ -226,14 +234,14 @@ impl Reader {
 
     /// Who refuses a tracked flow? What comes from the node itself comes from an endpoint if the flow was
     /// translated to one of its addresses. An untranslated one was for no endpoint.
-    fn who_answers(&self, record: &Record, tuples: &Tuples) -> Who {
+    fn who_answers(&self, record: &Record, tuples: &Tuples, sender: IpAddr) -> Who {
         let local = self.local.contains(&tuples.answers.ip());
         let translated = tuples.answers != tuples.destination;
         match (is_ours(record), translated) {
             (true, true) if local => Who::Endpoint(tuples.answers),
             (true, _) => Who::Node,
             (false, true) => Who::Endpoint(tuples.answers),
-            (false, false) => Who::Beyond,
+            (false, false) => Who::Beyond(sender),
         }
     }
 
@@ -242,15 +250,13 @@ impl Reader {
         if !verdict::ends_flow(ipv4, record.flags, record.code) {
             return None;
         }
+        // As it came: translation makes every error come from the Service.
+        let sender = dissect(&record.header.0)?.src;
         let who = match tuples {
-            Some(tuples) if is_ours(record) => self.who_answers(record, tuples),
+            Some(tuples) if is_ours(record) => self.who_answers(record, tuples, sender),
             None if is_ours(record) => Who::Node,
-            // Translation leaves nothing of the error's own source; but only its destination can say that
-            // nobody listens there.
-            Some(tuples) if verdict::is_of_destination(ipv4, record.flags, record.code) => {
-                Who::Endpoint(tuples.answers)
-            }
-            _ => Who::Beyond,
+            Some(tuples) if sender == tuples.answers.ip() => Who::Endpoint(tuples.answers),
+            _ => Who::Beyond(sender),
         };
         Some(Back::Error(
             who,

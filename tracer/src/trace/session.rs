@@ -455,6 +455,7 @@ impl Session {
                 index,
                 known,
                 further,
+                opening,
                 mut journey,
             } => {
                 if !self.options.wants(&journey) {
@@ -472,7 +473,7 @@ impl Session {
                         return;
                     }
                     Turn::Further
-                } else if self.flows.first(key, index, &journey, known) {
+                } else if self.flows.first(key, index, &journey, known, opening) {
                     Turn::First
                 } else {
                     Turn::Repeated

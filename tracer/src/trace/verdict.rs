@@ -1,6 +1,6 @@
 //! What became of a flow to a Service.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -77,8 +77,9 @@ pub enum Who {
     Endpoint(SocketAddr),
     /// The node itself: a rule, or its own stack.
     Node,
-    /// Somebody beyond the node: a router, or the endpoint's own node.
-    Beyond,
+    /// Somebody beyond the node, by the address that it speaks from: a router, a firewall, the endpoint's own
+    /// node.
+    Beyond(IpAddr),
 }
 
 impl std::fmt::Display for Who {
@@ -87,7 +88,7 @@ impl std::fmt::Display for Who {
             Self::Client => f.write_str("its client"),
             Self::Endpoint(address) => write!(f, "{address}"),
             Self::Node => f.write_str("this node"),
-            Self::Beyond => f.write_str("somebody beyond this node"),
+            Self::Beyond(address) => write!(f, "{address}, beyond this node"),
         }
     }
 }
@@ -140,10 +141,10 @@ impl Verdict {
                  policy rejects (svcpath rules walk shows the rule)"
             }
             Self::Rejected {
-                by: Who::Beyond, ..
+                by: Who::Beyond(_), ..
             } => "a router, a firewall or the endpoint's node refuses it: look there",
             Self::Rejected { .. } => {
-                "the packet arrived, but nobody listens on that port of the endpoint"
+                "the packet arrived, but nobody listens on that port of the endpoint, or a rule of its own rejects"
             }
             Self::Dropped { stage, .. } if stage.starts_with("INPUT deliver") => {
                 "it reached a socket of the node that did not take it: no listener, or a full queue"
@@ -235,11 +236,6 @@ pub fn icmp_error(ipv4: bool, kind: u8, code: u8) -> &'static str {
         (true, 12, _) | (false, 4, _) => "parameter problem",
         _ => "unreachable",
     }
-}
-
-/// Can only the destination of the quoted packet have sent this ICMP error (RFC 1122, section 3.2.2.1)?
-pub const fn is_of_destination(ipv4: bool, kind: u8, code: u8) -> bool {
-    matches!((ipv4, kind, code), (true, 3, 2 | 3) | (false, 1, 4))
 }
 
 /// Does an ICMP error end its flow? One that asks for smaller packets does not.
