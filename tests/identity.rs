@@ -479,7 +479,9 @@ impl Told {
         };
         for event in events {
             match event {
-                Event::Journey(journey) if journey.first => told.journeys.push(journey),
+                Event::Journey(journey) if journey.first != Some(false) => {
+                    told.journeys.push(journey)
+                }
                 Event::Verdict(decided) => {
                     let key = (decided.protocol, decided.source, decided.destination);
                     told.decided.entry(key).or_default().push(decided);
