@@ -631,8 +631,6 @@ const EXPIRED: u32 = 3;
 const REFUSED: u32 = 4;
 /// Its link takes less than a packet of [`TOO_LONG`] bytes.
 const NARROW: u32 = 5;
-/// A flow to it whose small packet is answered.
-const ANSWERED: u32 = 6;
 /// Payload of a packet that the node's links take, and the narrow one does not.
 const TOO_LONG: usize = 1400;
 /// Who is behind each Service. A router sends at most 50 errors at once (`icmp_msgs_burst`).
@@ -819,7 +817,7 @@ fn never_in_parts(socket: &Socket) {
             level,
             option,
             std::ptr::from_ref(&value).cast(),
-            size_of_val(&value) as libc::socklen_t,
+            u32::try_from(size_of_val(&value)).expect("small"),
         )
     };
     assert_eq!(set, 0);
