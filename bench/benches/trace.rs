@@ -95,10 +95,11 @@ impl Collector {
                     key,
                     index,
                     known,
+                    opening,
                     journey,
                     ..
                 } => {
-                    if self.flows.first(key, index, &journey, known) {
+                    if self.flows.first(key, index, &journey, known, opening) {
                         self.tallies[index].add(&journey);
                     }
                     events.push(Event::Journey(*journey));
