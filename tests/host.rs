@@ -141,6 +141,11 @@ fn nftables_trace() {
 }
 
 #[test]
+fn nftables_sessions_side_by_side() {
+    tests::tiers::sessions_side_by_side_tell_the_same(Mode::Nftables);
+}
+
+#[test]
 fn nftables_trace_of_a_flush() {
     a_flush_is_heard_and_what_it_breaks_is_seen();
 }

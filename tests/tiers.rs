@@ -19,6 +19,7 @@ use tracer::trace::summary::Summary;
 use tracer_ebpf::path::Target;
 use tracer_ebpf::record::{IPV4, IPV6, kind, protocol};
 
+use crate::truth::assert_nothing_was_missed;
 use crate::{trace, verdicts};
 
 /// How long packets are sent from all sides.
@@ -143,6 +144,42 @@ pub fn tiers_agree_on_faults(mode: Mode) {
     assert_eq!(sockets.len(), 6);
     let [hooks, functions] = finish(sessions);
     assert_eq!(told(&functions), told(&hooks), "{mode}");
+}
+
+/// Sessions in one namespace tell the same; a later one says that somebody was there before. There is room for
+/// several, and one for which there is none says so.
+pub fn sessions_side_by_side_tell_the_same(mode: Mode) {
+    const SESSIONS: usize = 4;
+    let node = trace::node(mode);
+    let start = || Session::start(node.lab.node(), trace::options(Vec::new(), Tier::Hooks));
+    let mut sessions: Vec<Session> = (0..SESSIONS).map(|_| start().expect("attaches")).collect();
+    for (number, session) in sessions.iter().enumerate() {
+        let crowded = session
+            .hints()
+            .iter()
+            .any(|hint| hint.contains("make room"));
+        assert_eq!(crowded, number > 0, "{number}: {:?}", session.hints());
+    }
+    trace::send(&node, 40, 5);
+    let mut summaries = Vec::new();
+    for session in sessions.drain(..) {
+        let (_, summary) = session.finish().expect("ends");
+        assert_nothing_was_missed(&summary);
+        summaries.push(told(&summary));
+    }
+    for other in &summaries[1..] {
+        assert_eq!(*other, summaries[0], "{mode}");
+    }
+    let mut held = Vec::new();
+    let error = loop {
+        match start() {
+            Ok(session) => held.push(session),
+            Err(error) => break error.to_string(),
+        }
+        assert!(held.len() < 20, "there is no end of places");
+    };
+    assert!(held.len() >= SESSIONS, "{} sessions: {error}", held.len());
+    assert!(error.contains("too many sessions"), "{error}");
 }
 
 /// First packets of both families are told, with conntrack's stage; what passes in another namespace, at the

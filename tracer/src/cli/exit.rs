@@ -112,6 +112,7 @@ fn code_of_cost(error: &CostError) -> Option<u8> {
 fn code_of_trace(error: &TraceError) -> Option<u8> {
     match error {
         TraceError::NoSuchService { .. } => Some(USAGE),
+        TraceError::Dump(error) if error.is_not_permitted() => Some(NOT_PERMITTED),
         TraceError::Btf(_) | TraceError::Probe(ProbeError::Btf(_) | ProbeError::Program(_)) => {
             Some(KERNEL_LACKS)
         }
@@ -215,8 +216,8 @@ pub(crate) fn require_tracing(what: &str, moves: bool) -> Result<(), NotPermitte
         return require_capabilities(what, if moves { &TO_BUILD } else { &TO_TRACE });
     }
     Err(NotPermitted(format!(
-        "{what} needs root (rules and eBPF), of whose capabilities CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and, \
-         for iptables' own tools, CAP_NET_RAW are enough: run it with sudo"
+        "{what} needs to run as root, which iptables' own tools insist on, of whose capabilities CAP_BPF, \
+         CAP_PERFMON, CAP_NET_ADMIN and, where iptables-legacy has tables, CAP_NET_RAW are enough: run it with sudo"
     )))
 }
 

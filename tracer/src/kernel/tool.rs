@@ -54,6 +54,13 @@ pub enum ToolError {
     },
 }
 
+impl ToolError {
+    /// Did the tool lack rights?
+    pub fn is_not_permitted(&self) -> bool {
+        matches!(self, Self::Failed { remedy, .. } if *remedy == NOT_PERMITTED)
+    }
+}
+
 /// A line of a tool's input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InputLine {
@@ -82,11 +89,14 @@ fn package(tool: &str) -> &'static str {
     }
 }
 
+const NOT_PERMITTED: &str =
+    "run as root with CAP_NET_ADMIN and, which iptables' tools ask for, CAP_NET_RAW";
+
 /// What most often helps when a tool fails with such words.
 fn remedy(tool: &str, stderr: &str) -> &'static str {
     const REMEDIES: [(&str, &str); 11] = [
-        ("Permission denied", "run as root (CAP_NET_ADMIN)"),
-        ("not permitted", "run as root (CAP_NET_ADMIN)"),
+        ("Permission denied", NOT_PERMITTED),
+        ("not permitted", NOT_PERMITTED),
         (
             "another app is currently holding the xtables lock",
             "wait until the other iptables has ended",

@@ -19,7 +19,8 @@ pub struct Boundary {
     pub hook: u32,
     /// Where in the hook it wants to be; the next higher free one is taken if it is occupied.
     pub priority: i32,
-    /// How far up it may move: the priority of the component that must come after it.
+    /// It moves up while its place is taken, but stays below this: the priority of the component that must come
+    /// after it.
     pub limit: i32,
     /// The stage that begins here.
     pub stage: &'static str,
@@ -50,13 +51,14 @@ const FIRST: i32 = i32::MIN + 1;
 // Directly behind defragmentation (-400): a packet that comes in parts is whole from here on.
 const WHOLE: i32 = -399;
 const LAST: i32 = i32::MAX - 20;
+const END: i32 = i32::MAX - 4;
 
 /// Every boundary, in the order of a packet through each hook; the position is its id.
 pub const ALL: [Boundary; BOUNDARIES] = [
     b(hook::PREROUTING, WHOLE, -300, "raw", "the raw table"),
     b(
         hook::PREROUTING,
-        -201,
+        -208,
         -200,
         "conntrack",
         "connection tracking: look-up or new entry",
@@ -105,7 +107,7 @@ pub const ALL: [Boundary; BOUNDARIES] = [
         "confirm",
         "conntrack helpers, and confirmation of the entry",
     ),
-    b(hook::INPUT, LAST, LAST, DELIVER, "the way to the socket"),
+    b(hook::INPUT, LAST, END, DELIVER, "the way to the socket"),
     b(hook::FORWARD, FIRST, -150, "mangle", "the mangle table"),
     b(
         hook::FORWARD,
@@ -131,7 +133,7 @@ pub const ALL: [Boundary; BOUNDARIES] = [
     b(hook::OUTPUT, WHOLE, -300, "raw", "the raw table"),
     b(
         hook::OUTPUT,
-        -201,
+        -208,
         -200,
         "conntrack",
         "connection tracking: look-up or new entry",
@@ -170,7 +172,7 @@ pub const ALL: [Boundary; BOUNDARIES] = [
     b(
         hook::POSTROUTING,
         LAST,
-        LAST,
+        END,
         "egress",
         "confirmation of the entry, neighbour, queue and driver",
     ),

@@ -37,7 +37,8 @@ pub(super) fn attach(
     Ok(attached)
 }
 
-/// How many priorities above its wish a boundary tries.
+/// How many priorities from its wish on a boundary tries: so many sessions can trace one namespace, or fewer where
+/// the next component is nearer.
 const TRIES: i32 = 8;
 
 /// Loads and attaches one boundary, moving up from its wish while the place is taken.
@@ -65,7 +66,7 @@ fn boundary(
     };
     let program = programs.load(name, Kind::Netfilter, &constants)?;
     let end = boundary.limit.min(boundary.priority.saturating_add(TRIES));
-    for priority in boundary.priority..=end {
+    for priority in boundary.priority..end {
         let place = Place {
             family,
             hook: boundary.hook,

@@ -26,6 +26,10 @@ use aya_obj::generated::{
 };
 use aya_obj::{EbpfSectionKind, Object};
 
+/// How programs before and after functions are called in errors.
+const ENTRY: &str = "entry";
+const EXIT: &str = "exit";
+
 /// Why a program could not be loaded or attached.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
@@ -33,7 +37,7 @@ pub enum ProgramError {
     #[error("the eBPF object is damaged: {0}")]
     Object(String),
     /// The kernel refused the program.
-    #[error("the kernel refused the {kind} program {name}: {source}{}", verifier_note(.log))]
+    #[error("the kernel refused the {kind} program {name}: {source}{}", note(.kind, .source, .log))]
     Load {
         /// `netfilter`, `tracepoint`, `entry` or `exit`.
         kind: &'static str,
@@ -86,9 +90,18 @@ pub enum ProgramError {
     Statistics(#[source] io::Error),
 }
 
-fn verifier_note(log: &str) -> String {
+/// What else there is to say of a program that was refused.
+fn note(kind: &str, source: &io::Error, log: &str) -> String {
     if log.is_empty() {
-        return String::new();
+        // Refused before it was looked at.
+        let at_function = matches!(kind, ENTRY | EXIT);
+        return if at_function && source.raw_os_error() == Some(libc::EPERM) {
+            "; a kernel that is locked down refuses programs at functions: trace with --tier hooks and no \
+             --detail functions"
+                .to_owned()
+        } else {
+            String::new()
+        };
     }
     let tail: Vec<&str> = log.lines().rev().take(3).collect();
     let tail: Vec<&str> = tail.into_iter().rev().collect();
@@ -401,8 +414,8 @@ fn program_load(
     let (attach_type, callee, word) = match kind {
         Kind::Netfilter => (bpf_attach_type::BPF_NETFILTER, vmlinux(0), "netfilter"),
         Kind::Tracepoint(id) => (bpf_attach_type::BPF_TRACE_RAW_TP, vmlinux(id), "tracepoint"),
-        Kind::Entry(callee) => (bpf_attach_type::BPF_TRACE_FENTRY, callee, "entry"),
-        Kind::Exit(callee) => (bpf_attach_type::BPF_TRACE_FEXIT, callee, "exit"),
+        Kind::Entry(callee) => (bpf_attach_type::BPF_TRACE_FENTRY, callee, ENTRY),
+        Kind::Exit(callee) => (bpf_attach_type::BPF_TRACE_FEXIT, callee, EXIT),
     };
     let program_type = match kind {
         Kind::Netfilter => bpf_prog_type::BPF_PROG_TYPE_NETFILTER,
@@ -548,12 +561,6 @@ fn is_named(btf: &OwnedFd, name: &str) -> io::Result<bool> {
 }
 
 impl ProgramError {
-    /// Did the kernel refuse the program without looking at it?
-    pub(crate) fn is_forbidden(&self) -> bool {
-        matches!(self, Self::Load { source, log, .. }
-            if source.raw_os_error() == Some(libc::EPERM) && log.is_empty())
-    }
-
     /// Is another hook at exactly this priority?
     pub(super) fn is_occupied(&self) -> bool {
         matches!(self, Self::Attach { source, .. } if source.raw_os_error() == Some(libc::EBUSY))

@@ -62,7 +62,10 @@ pub enum ProbeError {
         function: &'static str,
     },
     /// No free priority for a boundary.
-    #[error("no free priority for the boundary before {stage} at {hook}")]
+    #[error(
+        "every place before {stage} at {hook} is taken: too many sessions trace this network namespace; end one \
+         (bpftool link list shows who holds them)"
+    )]
     Crowded {
         /// The hook.
         hook: &'static str,
@@ -390,6 +393,17 @@ impl Probes {
     /// Number of netfilter links, or of programs at functions.
     pub fn links(&self) -> usize {
         self.attached.links.len()
+    }
+
+    /// How many boundaries had to make room for somebody else's hooks: the hooks tier.
+    pub fn moved(&self) -> usize {
+        let placed = self.attached.placed.iter();
+        let moved = |placed: &&Placed| {
+            catalogue::ALL
+                .get(usize::from(placed.boundary))
+                .is_some_and(|wish| wish.priority != placed.priority)
+        };
+        placed.filter(moved).count()
     }
 
     /// Where each boundary is: the hooks tier.

@@ -115,14 +115,14 @@ pub fn printable(text: &str) -> String {
 
 /// Refuses a file that [`write_file`] would not write, before anything is spent on its contents.
 pub fn check_file(file: &Path, force: bool) -> Result<(), WriteError> {
-    let failed = |kind: io::ErrorKind| {
+    let failed = |errno| {
         Err(WriteError::File {
             file: file.to_owned(),
-            source: kind.into(),
+            source: io::Error::from_raw_os_error(errno),
         })
     };
     match fs::metadata(file) {
-        Ok(found) if found.is_dir() => return failed(io::ErrorKind::IsADirectory),
+        Ok(found) if found.is_dir() => return failed(libc::EISDIR),
         Ok(found) if found.is_file() && !force => {
             return Err(WriteError::Exists(file.to_owned()));
         }
@@ -131,7 +131,7 @@ pub fn check_file(file: &Path, force: bool) -> Result<(), WriteError> {
         _ => {}
     }
     if !folder_of(file).exists() {
-        return failed(io::ErrorKind::NotFound);
+        return failed(libc::ENOENT);
     }
     check_folder(folder_of(file))
 }

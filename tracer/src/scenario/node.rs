@@ -475,12 +475,7 @@ fn examine_tiers() -> Vec<Check> {
     });
     let functions = functions
         .map(|probes| format!("{} programs at functions attach", probes.links()))
-        .map_err(|error| match &error {
-            ProbeError::Program(program) if program.is_forbidden() => {
-                format!("{error} (a kernel that is locked down refuses programs at functions)")
-            }
-            _ => error.to_string(),
-        });
+        .map_err(|error| error.to_string());
     let mut checks = vec![
         Check::new("hooks tier", none, Some(WITHOUT_HOOKS), hooks),
         Check::new("functions tier", none, Some(WITHOUT_FUNCTIONS), functions),

@@ -61,6 +61,16 @@ pub fn hijacked(bound: &[Bound], found: &Found) -> Vec<String> {
         .collect()
 }
 
+/// What there is to know if boundaries had to make room for others.
+pub fn crowded(moved: usize, boundaries: usize) -> Option<String> {
+    (moved > 0).then(|| {
+        format!(
+            "{moved} of {boundaries} boundaries had to make room for hooks of somebody else, such as another session \
+             in this network namespace: what those cost is in this session's times, and the other way round"
+        )
+    })
+}
+
 /// What there is to know if the rules of more than one mode are there.
 pub fn mixed(found: &Found) -> Option<String> {
     if found.modes.len() < 2 {

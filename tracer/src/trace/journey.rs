@@ -61,12 +61,12 @@ impl End {
     }
 
     /// Is it that of a healthy Service?
-    pub const fn is_good(&self) -> bool {
+    pub fn is_good(&self) -> bool {
         self.advice().is_none()
     }
 
     /// What to look at, for an end that is none of a healthy Service.
-    pub const fn advice(&self) -> Option<&'static str> {
+    pub fn advice(&self) -> Option<&'static str> {
         Some(match self {
             Self::Sent | Self::Delivered => return None,
             Self::Leaked => {
@@ -83,10 +83,7 @@ impl End {
             Self::Absorbed { .. } => {
                 "the address is bound on kube-ipvs0 for a Service, and with it every port; no Service has this one"
             }
-            Self::Dropped { .. } => {
-                "see the stage: raw is a rule before conntrack and none of kube-proxy's, filter a policy or a \
-                 Service without endpoints, deliver a port that nobody listens on"
-            }
+            Self::Dropped { stage, .. } => advice_of_drop(stage),
             Self::Unknown => "fragments and packets with long extension headers are not read",
         })
     }
@@ -103,6 +100,31 @@ impl std::fmt::Display for End {
             Self::Absorbed { .. } => f.write_str("kept on this node, which has the address bound"),
             Self::Dropped { reason, stage, by } => write_drop(f, reason, stage, by.as_deref()),
             Self::Unknown => f.write_str("unknown"),
+        }
+    }
+}
+
+/// What to look at when a packet was dropped at this stage (`HOOK stage`).
+pub(super) fn advice_of_drop(stage: &str) -> &'static str {
+    match stage.rsplit_once(' ') {
+        Some((_, "deliver")) => {
+            "it reached a socket of the node that did not take it: no listener, or a full queue"
+        }
+        Some((_, "raw")) => {
+            "a rule before conntrack drops it, in iptables' table raw or a chain of nftables at -300 or before \
+             (iptables-save -t raw, nft list ruleset): none of kube-proxy's does"
+        }
+        Some((_, "pre-dnat")) => {
+            "a filter chain before translation drops it: in nftables mode kube-proxy's check of \
+             loadBalancerSourceRanges, or a policy (svcpath rules walk shows the rule)"
+        }
+        Some((_, "routing")) => {
+            "routing drops it: a blackhole route, an address that cannot be its source, or the reverse-path \
+             filter (ip route get ADDRESS; sysctl net.ipv4.conf.all.rp_filter)"
+        }
+        _ => {
+            "filter drops are a policy, a loadBalancerSourceRange or a Local policy without a local \
+             endpoint (svcpath rules walk shows the rule)"
         }
     }
 }

@@ -286,6 +286,7 @@ impl Session {
                 .into_iter()
                 .chain(hints::unmatched(&options.choices, &found))
                 .chain(hints::hijacked(&bound, &found))
+                .chain(hints::crowded(probes.moved(), probes.links()))
                 .chain(missing)
                 .chain(options.no_pods())
                 .collect(),

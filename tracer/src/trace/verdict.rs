@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use super::journey::write_drop;
+use super::journey::{advice_of_drop, write_drop};
 
 /// What became of a flow.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -136,27 +136,14 @@ impl Verdict {
     pub fn advice(&self) -> Option<&'static str> {
         Some(match self {
             Self::Delivered | Self::Undecided => return None,
-            Self::Rejected { by: Who::Node, .. } => {
-                "the node's own rules refuse it: the Service has no endpoints that may serve this path, or a \
-                 policy rejects (svcpath rules walk shows the rule)"
-            }
+            Self::Rejected { by: Who::Node, how } => refusal_of_node(how),
             Self::Rejected {
                 by: Who::Beyond(_), ..
             } => "a router, a firewall or the endpoint's node refuses it: look there",
             Self::Rejected { .. } => {
                 "the packet arrived, but nobody listens on that port of the endpoint, or a rule of its own rejects"
             }
-            Self::Dropped { stage, .. } if stage.starts_with("INPUT deliver") => {
-                "it reached a socket of the node that did not take it: no listener, or a full queue"
-            }
-            Self::Dropped { stage, .. } if stage.ends_with(" raw") => {
-                "a rule before conntrack drops it, in iptables' table raw or a chain of nftables at -300 or before \
-                 (iptables-save -t raw, nft list ruleset): none of kube-proxy's does"
-            }
-            Self::Dropped { .. } => {
-                "filter drops are a policy, a loadBalancerSourceRange or a Local policy without a local \
-                 endpoint (svcpath rules walk shows the rule)"
-            }
+            Self::Dropped { stage, .. } => advice_of_drop(stage),
             Self::Leaked => {
                 "the rules for this address are missing: compare them with the cluster (svcpath rules check --live) \
                  and see who changed them last"
@@ -196,6 +183,28 @@ impl Verdict {
             }
             Self::Unknown => "fragments and packets with long extension headers are not read",
         })
+    }
+}
+
+/// Why a node sends an error of this kind by itself: kube-proxy's rules reject with `port unreachable` alone
+/// (iptables' default, and nftables' `reject`).
+fn refusal_of_node(how: &str) -> &'static str {
+    match how {
+        "host unreachable" | "address unreachable" => {
+            "nobody on the node's link has the endpoint's address: its machine is gone or does not answer (ip neigh), \
+             unless a rule rejects it that way"
+        }
+        "net unreachable" | "no route" => {
+            "the node has no route to where the packet was to go (ip route get ADDRESS): to the endpoint, or to the \
+             Service's own address if that was not translated"
+        }
+        "time exceeded" => {
+            "the packet passed too many routers: look for a loop (ip route get ADDRESS)"
+        }
+        _ => {
+            "the node's own rules refuse it: the Service has no endpoints that may serve this path, or a policy \
+             rejects (svcpath rules walk shows the rule)"
+        }
     }
 }
 
