@@ -159,7 +159,13 @@ pub fn outcome(summary: &Summary) -> String {
         .iter()
         .fold(0_u64, |sum, (_, count)| sum.saturating_add(*count));
     if all == 0 {
-        return format!("{flows}, none went wrong");
+        // Of none that came nothing good can be said.
+        let well = if summary.flows() == 0 {
+            ""
+        } else {
+            ", none went wrong"
+        };
+        return format!("{flows}{well}");
     }
     let said: Vec<String> = troubles
         .iter()
@@ -614,7 +620,8 @@ mod tests {
         trace.wrong = None;
         let text = terminal::render(&blocks(&trace), 110, false);
         assert!(text.contains("0 Services with flows"), "{text}");
-        assert!(text.contains("0 new flows, none went wrong"), "{text}");
+        assert!(text.contains("0 new flows"), "{text}");
+        assert!(!text.contains("none went wrong"), "{text}");
         assert!(text.contains("it is not beside trace.json"), "{text}");
         assert_eq!(mode(&trace.run.summary), None);
     }

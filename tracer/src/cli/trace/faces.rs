@@ -219,7 +219,11 @@ fn words(event: &Event) -> String {
         Event::Outage(outage) => printable(&outage.to_string()),
         Event::RuleChange(change) => printable(&change.to_string()),
         Event::Services { there, gone, .. } => {
-            format!("rules read: {there} Services, {gone} that were there are gone")
+            let there = units::plural(*there as u64, "Service", "Services");
+            match gone {
+                0 => format!("rules read: {there}"),
+                gone => format!("rules read: {there}; gone since they were last read: {gone}"),
+            }
         }
     }
 }
