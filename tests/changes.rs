@@ -319,6 +319,47 @@ pub fn what_leaves_sets_as_they_were_is_no_change() {
     assert_eq!(fewer.what, sets(&[("S", delta(0, 0, 1))]), "{said:#?}");
 }
 
+/// One process commits table after table, with messages that have the same numbers in each, asks for chains that
+/// are not there meanwhile, and has nothing to change in the first one.
+pub fn tables_of_one_process_are_told_apart(way: Option<Way>) {
+    let folder = Folder::new();
+    let ns = Netns::create("tables").expect("root");
+    let rules: String = (0..50)
+        .map(|n| format!("-A KUBE-TEST -d 10.96.0.{n}/32 -j RETURN\n"))
+        .collect();
+    let table = |name: &str, rules: &str| format!("*{name}\n:KUBE-TEST - [0:0]\n{rules}COMMIT\n");
+    let file = folder.file(
+        "rules",
+        &[
+            table("mangle", ""),
+            table("filter", &rules),
+            table("nat", &rules),
+        ]
+        .concat(),
+    );
+    let restore = format!("iptables-nft-restore --noflush <{file}");
+    make(&ns, &folder, &restore);
+    let watcher = watch(&ns, way);
+    let made = make(&ns, &folder, &restore);
+    let told = heard(watcher);
+    let tables: Vec<Vec<&str>> = told
+        .iter()
+        .map(|change| match &change.what {
+            What::Nftables { tables, .. } => tables.keys().map(String::as_str).collect(),
+            _ => panic!("{change}"),
+        })
+        .collect();
+    assert_eq!(tables, [["ip filter"], ["ip nat"]], "{told:#?}");
+    for change in &told {
+        assert_credited(change, made, "iptables-nft-restore");
+        assert!(change.refused.is_empty(), "{change}");
+    }
+    assert!(
+        told[0].time_ns < told[1].begin_ns.expect("seen"),
+        "{told:#?}"
+    );
+}
+
 /// IPVS' servers, and the addresses on kube-ipvs0: one by one by netlink, and all together with the link.
 pub fn every_change_of_ipvs_is_credited(way: Option<Way>) {
     let folder = Folder::new();

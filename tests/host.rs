@@ -216,6 +216,11 @@ fn changes_of_every_kind() {
 }
 
 #[test]
+fn changes_of_tables_by_one_process() {
+    tests::changes::tables_of_one_process_are_told_apart(None);
+}
+
+#[test]
 fn changes_of_sets_with_exist() {
     what_leaves_sets_as_they_were_is_no_change();
 }

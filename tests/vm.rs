@@ -253,6 +253,7 @@ fn functions_pair_interleaved_packets() {
 fn changes_of_every_kind() {
     for way in [Way::Functions, Way::SystemCalls] {
         tests::changes::every_change_is_credited(Some(way));
+        tests::changes::tables_of_one_process_are_told_apart(Some(way));
         tests::changes::every_change_of_ipvs_is_credited(Some(way));
     }
 }

@@ -304,7 +304,10 @@ impl Asked<'_> {
     fn between(&self, from_ns: u64, to_ns: u64, changes: &[RuleChange]) -> Option<AtEnd> {
         let candidates = || {
             changes.iter().filter(|change| {
-                !change.is_refused() && change.time_ns > from_ns && begin_of(change) <= to_ns
+                !change.is_refused()
+                    && change.time_ns > from_ns
+                    && begin_of(change) <= to_ns
+                    && self.may_concern(&change.what)
             })
         };
         let change = candidates().max_by_key(|change| (self.nearness(change), begin_of(change)))?;
@@ -320,6 +323,19 @@ impl Asked<'_> {
             since_ns: to_ns - since,
             others: candidates().count().saturating_sub(1) as u64,
         })
+    }
+
+    /// Rules of the other IP version say nothing of a flow.
+    fn may_concern(&self, what: &What) -> bool {
+        let ipv6 = self.destination.is_ipv6();
+        match what {
+            What::IptablesLegacy { family, .. } => (family == "IPv6") == ipv6,
+            What::Nftables { tables, .. } => {
+                let other = if ipv6 { "ip " } else { "ip6 " };
+                tables.is_empty() || !tables.keys().all(|table| table.starts_with(other))
+            }
+            What::Ipvs(_) | What::Addresses { .. } | What::Ipset { .. } => true,
+        }
     }
 
     fn nearness(&self, change: &RuleChange) -> Nearness {

@@ -9,8 +9,8 @@ use tracer_ebpf::change::{Begin, End, Refusal, subsystem};
 
 use super::actor::Actor;
 use super::addresses::{Addresses, Explanation, Heard, Wanted};
-use super::nftables::Announced;
-use super::requests::{self, Address, Ask, Asked, ServerChange, SetChange};
+use super::nftables::{Announced, word};
+use super::requests::{self, Address, Ask, Asked, Batch, ServerChange, SetChange};
 use super::sets::{Other, Sets};
 use super::{AddressDelta, RuleChange, ServerDelta, What};
 
@@ -30,8 +30,9 @@ struct Open {
     begin: Begin,
     by: Actor,
     asked: Asked,
-    /// See [`requests::sequence_of_batch`].
-    sequence: Option<u32>,
+    batch: Batch,
+    /// How many requests and refusals there were before.
+    order: u64,
 }
 
 /// A transaction that has returned and may have been announced.
@@ -41,8 +42,39 @@ struct Transaction {
     end_ns: u64,
     thread: u32,
     port: u32,
-    sequence: Option<u32>,
+    batch: Batch,
+    order: u64,
     by: Actor,
+}
+
+impl Transaction {
+    /// Is it this one's announcement? Not if that names other tables than the batch begins with, where another batch
+    /// of the thread may have made it.
+    fn is_announced_as(&self, announced: &Announced, by_table: bool) -> bool {
+        is_of(self.thread, &self.batch, announced, by_table) && announced.read_ns >= self.begin_ns
+    }
+}
+
+fn is_of(thread: u32, batch: &Batch, announced: &Announced, by_table: bool) -> bool {
+    let names = |(family, table): &(u8, String)| {
+        let key = format!("{} {table}", word(*family));
+        announced.incomplete || announced.tables.is_empty() || announced.tables.contains_key(&key)
+    };
+    announced.thread == Some(thread)
+        && batch.makes(announced.sequence, announced.generation)
+        && (!by_table || batch.table().is_none_or(names))
+}
+
+/// What the kernel refused, by the message's number.
+#[derive(Clone, Copy, Debug, Default)]
+struct Refused {
+    error: i32,
+    /// When it was read.
+    read_ns: u64,
+    /// How often: some senders number all their messages alike.
+    times: u32,
+    /// How many requests and refusals there were before.
+    order: u64,
 }
 
 /// Requests of one process and kind, one soon after the other.
@@ -82,8 +114,10 @@ pub(super) struct Assembler {
     transactions: Vec<Transaction>,
     announced: Vec<Announced>,
     groups: Vec<Group>,
-    /// By port and number: the error, when it was read, and how often.
-    refusals: HashMap<(u32, u32), (i32, u64, u32)>,
+    /// By port and number.
+    refusals: HashMap<(u32, u32), Refused>,
+    /// How many requests and refusals there were.
+    order: u64,
     /// The addresses of the node's links.
     pub(super) addresses: Addresses,
     /// The sets of ipset.
@@ -98,9 +132,11 @@ pub(super) struct Assembler {
 impl Assembler {
     /// A request enters the kernel.
     pub(super) fn begin(&mut self, begin: Begin, bytes: &[u8], ipvs: Option<u16>, by: Actor) {
+        self.order += 1;
         let open = Open {
             asked: requests::read(&begin, bytes, ipvs),
-            sequence: requests::sequence_of_batch(bytes),
+            batch: Batch::read(bytes, begin.length),
+            order: self.order,
             begin,
             by,
         };
@@ -118,7 +154,8 @@ impl Assembler {
                 end_ns: end.time,
                 thread: low(end.thread),
                 port: end.port,
-                sequence: open.sequence,
+                batch: open.batch,
+                order: open.order,
                 by: open.by,
             }),
             subsystem::LEGACY => self.ready.extend(legacy(open, end)),
@@ -130,9 +167,15 @@ impl Assembler {
 
     /// The kernel refused something.
     pub(super) fn refuse(&mut self, refusal: &Refusal, now: u64) {
+        self.order += 1;
         let key = (refusal.port, refusal.sequence);
         let known = self.refusals.entry(key).or_default();
-        *known = (refusal.error, now, known.2 + 1);
+        *known = Refused {
+            error: refusal.error,
+            read_ns: now,
+            times: known.times + 1,
+            order: self.order,
+        };
     }
 
     /// A transaction was announced.
@@ -180,21 +223,22 @@ impl Assembler {
         let heard = self.addresses.unexplained(now, PATIENCE);
         self.ready.extend(self.by_unknown(&heard));
         self.refusals
-            .retain(|_, (_, read, _)| now.saturating_sub(*read) < MEMORY);
+            .retain(|_, refused| now.saturating_sub(refused.read_ns) < MEMORY);
         let mut ready = std::mem::take(&mut self.ready);
         ready.sort_by_key(|change| change.time_ns);
         ready
     }
 
     fn join_transactions(&mut self, now: u64) {
-        let transactions = std::mem::take(&mut self.transactions);
-        for transaction in transactions {
-            if let Some(at) = self.announcement_of(&transaction) {
+        let mut transactions = VecDeque::from(std::mem::take(&mut self.transactions));
+        while let Some(transaction) = transactions.pop_front() {
+            let waits = now.saturating_sub(transaction.end_ns) < PATIENCE;
+            if let Some(at) = self.announcement_of(&transaction, &transactions, waits) {
                 let announced = self.announced.remove(at);
                 self.ready.push(committed(announced, Some(transaction)));
-            } else if let Some(error) = self.refusal_of(transaction.port) {
+            } else if let Some(error) = self.refusal_of(&transaction, &transactions) {
                 self.ready.push(not_committed(transaction, error));
-            } else if now.saturating_sub(transaction.end_ns) < PATIENCE {
+            } else if waits {
                 self.transactions.push(transaction);
             } else if now < self.lost_until.saturating_add(PATIENCE) {
                 self.ready.push(unheard(transaction));
@@ -212,10 +256,27 @@ impl Assembler {
         }
     }
 
-    fn announcement_of(&self, transaction: &Transaction) -> Option<usize> {
-        self.announced.iter().position(|announced| {
-            announced.thread == Some(transaction.thread)
-                && transaction.sequence == Some(announced.sequence)
+    /// A batch may begin with what is there already: what it did may be in another table, if no other batch made
+    /// that, which is known when none comes any more.
+    fn announcement_of(
+        &self,
+        transaction: &Transaction,
+        later: &VecDeque<Transaction>,
+        waits: bool,
+    ) -> Option<usize> {
+        let at = |is: &dyn Fn(&Announced) -> bool| self.announced.iter().position(is);
+        at(&|announced| transaction.is_announced_as(announced, true)).or_else(|| {
+            let by_another = |announced: &Announced| {
+                let mut ended = self.transactions.iter().chain(later);
+                let mut open = self.open.values();
+                ended.any(|other| other.is_announced_as(announced, true))
+                    || open
+                        .any(|other| is_of(low(other.begin.thread), &other.batch, announced, true))
+            };
+            let else_nobodys = |announced: &Announced| {
+                transaction.is_announced_as(announced, false) && !by_another(announced)
+            };
+            (!waits).then(|| at(&else_nobodys)).flatten()
         })
     }
 
@@ -224,19 +285,42 @@ impl Assembler {
         self.open.keys().any(|open| Some(low(*open)) == thread)
     }
 
-    /// Whatever message of a batch is refused, the batch is.
-    fn refusal_of(&mut self, port: u32) -> Option<i32> {
-        let key = *self.refusals.keys().find(|key| key.0 == port)?;
-        let error = self.refusals.remove(&key).map(|(error, ..)| error);
-        self.refusals.retain(|key, _| key.0 != port);
-        error
+    /// Whatever message of a batch is refused, the batch is: of a refusal that came after it and before the
+    /// thread's next one. Other messages of the sender have other numbers.
+    fn refusal_of(
+        &mut self,
+        transaction: &Transaction,
+        later: &VecDeque<Transaction>,
+    ) -> Option<i32> {
+        let ended = self.transactions.iter().chain(later);
+        let ended = ended.map(|other| (other.thread, other.order));
+        let open = self.open.values();
+        let open = open.map(|other| (low(other.begin.thread), other.order));
+        let next = ended
+            .chain(open)
+            .filter(|(thread, order)| *thread == transaction.thread && *order > transaction.order)
+            .map(|(_, order)| order)
+            .min()
+            .unwrap_or(u64::MAX);
+        let is_its = |key: &(u32, u32), refused: &Refused| {
+            key.0 == transaction.port
+                && transaction.batch.has(key.1)
+                && (transaction.order..next).contains(&refused.order)
+        };
+        let mut its = self
+            .refusals
+            .iter()
+            .filter(|(key, refused)| is_its(key, refused));
+        let error = its.next().map(|(_, refused)| refused.error)?;
+        self.refusals.retain(|key, refused| !is_its(key, refused));
+        Some(error)
     }
 
     /// Was this message refused? Some senders number all their messages alike: a refusal is of one.
     fn answer_to(&mut self, port: u32, sequence: u32) -> Option<i32> {
-        let (error, _, times) = self.refusals.get_mut(&(port, sequence))?;
-        *times = times.checked_sub(1)?;
-        Some(*error)
+        let refused = self.refusals.get_mut(&(port, sequence))?;
+        refused.times = refused.times.checked_sub(1)?;
+        Some(refused.error)
     }
 
     /// Puts a request with those that its process made just before.
@@ -902,6 +986,80 @@ mod tests {
         assert_eq!((told[0].begin_ns, told[0].time_ns), (Some(6), 8));
         assert_eq!(told[0].by.name.as_deref(), Some("kube-proxy"));
         assert!(!assembler.is_waiting());
+    }
+
+    /// A batch of iptables-nft about a table, which has seen this generation.
+    fn batch_about(table: [u8; 4], seen: u8) -> Vec<u8> {
+        let about = [&[2, 0, 0, 0, 8, 0, 1, 0][..], &table].concat();
+        [
+            message(0x10, 1, &[0, 0, 0, 10, 8, 0, 1, 0, 0, 0, 0, seen]),
+            message(0x0a08, 2, &about),
+        ]
+        .concat()
+    }
+
+    fn announced_of(table: &str, generation: u32, read_ns: u64) -> Announced {
+        Announced {
+            tables: [(format!("ip {table}"), super::super::Delta::default())].into(),
+            ..announced(812, 2, generation, read_ns)
+        }
+    }
+
+    /// iptables-nft-restore numbers the messages of every table alike, and asks for chains that are not there.
+    #[test]
+    fn tables_of_one_process_are_told_apart() {
+        let refusal = |sequence| Refusal {
+            kind: kind::REFUSAL,
+            port: 5,
+            sequence,
+            error: -2,
+        };
+        let mut assembler = Assembler::default();
+        assembler.refuse(&refusal(0), 1);
+        let mut at = 10;
+        for (table, seen) in [(*b"raw\0", 4), (*b"flt\0", 4), (*b"nat\0", 5)] {
+            let begin = begin(subsystem::NFTABLES, KUBE_PROXY, at);
+            let end = end(KUBE_PROXY, at + 5, 5, 1);
+            request(&mut assembler, begin, &batch_about(table, seen), &end);
+            assembler.refuse(&refusal(0), at + 6);
+            at += 10;
+        }
+        // What raw asked for was so already.
+        assembler.announce(announced_of("flt", 5, 50));
+        assembler.announce(announced_of("nat", 6, 50));
+        let told = assembler.settle(60);
+        let spans: Vec<_> = told
+            .iter()
+            .map(|change| (change.begin_ns, change.time_ns, change.is_refused()))
+            .collect();
+        assert_eq!(spans, [(Some(20), 25, false), (Some(30), 35, false)]);
+        assert!(assembler.settle(MS + PATIENCE).is_empty());
+        assert!(!assembler.is_waiting());
+        // The second of two is refused, by its own number.
+        for at in [10, 20] {
+            let begin = begin(subsystem::NFTABLES, KUBE_PROXY, 2 * PATIENCE + at);
+            let end = end(KUBE_PROXY, 2 * PATIENCE + at + 5, 5, 1);
+            request(&mut assembler, begin, &batch_about(*b"nat\0", 6), &end);
+        }
+        assembler.refuse(&refusal(2), 2 * PATIENCE + 26);
+        let told = assembler.settle(3 * PATIENCE + MS);
+        assert_eq!(told.len(), 1, "{told:#?}");
+        assert_eq!(told[0].begin_ns, Some(2 * PATIENCE + 20));
+        assert!(told[0].is_refused());
+    }
+
+    /// A batch may begin with what is there already.
+    #[test]
+    fn a_batch_may_do_something_to_another_table_than_its_first() {
+        let mut assembler = Assembler::default();
+        let begin = begin(subsystem::NFTABLES, KUBE_PROXY, 10);
+        let end = end(KUBE_PROXY, 15, 5, 1);
+        request(&mut assembler, begin, &batch_about(*b"raw\0", 4), &end);
+        assembler.announce(announced_of("nat", 5, 15));
+        assert!(assembler.settle(20).is_empty());
+        let told = assembler.settle(15 + PATIENCE);
+        assert_eq!(told.len(), 1, "{told:#?}");
+        assert_eq!((told[0].begin_ns, told[0].time_ns), (Some(10), 15));
     }
 
     #[test]

@@ -217,7 +217,7 @@ fn elements(holdings: &Holdings) -> u64 {
 }
 
 /// nft's word for a family (`NFPROTO_*`, `include/uapi/linux/netfilter.h`).
-const fn word(family: u8) -> &'static str {
+pub(super) const fn word(family: u8) -> &'static str {
     match family {
         1 => "inet",
         2 => "ip",

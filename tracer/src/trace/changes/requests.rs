@@ -132,11 +132,95 @@ impl Asked {
     }
 }
 
-/// The number of the second message of a batch: the kernel's announcement of the transaction has it
-/// (`nf_tables_gen_notify`, `net/netfilter/nf_tables_api.c`), the first message being the batch's begin.
-pub(super) fn sequence_of_batch(bytes: &[u8]) -> Option<u32> {
-    let length = usize::try_from(word(bytes, 0)?).ok()?;
-    word(bytes, length.checked_next_multiple_of(4)?.checked_add(8)?)
+/// What is known of a batch of messages to `nf_tables` by its beginning, and tells it from others: senders number
+/// their messages alike in every batch (`nft_action` of iptables), and a batch that finds all as it wants it makes no
+/// transaction.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Batch {
+    /// The number of its first message, its begin.
+    first: u32,
+    /// Its messages have numbers from the first one's up to below this.
+    end: u32,
+    /// The number of its second message; `None`: it has none but its end.
+    second: Option<u32>,
+    /// The generation that it makes, if it says which one it has seen (`NFNL_BATCH_GENID`): the kernel takes it in
+    /// no other.
+    generation: Option<u32>,
+    /// Family and name of the table that its second message is about.
+    table: Option<(u8, String)>,
+}
+
+/// `NFNL_MSG_BATCH_END` and `NFNL_BATCH_GENID` (`include/uapi/linux/netfilter/nfnetlink.h`).
+const BATCH_END: u16 = 0x11;
+const BATCH_GENID: u16 = 1;
+/// `NFNL_SUBSYS_NFTABLES`, and the table's name in every message about something in a table.
+const NFNL_SUBSYS_NFTABLES: u16 = 10;
+const NFTA_TABLE: u16 = 1;
+/// Lengths of `nlmsghdr`, with `nfgenmsg`, and of `nlattr`.
+const MESSAGE: usize = 16;
+const ABOUT: usize = 20;
+const ATTRIBUTE: usize = 4;
+
+impl Batch {
+    /// Reads the beginning of a batch that is so long; the rest need not be there.
+    pub(super) fn read(bytes: &[u8], length: u32) -> Self {
+        let mut batch = Self {
+            first: word(bytes, 8).unwrap_or(0),
+            ..Self::default()
+        };
+        // No message is shorter than its header.
+        batch.end = batch
+            .first
+            .saturating_add(length / u32::try_from(MESSAGE).unwrap_or(u32::MAX));
+        let at = word(bytes, 0)
+            .and_then(|length| usize::try_from(length).ok()?.checked_next_multiple_of(4));
+        let Some((begin, rest)) = at.and_then(|at| bytes.split_at_checked(at)) else {
+            return batch;
+        };
+        batch.generation = first_attribute(begin, BATCH_GENID)
+            .and_then(|value| value.first_chunk().copied())
+            .map(|seen| match u32::from_be_bytes(seen).wrapping_add(1) {
+                // The kernel leaves 0 out (nf_tables_commit).
+                0 => 1,
+                next => next,
+            });
+        match family(rest) {
+            None | Some(BATCH_END) => {}
+            Some(kind) => {
+                batch.second = word(rest, 8);
+                if kind >> 8 == NFNL_SUBSYS_NFTABLES {
+                    let family = rest.get(MESSAGE).copied();
+                    batch.table = family.zip(first_attribute(rest, NFTA_TABLE).map(text));
+                }
+            }
+        }
+        batch
+    }
+
+    /// Is the transaction with this number of its second message (`nf_tables_gen_notify`,
+    /// `net/netfilter/nf_tables_api.c`) and this generation after it of this batch, as far as those tell?
+    pub(super) fn makes(&self, sequence: u32, generation: u32) -> bool {
+        self.second == Some(sequence) && self.generation.is_none_or(|makes| makes == generation)
+    }
+
+    /// Family and name of the table that its second message is about, if it names one.
+    pub(super) const fn table(&self) -> Option<&(u8, String)> {
+        self.table.as_ref()
+    }
+
+    /// Has it a message with this number?
+    pub(super) fn has(&self, sequence: u32) -> bool {
+        (self.first..self.end).contains(&sequence)
+    }
+}
+
+/// The value of a message's first attribute, if that is of this kind and there in full.
+fn first_attribute(message: &[u8], kind: u16) -> Option<&[u8]> {
+    let attribute = message.get(ABOUT..)?;
+    let half = |at: usize| Some(u16::from_ne_bytes(*attribute.get(at..)?.first_chunk()?));
+    (half(2)? == kind)
+        .then(|| attribute.get(ATTRIBUTE..usize::from(half(0)?)))
+        .flatten()
 }
 
 /// The generic family that a request goes to: its first message's type.
@@ -551,16 +635,31 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_has_the_number_of_its_second_message() {
-        let bytes = [
-            message(0x10, 0, &[0, 0, 0, 10]),
-            message(0x0a06, 41, &[2, 0, 0, 0]),
-        ]
-        .concat();
-        assert_eq!(sequence_of_batch(&bytes), Some(41));
+    fn a_batch_is_known_by_its_beginning() {
+        let begin = message(0x10, 40, &[0, 0, 0, 10]);
+        let bytes = [&begin[..], &message(0x0a06, 41, &[2, 0, 0, 0])].concat();
+        let batch = Batch::read(&bytes, 64);
+        assert!(batch.makes(41, 7) && !batch.makes(40, 7), "{batch:?}");
+        assert_eq!(
+            (batch.has(39), batch.has(40), batch.has(44)),
+            (false, true, false)
+        );
         assert_eq!((family(&bytes), family(&bytes[..5])), (Some(0x10), None));
-        assert_eq!(sequence_of_batch(&bytes[..30]), None);
-        assert_eq!(sequence_of_batch(&[0xff; 4]), None);
+        assert_eq!(batch.table(), None);
+        for short in [&bytes[..30], &[0xff; 4], &[]] {
+            let batch = Batch::read(short, 0);
+            assert_eq!((batch.second, batch.table()), (None, None));
+        }
+        // An empty one makes nothing.
+        let empty = [&begin[..], &message(0x11, 41, &[0, 0, 0, 10])].concat();
+        assert!(!Batch::read(&empty, 40).makes(41, 7));
+        // That of iptables-nft-restore, cut off: the generation that it has seen, the table that it is about.
+        let begin = message(0x10, 1, &[0, 0, 0, 10, 8, 0, 1, 0, 0, 0, 0, 4]);
+        let rule = message(0x0a08, 2, &[2, 0, 0, 0, 8, 0, 1, 0, b'n', b'a', b't', 0, 9]);
+        let bytes = [begin, rule].concat();
+        let batch = Batch::read(&bytes[..bytes.len() - 1], 500);
+        assert_eq!(batch.table(), Some(&(2, "nat".to_owned())));
+        assert!(batch.makes(2, 5) && !batch.makes(2, 6), "{batch:?}");
     }
 
     #[test]
@@ -587,7 +686,7 @@ mod tests {
                 bytes[at] = byte;
             }
             let _ = asked(subsystem, detail, &bytes);
-            let _ = sequence_of_batch(&bytes);
+            let _ = Batch::read(&bytes, detail);
         }
     }
 }
