@@ -324,9 +324,10 @@ pub fn what_leaves_sets_as_they_were_is_no_change() {
 pub fn tables_of_one_process_are_told_apart(way: Option<Way>) {
     let folder = Folder::new();
     let ns = Netns::create("tables").expect("root");
-    let rules: String = (0..50)
+    let rules: Vec<String> = (0..50)
         .map(|n| format!("-A KUBE-TEST -d 10.96.0.{n}/32 -j RETURN\n"))
         .collect();
+    let rules = rules.concat();
     let table = |name: &str, rules: &str| format!("*{name}\n:KUBE-TEST - [0:0]\n{rules}COMMIT\n");
     let file = folder.file(
         "rules",
