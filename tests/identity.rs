@@ -480,7 +480,7 @@ impl Told {
         for event in events {
             match event {
                 Event::Journey(journey) if journey.first != Some(false) => {
-                    told.journeys.push(journey)
+                    told.journeys.push(journey);
                 }
                 Event::Verdict(decided) => {
                     let key = (decided.protocol, decided.source, decided.destination);

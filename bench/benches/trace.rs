@@ -95,10 +95,11 @@ impl Collector {
                     key,
                     index,
                     known,
+                    opening,
                     journey,
                     ..
                 } => {
-                    if self.flows.first(key, index, &journey, known) {
+                    if self.flows.first(key, index, &journey, known, opening) {
                         self.tallies[index].add(&journey);
                     }
                     events.push(Event::Journey(*journey));
@@ -108,7 +109,7 @@ impl Collector {
                 } => {
                     self.flows.came_back(key, back, time_ns);
                 }
-                Told::Other => {}
+                Told::Freed { .. } | Told::Other => {}
             }
         }
         let now_ns = records.last().map_or(0, |record| record.time);
