@@ -176,3 +176,33 @@ pub(crate) fn address(family: u8, bytes: [u8; 16]) -> IpAddr {
         IpAddr::V6(Ipv6Addr::from(bytes))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Only where the kernel knows the reason does it tell what went with its socket from what was dropped.
+    #[test]
+    fn what_went_with_its_socket_is_told_by_the_kernels_reason() {
+        let reasons = |names: &[&str]| Reasons {
+            names: (0..)
+                .zip(names.iter().map(|name| (*name).to_owned()))
+                .collect(),
+            detail: Detail::Stages,
+        };
+        let freed = |reasons: &Reasons, reason, state| {
+            reasons.freed_at_socket(&Record {
+                reason,
+                state,
+                ..Record::ZERO
+            })
+        };
+        let new = reasons(&["SKB_DROP_REASON_NO_SOCKET", NOT_SPECIFIED, PURGE]);
+        let told = [0, 1, 2].map(|reason| freed(&new, reason, state::ESTABLISHED));
+        assert_eq!(told, [Freed::Dropped, Freed::Dropped, Freed::WithSocket]);
+        let old = reasons(&["SKB_DROP_REASON_NO_SOCKET", NOT_SPECIFIED]);
+        let told = [0, 1].map(|reason| freed(&old, reason, state::ESTABLISHED));
+        assert_eq!(told, [Freed::Dropped, Freed::Unknown]);
+        assert_eq!(freed(&old, 1, state::NEW), Freed::Dropped);
+    }
+}

@@ -430,6 +430,19 @@ mod tests {
         assert_eq!(dropped(protocol::TCP, 3, Some(protocol::ICMP)), Some(false));
         // Whose headers cannot be read.
         assert_eq!(dropped(protocol::TCP, tcp::SYN, None), None);
+        // Conntrack takes for new what it finds under way.
+        for (flags, first) in [(tcp::SYN, true), (tcp::ACK, false)] {
+            for kind in [kind::FIRST, kind::DROP] {
+                let record = Record {
+                    kind,
+                    state: state::NEW,
+                    protocol: protocol::TCP,
+                    flags,
+                    ..Record::ZERO
+                };
+                assert_eq!(is_first(&record, None), Some(first));
+            }
+        }
         for (seen, first) in [(state::NEW, true), (state::ESTABLISHED, false)] {
             let record = Record {
                 kind: kind::DROP,

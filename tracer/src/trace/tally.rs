@@ -151,3 +151,22 @@ impl Times {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_timed_is_no_time() {
+        let mut tally = Tally::default();
+        for elapsed_ns in [Some(32_000), None] {
+            tally.add(&Journey {
+                elapsed_ns,
+                ..Journey::sample()
+            });
+        }
+        assert_eq!(tally.flows, 2);
+        let node = tally.node.histogram();
+        assert_eq!((node.count, node.sum_ns), (1, 32_000));
+    }
+}
