@@ -17,6 +17,7 @@ use tracer::trace::session::{Event, Options, Session};
 use tracer::trace::verdict::{Verdict, Who};
 
 use crate::trace::{self, on_one_thread};
+use crate::truth::journeys;
 
 /// Longer than anything here takes on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -560,4 +561,248 @@ pub fn a_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
     let (_, summary) = session.finish().expect("ends");
     let text = summary.to_string();
     assert!(text.contains("stuck on the dead endpoint"), "{text}");
+}
+
+/// A port on which only these tests' own servers listen.
+const OWN: u16 = 7777;
+
+/// A node whose first Service has this one endpoint, at [`OWN`]; where nobody has the address, it stays the
+/// laboratory's. Returns the endpoint and who listens there.
+fn with_own_server(mode: Mode, address: Option<IpAddr>) -> (TestNode, SocketAddr, TcpListener) {
+    let mut node = TestNode::build(2, 1).expect("a laboratory");
+    let endpoint = &mut node.cluster.services[0].ports[0].endpoints[0];
+    endpoint.port = OWN;
+    endpoint.address = address.unwrap_or(endpoint.address);
+    let endpoint = endpoint_of(&node, 0);
+    let bind = || TcpListener::bind(endpoint).ok();
+    let mut listener = None;
+    for ns in node.lab.server_pods().iter().chain([node.lab.node()]) {
+        listener = listener.or_else(|| ns.run(bind).expect("enters"));
+    }
+    on_one_thread(node.apply(mode)).expect("rules");
+    (
+        node,
+        endpoint,
+        listener.expect("one of them has the address"),
+    )
+}
+
+/// Polls until something is so.
+fn polls_until(
+    session: &mut Session,
+    mut so: impl FnMut(&Session, &[Event]) -> bool,
+) -> Vec<Event> {
+    let begin = Instant::now();
+    let mut events = Vec::new();
+    loop {
+        events.extend(session.poll().expect("polls"));
+        if so(session, &events) {
+            return events;
+        }
+        assert!(begin.elapsed() < PATIENCE, "never so: {events:#?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A server on the node that closes first: the client's FIN is freed with the socket that had taken it.
+pub fn what_a_socket_took_is_no_drop(mode: Mode) {
+    const REQUESTS: u64 = 5;
+    let (node, _, listener) = with_own_server(mode, Some(plan::NODE_ADDRESS.base));
+    let vip = node.vip(0);
+    let mut session = Session::start(node.lab.node(), Options::default()).expect("attaches");
+    let server = std::thread::spawn(move || {
+        for (_, stream) in (0..REQUESTS).zip(listener.incoming()) {
+            std::io::Write::write_all(&mut stream.expect("accepts"), b"1").expect("answers");
+        }
+    });
+    let ask = move || {
+        let mut stream = TcpStream::connect_timeout(&vip, PATIENCE).expect("connects");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let mut all = Vec::new();
+        std::io::Read::read_to_end(&mut stream, &mut all).expect("reads");
+        all
+    };
+    for _ in 0..REQUESTS {
+        assert_eq!(node.lab.client_pod().run(ask).expect("enters"), b"1");
+    }
+    server.join().expect("serves");
+    let index = session.directory().asked(vip, 6).expect("a Service");
+    polls_until(&mut session, |session, _| {
+        session.tallies()[index].freed == REQUESTS
+    });
+    let (_, summary) = session.finish().expect("ends");
+    let [service] = summary.services.as_slice() else {
+        panic!("{summary}");
+    };
+    let told: Vec<_> = service
+        .verdicts
+        .iter()
+        .map(|one| (&one.verdict, one.count))
+        .collect();
+    assert_eq!(told, [(&Verdict::Delivered, REQUESTS)], "{summary}");
+    assert_eq!(service.later_drops, [], "{summary}");
+    let probes = summary.probes;
+    assert_eq!((probes.dropped, probes.dropped_at_socket), (0, 0));
+    let text = summary.to_string();
+    assert!(text.contains("5 freed with their socket"), "{text}");
+}
+
+/// A connection that works, and whose entry somebody deletes: conntrack makes another of its next packet.
+pub fn a_flow_whose_entry_is_deleted_goes_on(mode: Mode) {
+    let (node, _, listener) = with_own_server(mode, None);
+    let vip = node.vip(0);
+    let ns = node.lab.node();
+    let mut session = Session::start(ns, Options::default()).expect("attaches");
+    let connect = move || TcpStream::connect_timeout(&vip, PATIENCE).expect("connects");
+    let client = node.lab.client_pod().run(connect).expect("enters");
+    let (server, _) = listener.accept().expect("accepts");
+    for stream in [&client, &server] {
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    }
+    let exchange = || {
+        let mut byte = [0];
+        for (from, to) in [(&client, &server), (&server, &client)] {
+            let (mut from, mut to) = (from, to);
+            std::io::Write::write_all(&mut from, b"1").expect("sends");
+            std::io::Read::read_exact(&mut to, &mut byte).expect("receives");
+        }
+    };
+    exchange();
+    run(
+        ns,
+        "conntrack",
+        &["-D", "-p", "tcp", "--orig-dst", &vip.ip().to_string()],
+    );
+    exchange();
+    exchange();
+    socket2::SockRef::from(&client)
+        .set_linger(Some(Duration::ZERO))
+        .expect("lingers");
+    drop(client);
+    let index = session.directory().asked(vip, 6).expect("a Service");
+    polls_until(&mut session, |session, _| {
+        session.tallies()[index]
+            .later_resets
+            .contains_key(&Who::Client)
+    });
+    let (_, summary) = session.finish().expect("ends");
+    let [service] = summary.services.as_slice() else {
+        panic!("{summary}");
+    };
+    let told: Vec<_> = service
+        .verdicts
+        .iter()
+        .map(|one| (&one.verdict, one.count))
+        .collect();
+    assert_eq!(told, [(&Verdict::Delivered, 1)], "{summary}");
+    assert_eq!(
+        (service.flows, service.repeated, service.picked_up),
+        (1, 0, 1),
+        "{summary}"
+    );
+    let text = summary.to_string();
+    let said = "1 established flow was picked up by conntrack, whose entry was gone";
+    assert!(text.contains(said), "{text}");
+}
+
+/// A rule of this node drops what the endpoint answers, and then no more.
+pub fn an_answer_that_this_node_drops_is_told(mode: Mode) {
+    let (node, endpoint, listener) = with_own_server(mode, None);
+    let vip = node.vip(0);
+    let ns = node.lab.node();
+    let rule = format!(
+        "add table ip fault; add chain ip fault back {{ type filter hook forward priority 10; }}; \
+         add rule ip fault back ip saddr {} tcp sport {OWN} drop",
+        endpoint.ip()
+    );
+    run(ns, "nft", &[&rule]);
+    let mut session = Session::start(ns, Options::default()).expect("attaches");
+    let pod = node.lab.client_pod().clone();
+    let client = std::thread::spawn(move || {
+        pod.run(move || TcpStream::connect_timeout(&vip, PATIENCE).expect("connects"))
+            .expect("enters")
+    });
+    let decided = |events: &[Event]| {
+        let mut decided = events.iter().filter_map(|event| match event {
+            Event::Verdict(decided) => Some(decided.clone()),
+            _ => None,
+        });
+        decided.next_back()
+    };
+    let events = polls_until(&mut session, |_, events| decided(events).is_some());
+    let lost = Verdict::AnswerDropped {
+        reason: "NETFILTER_DROP".to_owned(),
+        stage: "FORWARD filter".to_owned(),
+        by: None,
+    };
+    let told = decided(&events).expect("is told");
+    assert_eq!(told.verdict, lost);
+    let client_address = told.source;
+    let drawn = format!("{endpoint} → {client_address} for {vip}");
+    let replies: Vec<String> = journeys(events)
+        .filter(|journey| journey.answer)
+        .map(|journey| journey.to_string())
+        .collect();
+    assert!(!replies.is_empty());
+    assert!(
+        replies.iter().all(|line| line.ends_with(&drawn)),
+        "{replies:?}"
+    );
+    run(ns, "nft", &["delete table ip fault"]);
+    drop(client.join().expect("connects"));
+    drop(listener);
+    let events = polls_until(&mut session, |_, events| decided(events).is_some());
+    let told = decided(&events).expect("is told");
+    assert_eq!(told.verdict, Verdict::Delivered);
+    assert_eq!(told.corrects.as_deref(), Some(&lost));
+    let (_, summary) = session.finish().expect("ends");
+    let [service] = summary.services.as_slice() else {
+        panic!("{summary}");
+    };
+    let answers: u64 = service.answer_drops.iter().map(|count| count.count).sum();
+    assert_eq!(answers, summary.probes.dropped, "{summary}");
+    assert_eq!(
+        (service.flows, service.dropped_later()),
+        (1, 0),
+        "{summary}"
+    );
+}
+
+/// Without rules the node itself refuses what is sent to a NodePort: a packet that reaches its stack and finds no
+/// socket is one packet of one flow.
+pub fn what_the_node_refuses_is_counted_once(mode: Mode) {
+    const FLOWS: u64 = 5;
+    let node = TestNode::build(2, 1).expect("a laboratory");
+    on_one_thread(node.apply(mode)).expect("rules");
+    let port = plan::node_port(0).expect("a port");
+    let to = SocketAddr::new(plan::NODE_ADDRESS.base, port);
+    let ns = node.lab.node();
+    let session = Session::start(ns, Options::default()).expect("attaches");
+    match mode {
+        // Every rule, so that nothing asks conntrack any more.
+        Mode::Nftables => run(ns, "nft", &["flush ruleset"]),
+        Mode::IptablesNft => run(ns, "iptables-nft", &["-t", "nat", "-F"]),
+        _ => run(ns, "iptables-legacy", &["-t", "nat", "-F"]),
+    }
+    let connect = move || {
+        for _ in 0..FLOWS {
+            let refused = TcpStream::connect_timeout(&to, PATIENCE).expect_err("is refused");
+            assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+        }
+    };
+    node.lab.external().run(connect).expect("enters");
+    let (_, summary) = session.finish().expect("ends");
+    let [service] = summary.services.as_slice() else {
+        panic!("{summary}");
+    };
+    let by = Who::Node;
+    let told: Vec<_> = service
+        .verdicts
+        .iter()
+        .map(|one| (&one.verdict, one.count))
+        .collect();
+    assert_eq!(told, [(&Verdict::Reset { by }, FLOWS)], "{mode}: {summary}");
+    let counts = (service.flows, service.repeated, service.dropped_later());
+    assert_eq!(counts, (FLOWS, 0, 0), "{mode}: {summary}");
+    assert_eq!(summary.probes.dropped_at_socket, FLOWS, "{mode}: {summary}");
 }

@@ -109,7 +109,7 @@ impl Collector {
                 } => {
                     self.flows.came_back(key, back, time_ns);
                 }
-                Told::Other => {}
+                Told::Freed { .. } | Told::Other => {}
             }
         }
         let now_ns = records.last().map_or(0, |record| record.time);

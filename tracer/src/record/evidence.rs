@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use tracer_ebpf::record::{IPV4, Record, kind};
+use tracer_ebpf::record::{IPV4, Record, kind, state};
 
 use super::headers::dissect;
 use crate::kernel::btf::{Btf, BtfError};
@@ -21,6 +21,22 @@ pub struct Drop {
     pub stage: String,
 }
 
+/// What became of a packet that was freed at its socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Freed {
+    /// The socket's queue had taken it, and went: nobody dropped it.
+    WithSocket,
+    /// That or a drop: the kernel gives no reason.
+    Unknown,
+    /// The kernel dropped it.
+    Dropped,
+}
+
+/// What is freed with the queue that it is in (`enum skb_drop_reason`, include/net/dropreason-core.h).
+const PURGE: &str = "SKB_DROP_REASON_QUEUE_PURGE";
+/// What is freed without a reason.
+const NOT_SPECIFIED: &str = "SKB_DROP_REASON_NOT_SPECIFIED";
+
 /// The running kernel's names of drop reasons.
 #[derive(Clone, Debug)]
 pub struct Reasons {
@@ -35,6 +51,20 @@ impl Reasons {
             names: Btf::vmlinux()?.enum_names("skb_drop_reason")?,
             detail,
         })
+    }
+
+    /// What became of a packet that was freed at its socket, after it had been delivered.
+    pub fn freed_at_socket(&self, record: &Record) -> Freed {
+        let name = |reason| self.names.get(&reason).map(String::as_str);
+        let first = matches!(record.state, state::NEW | state::UNTRACKED);
+        match name(record.reason) {
+            Some(PURGE) => Freed::WithSocket,
+            // Kernels before 6.6 give no reason for it, and none for some drops either.
+            Some(NOT_SPECIFIED) if !first && !self.names.values().any(|name| name == PURGE) => {
+                Freed::Unknown
+            }
+            _ => Freed::Dropped,
+        }
     }
 
     /// How and where the packet of a [`kind::DROP`] record was dropped.
@@ -144,5 +174,35 @@ pub(crate) fn address(family: u8, bytes: [u8; 16]) -> IpAddr {
         IpAddr::V4(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]))
     } else {
         IpAddr::V6(Ipv6Addr::from(bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Only where the kernel knows the reason does it tell what went with its socket from what was dropped.
+    #[test]
+    fn what_went_with_its_socket_is_told_by_the_kernels_reason() {
+        let reasons = |names: &[&str]| Reasons {
+            names: (0..)
+                .zip(names.iter().map(|name| (*name).to_owned()))
+                .collect(),
+            detail: Detail::Stages,
+        };
+        let freed = |reasons: &Reasons, reason, state| {
+            reasons.freed_at_socket(&Record {
+                reason,
+                state,
+                ..Record::ZERO
+            })
+        };
+        let new = reasons(&["SKB_DROP_REASON_NO_SOCKET", NOT_SPECIFIED, PURGE]);
+        let told = [0, 1, 2].map(|reason| freed(&new, reason, state::ESTABLISHED));
+        assert_eq!(told, [Freed::Dropped, Freed::Dropped, Freed::WithSocket]);
+        let old = reasons(&["SKB_DROP_REASON_NO_SOCKET", NOT_SPECIFIED]);
+        let told = [0, 1].map(|reason| freed(&old, reason, state::ESTABLISHED));
+        assert_eq!(told, [Freed::Dropped, Freed::Unknown]);
+        assert_eq!(freed(&old, 1, state::NEW), Freed::Dropped);
     }
 }

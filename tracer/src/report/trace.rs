@@ -9,7 +9,7 @@ use super::{figures, units};
 use crate::record::run::{Bin, Clock, Histogram, PacketState};
 use crate::rules::Mode;
 use crate::trace::changes::RuleChange;
-use crate::trace::journey::place;
+use crate::trace::journey::{place, time_on_node};
 use crate::trace::run::{Kept, KeptJourney, TraceRun};
 use crate::trace::summary::{Health, PathSummary, ServiceSummary, Summary};
 use crate::trace::verdict::Verdict;
@@ -269,6 +269,11 @@ pub fn unplaced_drops(service: &ServiceSummary) -> String {
     listed(service.unplaced_drops.iter().map(|c| (&c.end, c.count)))
 }
 
+/// `3 dropped at ...`: answers to flows that had not been answered.
+pub fn answer_drops(service: &ServiceSummary) -> String {
+    listed(service.answer_drops.iter().map(|c| (&c.end, c.count)))
+}
+
 /// `3 dropped at ...`; nothing for what went well.
 pub fn later_drops(service: &ServiceSummary) -> String {
     listed(service.later_drops.iter().map(|c| (&c.end, c.count)))
@@ -292,6 +297,8 @@ pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
         service.verdicts.iter().any(|c| !c.verdict.is_good())
             || service.dropped_later() > 0
             || !service.unplaced_drops.is_empty()
+            || !service.answer_drops.is_empty()
+            || service.picked_up > 0
             || !service.stuck.is_empty()
     };
     let mut lines = Vec::new();
@@ -315,6 +322,23 @@ pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
             let line = format!("{}: of established flows {later}", service.name);
             lines.push((Tone::Plain, line));
         }
+        if service.picked_up > 0 {
+            let flows = units::plural(
+                service.picked_up,
+                "established flow was",
+                "established flows were",
+            );
+            let line = format!(
+                "{}: {flows} picked up by conntrack, whose entry was gone",
+                service.name
+            );
+            lines.push((Tone::Plain, line));
+        }
+        let answers = answer_drops(service);
+        if !answers.is_empty() {
+            let line = format!("{}: of answers to new flows {answers}", service.name);
+            lines.push((Tone::Plain, line));
+        }
         let unplaced = unplaced_drops(service);
         if !unplaced.is_empty() {
             let line = format!(
@@ -330,6 +354,7 @@ pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
         .iter()
         .any(|service| !service.stuck.is_empty());
     let of_flows = services.clone().flat_map(|service| &service.verdicts);
+    // What is to be said of answers that were dropped is said of their flows.
     let of_drops =
         services.flat_map(|service| service.later_drops.iter().chain(&service.unplaced_drops));
     let mut advice: Vec<(&str, &str)> = of_flows
@@ -391,8 +416,26 @@ pub fn health(probes: &Health) -> Vec<String> {
         units::count(probes.unpaired),
         units::count(probes.forgotten),
     )];
+    lines.extend(at_sockets(probes));
     lines.extend(cost(probes));
     lines
+}
+
+/// What became of packets at the sockets that they had reached, if any was not read.
+fn at_sockets(probes: &Health) -> Option<String> {
+    let counts = [
+        (probes.dropped_at_socket, "dropped there"),
+        (probes.freed_with_socket, "freed with their socket"),
+        (
+            probes.freed_at_socket,
+            "freed there, read or dropped: this kernel does not say",
+        ),
+    ];
+    let said = counts.into_iter().filter(|(count, _)| *count > 0);
+    let said: Vec<String> = said
+        .map(|(count, what)| format!("{} {what}", units::count(count)))
+        .collect();
+    (!said.is_empty()).then(|| format!("sockets {}", said.join(", ")))
 }
 
 /// `cost    1,000 runs of probes, ...`.
@@ -527,14 +570,17 @@ pub fn journeys(run: &TraceRun, journeys: &[KeptJourney], most: usize) -> Table 
             since(&run.summary, journey.time_ns),
             journey.service.clone(),
             journey.path.clone(),
-            format!(
-                "{} → {}{}",
-                journey.source,
-                journey.destination,
-                headed.map(|to| format!(" → {to}")).unwrap_or_default()
-            ),
-            units::cost_u64(run.summary.clock, journey.elapsed_ns),
-            format!("{}{}", journey.end, place(journey.first)),
+            match journey.source_after.filter(|_| journey.answer) {
+                Some(from) => format!("{from} → {} for {}", journey.source, journey.destination),
+                None => format!(
+                    "{} → {}{}",
+                    journey.source,
+                    journey.destination,
+                    headed.map(|to| format!(" → {to}")).unwrap_or_default()
+                ),
+            },
+            time_on_node(run.summary.clock, journey.elapsed_ns),
+            format!("{}{}", journey.end, place(journey.first, journey.answer)),
         ]
     };
     Table {

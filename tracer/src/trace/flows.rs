@@ -114,6 +114,8 @@ struct Flow {
     /// [`Headers::opening`]: crate::record::headers::Headers::opening
     opening: Option<u32>,
     back: Option<(Back, u64)>,
+    /// How its answer was dropped on this node, if it was.
+    lost_answer: Option<End>,
     verdict: Option<Verdict>,
 }
 
@@ -196,6 +198,7 @@ impl Flows {
                 known,
                 opening,
                 back,
+                lost_answer: None,
                 verdict: None,
             },
         );
@@ -236,6 +239,16 @@ impl Flows {
             flow.headed = journey.headed.or(flow.headed);
             self.touched.push_back((flow.first_ns, key));
         }
+    }
+
+    /// What came back was dropped on this node; is it of a flow that nothing has come back of yet?
+    pub fn answer_dropped(&mut self, key: Key, end: &End) -> bool {
+        let Some(flow) = self.known.get_mut(&key).filter(|flow| flow.back.is_none()) else {
+            return false;
+        };
+        flow.lost_answer = Some(end.clone());
+        self.touched.push_back((flow.first_ns, key));
+        true
     }
 
     /// Something came back; is it the first that did, of a flow that is open?
@@ -513,8 +526,15 @@ impl Flow {
         }
     }
 
-    /// The verdict of a first packet that was dropped.
+    /// The verdict of a flow whose answer was dropped, or else its first packet.
     fn dropped(&self) -> Option<Verdict> {
+        if let Some(End::Dropped { reason, stage, by }) = &self.lost_answer {
+            return Some(Verdict::AnswerDropped {
+                reason: reason.clone(),
+                stage: stage.clone(),
+                by: by.clone(),
+            });
+        }
         match &self.end {
             End::Dropped { reason, stage, by } => Some(Verdict::Dropped {
                 reason: reason.clone(),
@@ -812,6 +832,27 @@ mod tests {
         let decided = flows.decide(&directory, false, GRACE_NS, nobody);
         assert!(matches!(decided[0].verdict, Verdict::Dropped { .. }));
         assert_eq!(decided.len(), 1);
+    }
+
+    #[test]
+    fn an_answer_that_is_dropped_here_is_told_until_another_comes() {
+        let (mut flows, directory) = (Flows::default(), directory());
+        let end = End::Dropped {
+            reason: "NETFILTER_DROP".to_owned(),
+            stage: "FORWARD filter".to_owned(),
+            by: None,
+        };
+        assert!(!flows.answer_dropped(key(1), &end), "of no flow");
+        flows.first(key(1), 0, &journey(0, ENDPOINT, End::Sent), false, None);
+        assert!(flows.answer_dropped(key(1), &end));
+        assert!(flows.decide(&directory, false, 1, nobody).is_empty());
+        let decided = flows.decide(&directory, false, GRACE_NS, nobody);
+        assert_eq!(decided[0].verdict.word(), "answer-dropped");
+        flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), GRACE_NS + 1);
+        let decided = flows.decide(&directory, false, GRACE_NS + 2, nobody);
+        assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
+        assert!(decided[0].corrects.is_some());
+        assert!(!flows.answer_dropped(key(1), &end), "a later one");
     }
 
     #[test]

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use tracer_ebpf::record::HEADER;
 
 use super::met::Meeting;
+use crate::record::run::Clock;
+use crate::report::units;
 
 /// How a new flow's first packet left the node's netfilter hooks.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -165,8 +167,8 @@ pub struct Journey {
     pub first: Option<bool>,
     /// Is it an answer, on its way back?
     pub answer: bool,
-    /// The sum of its stages, ns: its time on this node without the probes' own.
-    pub elapsed_ns: u64,
+    /// The sum of its stages, ns: its time on this node without the probes' own; `None` if it was not timed.
+    pub elapsed_ns: Option<u64>,
     /// Who it came from at the end: another source if it was masqueraded; `None` if unknown.
     pub source_after: Option<SocketAddr>,
     /// The stages that it passed, in order; empty if they were not recorded one by one.
@@ -186,11 +188,11 @@ pub struct Journey {
 impl std::fmt::Display for Journey {
     /// Whose it is, by which path it came, and from where to where it went.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{} {} {} → {}",
-            self.service, self.path, self.source, self.destination
-        )?;
+        write!(f, "{} {} ", self.service, self.path)?;
+        if let (true, Some(from)) = (self.answer, self.source_after) {
+            return write!(f, "{from} → {} for {}", self.source, self.destination);
+        }
+        write!(f, "{} → {}", self.source, self.destination)?;
         match self.headed.filter(|headed| *headed != self.destination) {
             Some(headed) => write!(f, " → {headed}"),
             None => Ok(()),
@@ -199,13 +201,22 @@ impl std::fmt::Display for Journey {
 }
 
 /// What is said behind the end of a packet that is no flow's first one, or of which nobody knows: see
-/// [`Journey::first`].
-pub const fn place(first: Option<bool>) -> &'static str {
+/// [`Journey::first`]. A reply may be the first as well.
+pub const fn place(first: Option<bool>, answer: bool) -> &'static str {
     match first {
+        _ if answer => ", a reply",
         Some(true) => "",
         Some(false) => ", established",
         None => ", new or established",
     }
+}
+
+/// What is said of a time on the node: see [`Journey::elapsed_ns`].
+pub fn time_on_node(clock: Clock, elapsed_ns: Option<u64>) -> String {
+    elapsed_ns.map_or_else(
+        || "not timed".to_owned(),
+        |elapsed_ns| units::cost_u64(clock, elapsed_ns),
+    )
 }
 
 /// One stage of one journey.
@@ -236,7 +247,7 @@ impl Journey {
             path: "pod→ClusterIP",
             first: Some(true),
             answer: false,
-            elapsed_ns: 32_000,
+            elapsed_ns: Some(32_000),
             source_after: Some(socket("10.244.0.7:51544")),
             stages: Vec::new(),
             met: Vec::new(),

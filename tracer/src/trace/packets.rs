@@ -15,7 +15,7 @@ use super::met::Meeting;
 use super::verdict::{self, Who};
 use crate::probe::catalogue::{self, Detail};
 use crate::probe::tier::Heard;
-use crate::record::evidence::{Reasons, address, destination_of, source_of};
+use crate::record::evidence::{Freed, Reasons, address, destination_of, source_of};
 use crate::record::headers::dissect;
 
 /// What a record is about.
@@ -47,6 +47,13 @@ pub enum Told {
         back: Back,
         /// When (`CLOCK_MONOTONIC`, ns).
         time_ns: u64,
+    },
+    /// A packet was freed at its socket, which it had reached: that is no drop, as far as is known.
+    Freed {
+        /// The Service's index in the directory; `None` for a packet to an endpoint itself.
+        index: Option<usize>,
+        /// Is it known that it went with the queue that had taken it?
+        sure: bool,
     },
     /// A packet to an endpoint itself, or about one.
     Other,
@@ -93,7 +100,11 @@ impl Reader {
         let record = &heard.record;
         let tuples = tuples_of(record);
         let key = key_of(record, tuples.as_ref());
-        let Some(index) = directory.asked(key.destination, key.protocol) else {
+        let asked = directory.asked(key.destination, key.protocol);
+        if let Some(sure) = self.was_freed(record) {
+            return Told::Freed { index: asked, sure };
+        }
+        let Some(index) = asked else {
             return self.absorbed(heard, key, directory).unwrap_or(Told::Other);
         };
         let back = match record.kind {
@@ -102,7 +113,8 @@ impl Reader {
                     key,
                     index,
                     known: record.confirmed != 0,
-                    further: record.state != state::REPLY && self.is_further(record, &key),
+                    further: record.state != state::REPLY && self.is_further(record, &key)
+                        || self.was_first(record),
                     opening: dissect(&record.header.0).and_then(|headers| headers.opening),
                     journey: Box::new(self.journey(heard, key, index, directory)),
                 };
@@ -121,6 +133,35 @@ impl Reader {
             },
             None => Told::Other,
         }
+    }
+
+    /// Was the packet dropped after its journey had ended at a socket?
+    fn is_at_socket(&self, record: &Record) -> bool {
+        let (_, stage) = catalogue::stage_name(record.stage, self.detail);
+        record.kind == kind::DROP && stage == catalogue::DELIVER
+    }
+
+    /// Was it freed at its socket, and is it not known that this was a drop? If so, is it known that it was none?
+    fn was_freed(&self, record: &Record) -> Option<bool> {
+        if !self.is_at_socket(record) {
+            return None;
+        }
+        match self.reasons.freed_at_socket(record) {
+            Freed::WithSocket => Some(true),
+            Freed::Unknown => Some(false),
+            Freed::Dropped => None,
+        }
+    }
+
+    /// Has the packet, which its socket did not take, been told as the first of its flow when it came there?
+    fn was_first(&self, record: &Record) -> bool {
+        let carried = dissect(&record.header.0).map(|headers| headers.protocol);
+        let first = match record.state {
+            state::NEW => !goes_on(record),
+            state::UNTRACKED => !resets(record),
+            _ => false,
+        };
+        self.is_at_socket(record) && first && carried == Some(record.protocol)
     }
 
     /// A first packet to a port that no Service has of an address that is bound here for one, if it ended here.
@@ -201,9 +242,13 @@ impl Reader {
             destination: asked,
             headed,
             path: path.map_or_else(|| title_of(record.path), |path| path.title()),
-            first: is_first(record, headers.map(|headers| headers.protocol)),
+            first: if self.was_first(record) {
+                Some(true)
+            } else {
+                is_first(record, headers.map(|headers| headers.protocol))
+            },
             answer: record.state == state::REPLY,
-            elapsed_ns: record.elapsed,
+            elapsed_ns: (record.started != 0).then_some(record.elapsed),
             source_after,
             stages: stages_of(record, self.detail),
             met,
@@ -277,6 +322,10 @@ fn title_of(path: u8) -> &'static str {
 /// for that, which makes a new flow whatever conntrack knows. `carried` is the protocol of the packet itself, which
 /// may be an ICMP error about one of the flow.
 fn is_first(record: &Record, carried: Option<u8>) -> Option<bool> {
+    // Conntrack makes an entry of what it finds under way (nf_conntrack_tcp_loose), which opens no flow.
+    if record.state == state::NEW && goes_on(record) {
+        return Some(false);
+    }
     if record.kind == kind::FIRST || record.state != state::UNKNOWN {
         return Some(record.kind == kind::FIRST || record.state == state::NEW);
     }
@@ -284,9 +333,26 @@ fn is_first(record: &Record, carried: Option<u8>) -> Option<bool> {
         return Some(false);
     }
     match record.protocol {
-        protocol::TCP => Some(record.flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN),
-        protocol::SCTP => Some(record.flags == sctp::INIT),
+        protocol::TCP | protocol::SCTP => Some(!goes_on(record)),
         _ => None,
+    }
+}
+
+/// Does the packet go on with a connection, by its own word?
+const fn goes_on(record: &Record) -> bool {
+    match record.protocol {
+        protocol::TCP => record.flags & (tcp::SYN | tcp::ACK | tcp::RST) != tcp::SYN,
+        protocol::SCTP => record.flags != sctp::INIT,
+        _ => false,
+    }
+}
+
+/// Does it end one?
+const fn resets(record: &Record) -> bool {
+    match record.protocol {
+        protocol::TCP => record.flags & tcp::RST != 0,
+        protocol::SCTP => record.flags == sctp::ABORT,
+        _ => false,
     }
 }
 
@@ -364,6 +430,19 @@ mod tests {
         assert_eq!(dropped(protocol::TCP, 3, Some(protocol::ICMP)), Some(false));
         // Whose headers cannot be read.
         assert_eq!(dropped(protocol::TCP, tcp::SYN, None), None);
+        // Conntrack takes for new what it finds under way.
+        for (flags, first) in [(tcp::SYN, true), (tcp::ACK, false)] {
+            for kind in [kind::FIRST, kind::DROP] {
+                let record = Record {
+                    kind,
+                    state: state::NEW,
+                    protocol: protocol::TCP,
+                    flags,
+                    ..Record::ZERO
+                };
+                assert_eq!(is_first(&record, None), Some(first));
+            }
+        }
         for (seen, first) in [(state::NEW, true), (state::ESTABLISHED, false)] {
             let record = Record {
                 kind: kind::DROP,

@@ -5,9 +5,8 @@
 //! what it asked for and what became of it. What else happens, such as a rule change, stands in the list at
 //! its own time as a packet that is a line of text, which it has as its comment too.
 
-use super::journey::{Journey, place};
+use super::journey::{Journey, place, time_on_node};
 use crate::record::run::Clock;
-use crate::report::units;
 
 /// `LINKTYPE_RAW` (tcpdump.org/linktypes.html): packets begin with an IPv4 or IPv6 header.
 const LINKTYPE_RAW: u16 = 101;
@@ -99,11 +98,11 @@ impl Encoder {
     pub fn journey(self, journey: &Journey) -> Vec<u8> {
         let length = packet_length(&journey.header);
         let captured = journey.header.len().min(length as usize);
-        let later = place(journey.first);
+        let later = place(journey.first, journey.answer);
         let comment = format!(
             "{journey}: {}{later}, {} on this node",
             journey.end,
-            units::cost_u64(self.clock, journey.elapsed_ns)
+            time_on_node(self.clock, journey.elapsed_ns)
         );
         self.packet(
             journey.time_ns,

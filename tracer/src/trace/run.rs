@@ -112,10 +112,16 @@ pub struct KeptJourney {
     pub destination: SocketAddr,
     /// Where it was headed at the end.
     pub headed: Option<SocketAddr>,
+    /// Is it an answer, on its way back?
+    #[serde(default)]
+    pub answer: bool,
+    /// Who it came from at the end; `None` if unknown.
+    #[serde(default)]
+    pub source_after: Option<SocketAddr>,
     /// Is it a flow's first packet? `None`: nobody knows.
     pub first: Option<bool>,
-    /// Its time on this node, ns.
-    pub elapsed_ns: u64,
+    /// Its time on this node, ns; `None` if it was not timed.
+    pub elapsed_ns: Option<u64>,
     /// How it ended.
     #[serde(flatten)]
     pub end: End,
@@ -130,6 +136,8 @@ impl From<&Journey> for KeptJourney {
             source: journey.source,
             destination: journey.destination,
             headed: journey.headed,
+            answer: journey.answer,
+            source_after: journey.source_after,
             first: journey.first,
             elapsed_ns: journey.elapsed_ns,
             end: journey.end.clone(),

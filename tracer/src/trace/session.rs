@@ -16,7 +16,7 @@ use super::journey::{End, Journey};
 use super::outages::{Outage, Outages};
 use super::packets::{Reader, Told};
 use super::stuck::{self, Stuck};
-use super::summary::{Health, Rest, Summary};
+use super::summary::{FreedAtSockets, Health, Rest, Summary};
 use super::tally::Tally;
 use super::timeline::Timeline;
 use crate::cluster::{Cidr, Family};
@@ -190,6 +190,10 @@ enum Turn {
     Further,
     /// A later one.
     Later,
+    /// A later one that conntrack takes for a new flow's.
+    PickedUp,
+    /// An answer to the first that was dropped.
+    Answer,
     /// The first or a later one: nobody knows.
     Unplaced,
 }
@@ -223,6 +227,7 @@ pub struct Session {
     reading: Option<Receiver<Result<Found, TraceError>>>,
     /// Records about packets to no Service: to an endpoint itself, or answers.
     others: u64,
+    freed: FreedAtSockets,
     started_ns: u64,
 }
 
@@ -302,6 +307,7 @@ impl Session {
             changed_ns: started_ns,
             reading: None,
             others: 0,
+            freed: FreedAtSockets::default(),
             timeline: Timeline::default(),
             started_ns,
         })
@@ -464,13 +470,22 @@ impl Session {
                     return;
                 }
                 journey.first = journey.first.or_else(|| self.flows.is_repeated(&key));
-                let turn = if journey.first == Some(false) {
+                let dropped = matches!(journey.end, End::Dropped { .. });
+                let turn = if journey.answer && self.flows.answer_dropped(key, &journey.end) {
+                    Turn::Answer
+                } else if journey.first == Some(false) && dropped {
                     Turn::Later
+                } else if journey.first == Some(false) {
+                    // Until conntrack has seen a reply, those behind it look the same.
+                    if known {
+                        return;
+                    }
+                    Turn::PickedUp
                 } else if journey.first.is_none() {
                     Turn::Unplaced
                 } else if further {
                     self.flows.further(key, &journey);
-                    if !matches!(journey.end, End::Dropped { .. }) {
+                    if !dropped {
                         return;
                     }
                     Turn::Further
@@ -501,7 +516,27 @@ impl Session {
                     *self.tallies[index].later_resets.entry(by).or_default() += 1;
                 }
             }
+            Told::Freed { index, sure } => self.free(index, sure),
             Told::Other => self.others += 1,
+        }
+    }
+
+    /// Counts a packet that was freed at its socket, with the socket for sure or perhaps.
+    fn free(&mut self, index: Option<usize>, sure: bool) {
+        let index = index.filter(|_| self.options.want_all());
+        let tally = index.map(|index| &mut self.tallies[index]);
+        let (all, of_service) = if sure {
+            (
+                &mut self.freed.with_socket,
+                tally.map(|tally| &mut tally.freed),
+            )
+        } else {
+            let of_service = tally.map(|tally| &mut tally.freed_or_dropped);
+            (&mut self.freed.unknown, of_service)
+        };
+        *all += 1;
+        if let Some(count) = of_service {
+            *count += 1;
         }
     }
 
@@ -516,6 +551,8 @@ impl Session {
             // Its flow is counted with what became of it.
             Turn::Further => {}
             Turn::Later => self.tallies[index].add_later(&journey),
+            Turn::PickedUp => self.tallies[index].picked_up += 1,
+            Turn::Answer => self.tallies[index].add_answer(&journey),
             Turn::Unplaced => self.tallies[index].add_unplaced(&journey),
         }
         events.push(Event::Journey(journey));
@@ -597,7 +634,7 @@ impl Session {
             rule_changes_left_out: self.more_changes,
             listening: self.watcher.listening(),
             outages: self.ended_outages,
-            probes: Health::new(stats, self.others, self.flows.forgotten(), cost),
+            probes: Health::new(stats, self.others, self.freed, self.flows.forgotten(), cost),
         };
         let summary = Summary::new(&self.directory, &self.tallies, rest);
         Ok((events, summary))

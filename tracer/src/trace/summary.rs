@@ -43,6 +43,18 @@ pub struct ServiceSummary {
     /// Packets that were dropped before conntrack saw them, of new or of established flows: nobody knows.
     #[serde(default)]
     pub unplaced_drops: Vec<Count>,
+    /// Answers that were dropped of flows that had not been answered.
+    #[serde(default)]
+    pub answer_drops: Vec<Count>,
+    /// Packets under way of which conntrack made a new entry: they go on with a flow, and open none.
+    #[serde(default)]
+    pub picked_up: u64,
+    /// Packets that their socket's queue had taken, and that were freed with it.
+    #[serde(default)]
+    pub freed: u64,
+    /// Packets that were freed at their socket, and of which the kernel does not say whether it dropped them.
+    #[serde(default)]
+    pub freed_or_dropped: u64,
     /// Resets of flows that had been answered, or answered otherwise.
     pub later_resets: Vec<ResetCount>,
     /// Established flows that went on to an endpoint that is gone, by endpoint.
@@ -133,6 +145,15 @@ pub struct Health {
     pub delivered_locally: u64,
     /// Journeys that the kernel dropped.
     pub dropped: u64,
+    /// Packets that were dropped at the socket that they had reached.
+    #[serde(default)]
+    pub dropped_at_socket: u64,
+    /// Packets that their socket's queue had taken, and that were freed with it.
+    #[serde(default)]
+    pub freed_with_socket: u64,
+    /// Packets that were freed at their socket, and of which the kernel does not say whether it dropped them.
+    #[serde(default)]
+    pub freed_at_socket: u64,
     /// Journeys whose end no probe saw: under way, or waiting in a queue, such as for a neighbour's
     /// address.
     pub unfinished: u64,
@@ -166,10 +187,20 @@ pub struct Cost {
     pub probe_ns: u64,
 }
 
+/// Packets that were freed at their sockets, of Services and to endpoints, as records told.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct FreedAtSockets {
+    /// With the queue that had taken them.
+    pub(super) with_socket: u64,
+    /// So, or dropped.
+    pub(super) unknown: u64,
+}
+
 impl Health {
     pub(super) fn new(
         stats: Stats,
         to_endpoints: u64,
+        freed: FreedAtSockets,
         forgotten: u64,
         cost: Option<RunTime>,
     ) -> Self {
@@ -178,6 +209,11 @@ impl Health {
             transmitted: stats.transmitted,
             delivered_locally: stats.delivered,
             dropped: stats.dropped,
+            dropped_at_socket: stats
+                .dropped_at_socket
+                .saturating_sub(freed.with_socket + freed.unknown),
+            freed_with_socket: freed.with_socket,
+            freed_at_socket: freed.unknown,
             unfinished: stats.journeys.saturating_sub(
                 stats.transmitted
                     + stats.delivered
@@ -273,6 +309,10 @@ impl Summary {
                     .collect(),
                 later_drops: counts(&tally.later_drops),
                 unplaced_drops: counts(&tally.unplaced_drops),
+                answer_drops: counts(&tally.answer_drops),
+                picked_up: tally.picked_up,
+                freed: tally.freed,
+                freed_or_dropped: tally.freed_or_dropped,
                 later_resets: tally
                     .later_resets
                     .iter()

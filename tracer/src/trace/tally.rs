@@ -26,6 +26,14 @@ pub struct Tally {
     /// Packets that were dropped before conntrack saw them, and of which nobody knows whether their flows were
     /// new, by reason and stage.
     pub unplaced_drops: BTreeMap<End, u64>,
+    /// Answers that were dropped of flows that had not been answered, by reason and stage.
+    pub answer_drops: BTreeMap<End, u64>,
+    /// Packets under way of which conntrack made a new entry: they go on with a flow, and open none.
+    pub picked_up: u64,
+    /// Packets that their socket's queue had taken, and that were freed with it.
+    pub freed: u64,
+    /// Packets that were freed at their socket, and of which the kernel does not say whether it dropped them.
+    pub freed_or_dropped: u64,
     /// Resets that decided nothing: of flows that had been answered, or reset before.
     pub later_resets: BTreeMap<Who, u64>,
     /// Established flows that go on to an endpoint that is gone, by endpoint.
@@ -39,15 +47,20 @@ pub struct Tally {
 impl Tally {
     /// Is there anything to tell?
     pub fn has_anything(&self) -> bool {
-        self.flows + self.repeated + self.drops() > 0 || !self.stuck.is_empty()
+        let freed = self.freed + self.freed_or_dropped;
+        self.flows + self.repeated + self.drops() + self.picked_up + freed > 0
+            || !self.stuck.is_empty()
     }
 
     /// Counts a new flow.
     pub fn add(&mut self, journey: &Journey) {
         self.flows += 1;
         // What the node keeps for itself says nothing of the way to endpoints.
-        if !matches!(journey.end, End::Absorbed { .. }) {
-            self.node.add(journey.elapsed_ns);
+        if let (false, Some(elapsed_ns)) = (
+            matches!(journey.end, End::Absorbed { .. }),
+            journey.elapsed_ns,
+        ) {
+            self.node.add(elapsed_ns);
         }
     }
 
@@ -59,6 +72,11 @@ impl Tally {
     /// Counts a packet that was dropped, of a new flow or of an established one.
     pub fn add_unplaced(&mut self, journey: &Journey) {
         *self.unplaced_drops.entry(journey.end.clone()).or_default() += 1;
+    }
+
+    /// Counts an answer that was dropped.
+    pub fn add_answer(&mut self, journey: &Journey) {
+        *self.answer_drops.entry(journey.end.clone()).or_default() += 1;
     }
 
     /// Counts what became of a flow.
@@ -97,7 +115,8 @@ impl Tally {
         let others = self
             .later_drops
             .values()
-            .chain(self.unplaced_drops.values());
+            .chain(self.unplaced_drops.values())
+            .chain(self.answer_drops.values());
         first + others.sum::<u64>()
     }
 }
@@ -130,5 +149,24 @@ impl Times {
                 })
                 .collect(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_timed_is_no_time() {
+        let mut tally = Tally::default();
+        for elapsed_ns in [Some(32_000), None] {
+            tally.add(&Journey {
+                elapsed_ns,
+                ..Journey::sample()
+            });
+        }
+        assert_eq!(tally.flows, 2);
+        let node = tally.node.histogram();
+        assert_eq!((node.count, node.sum_ns), (1, 32_000));
     }
 }

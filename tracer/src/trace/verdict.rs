@@ -30,6 +30,16 @@ pub enum Verdict {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         by: Option<String>,
     },
+    /// It was answered, and the kernel dropped the answer on this node.
+    AnswerDropped {
+        /// The kernel's drop reason, without its prefix: `NETFILTER_DROP`.
+        reason: String,
+        /// `HOOK stage`.
+        stage: String,
+        /// The table or chain that did: see [`End::Dropped`](super::journey::End::Dropped).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
+    },
     /// It left the node with the Service's virtual address.
     Leaked,
     /// Somebody answered who is no endpoint of the Service.
@@ -115,6 +125,7 @@ impl Verdict {
             Self::Delivered => "delivered",
             Self::Rejected { .. } => "rejected",
             Self::Dropped { .. } => "dropped",
+            Self::AnswerDropped { .. } => "answer-dropped",
             Self::Leaked => "leaked",
             Self::Misdelivered { .. } => "misdelivered",
             Self::Stuck { .. } => "stuck",
@@ -144,6 +155,10 @@ impl Verdict {
                 "the packet arrived, but nobody listens on that port of the endpoint, or a rule of its own rejects"
             }
             Self::Dropped { stage, .. } => advice_of_drop(stage),
+            Self::AnswerDropped { .. } => {
+                "the endpoint answered, and this node dropped the answer on its way back to the client: look for a \
+                 policy or a rule that matches the endpoint as source (nft list ruleset, iptables-save)"
+            }
             Self::Leaked => {
                 "the rules for this address are missing: compare them with the cluster (svcpath rules check --live) \
                  and see who changed them last"
@@ -214,6 +229,10 @@ impl std::fmt::Display for Verdict {
             Self::Delivered => f.write_str("delivered"),
             Self::Rejected { by, how } => write!(f, "rejected by {by} ({how})"),
             Self::Dropped { reason, stage, by } => write_drop(f, reason, stage, by.as_deref()),
+            Self::AnswerDropped { reason, stage, by } => {
+                f.write_str("its answer ")?;
+                write_drop(f, reason, stage, by.as_deref())
+            }
             Self::Leaked => f.write_str("leaked"),
             Self::Misdelivered { by } => write!(f, "misdelivered: answered by {by}"),
             Self::Stuck { endpoint } => write!(f, "stuck on the dead endpoint {endpoint}"),

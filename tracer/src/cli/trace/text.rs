@@ -5,14 +5,14 @@ use std::fmt::Write as _;
 use tracer::record::run::Clock;
 use tracer::report::units;
 use tracer::report::write::printable;
-use tracer::trace::journey::{Journey, StageTime, place};
+use tracer::trace::journey::{Journey, StageTime, place, time_on_node};
 use tracer::trace::met::Meeting;
 
 /// A journey that began at a time, which is written `+0.040271 s`: a line, and below it one for each
 /// stage that was recorded. Ends in a newline.
 pub(super) fn journey(clock: Clock, at: &str, journey: &Journey) -> String {
-    let cost = units::cost_u64(clock, journey.elapsed_ns);
-    let later = place(journey.first);
+    let cost = time_on_node(clock, journey.elapsed_ns);
+    let later = place(journey.first, journey.answer);
     let who = printable(&journey.to_string());
     if journey.stages.is_empty() {
         return format!("{at}  {who}  {cost}  {}{later}\n", journey.end);
@@ -40,7 +40,7 @@ pub(super) fn journey(clock: Clock, at: &str, journey: &Journey) -> String {
 
 /// What a stage did to the packet, as far as its addresses at both ends tell.
 fn detail(journey: &Journey, index: usize) -> String {
-    let Some(stage) = journey.stages.get(index) else {
+    let Some(stage) = journey.stages.get(index).filter(|_| !journey.answer) else {
         return String::new();
     };
     if Some(index) == translating(&journey.stages) {
@@ -117,7 +117,7 @@ mod tests {
             path: "pod→ClusterIP",
             first: Some(true),
             answer: false,
-            elapsed_ns: stages.iter().map(|stage| stage.took_ns).sum(),
+            elapsed_ns: Some(stages.iter().map(|stage| stage.took_ns).sum()),
             source_after: Some(socket("10.244.0.7:51544")),
             stages,
             met: Vec::new(),
@@ -141,7 +141,7 @@ mod tests {
     #[test]
     fn a_journey_without_stages_is_a_line() {
         let mut journey = flow(Vec::new());
-        journey.elapsed_ns = 32_000;
+        journey.elapsed_ns = Some(32_000);
         insta::assert_snapshot!(super::journey(Clock::Wall, "+0.040271 s", &journey), @"+0.040271 s  shop/web:http pod→ClusterIP 10.244.0.7:51544 → 10.96.10.1:80 → 10.244.0.12:8080  32.0 us  sent to its endpoint");
         journey.end = End::Leaked;
         journey.headed = Some(journey.destination);

@@ -248,6 +248,15 @@ impl Page<'_> {
             ("left by a device", probes.transmitted),
             ("reached a socket", probes.delivered_locally),
             ("dropped", probes.dropped),
+            (
+                "dropped at the socket they reached",
+                probes.dropped_at_socket,
+            ),
+            ("freed with their socket", probes.freed_with_socket),
+            (
+                "freed at their socket, read or dropped: unknown",
+                probes.freed_at_socket,
+            ),
             ("unfinished", probes.unfinished),
             ("records lost", probes.ring_lost),
             ("slot collisions", probes.slot_collisions),
