@@ -21,6 +21,9 @@ use tracer::lab::traffic::{
 use tracer::lab::{Outcome, clean};
 use tracer_ebpf::path::Path;
 
+/// Longer than anything here takes on a machine under load.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 fn build(dual_stack: bool) -> Lab {
     assert!(
         nix::unistd::geteuid().is_root(),
@@ -248,6 +251,16 @@ fn what_a_dead_process_left_is_removed() {
         .env("XTABLES_LOCKFILE", &lock)
         .spawn()
         .expect("sleep");
+    // The kernel lets who starts a program go on before the program has its environment.
+    let environment = format!("/proc/{}/environ", orphan.id());
+    let begin = Instant::now();
+    // Another test's laboratory may end it first.
+    while orphan.try_wait().expect("a child").is_none()
+        && std::fs::read(&environment).expect("a child").is_empty()
+    {
+        assert!(begin.elapsed() < PATIENCE, "it has no environment");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let own = format!("/run/svcpath-xtables-{}.lock", std::process::id());
     std::fs::write(&own, "").expect("a lock file");
     // Another test's laboratory may clean up first; what counts is that it is gone.
