@@ -36,6 +36,7 @@ use tracer_ebpf::record::{protocol, sctp};
 use crate::sctp::End as Association;
 use crate::trace::{on_one_thread, options, send_to};
 use crate::truth::assert_nothing_was_missed;
+use crate::verdicts::run;
 
 /// Longer than anything here takes on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -326,15 +327,6 @@ fn silence(node: &TestNode) {
         );
     }
     run(node.lab.node2(), "nft", &[&drops]);
-}
-
-fn run(ns: &Netns, tool: &str, arguments: &[&str]) {
-    let output = ns.command(tool).args(arguments).output().expect("runs");
-    assert!(
-        output.status.success(),
-        "{tool} {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 /// Who asks, and for what kind of address.

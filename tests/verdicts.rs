@@ -14,6 +14,7 @@ use tracer::probe::tier::Tier;
 use tracer::rules::Mode;
 use tracer::scenario::node::TestNode;
 use tracer::trace::session::{Event, Options, Session};
+use tracer::trace::summary::{ServiceSummary, Summary};
 use tracer::trace::verdict::{Verdict, Who};
 
 use crate::trace::{self, on_one_thread};
@@ -35,7 +36,8 @@ const FORBIDDEN: [usize; 2] = [8, 9];
 const HIJACKED: [usize; 2] = [10, 11];
 const SERVICES: u32 = 12;
 
-fn run(ns: &Netns, tool: &str, arguments: &[&str]) {
+/// Runs a tool that must succeed.
+pub(crate) fn run(ns: &Netns, tool: &str, arguments: &[&str]) {
     let output = ns.command(tool).args(arguments).output().expect("runs");
     assert!(
         output.status.success(),
@@ -604,6 +606,16 @@ fn polls_until(
     }
 }
 
+/// The only Service that is told of, and its verdicts.
+fn only_service(summary: &Summary) -> (&ServiceSummary, Vec<(&Verdict, u64)>) {
+    let [service] = summary.services.as_slice() else {
+        panic!("{summary}");
+    };
+    let verdicts = service.verdicts.iter();
+    let verdicts = verdicts.map(|one| (&one.verdict, one.count));
+    (service, verdicts.collect())
+}
+
 /// A server on the node that closes first: the client's FIN is freed with the socket that had taken it.
 pub fn what_a_socket_took_is_no_drop(mode: Mode) {
     const REQUESTS: u64 = 5;
@@ -631,14 +643,7 @@ pub fn what_a_socket_took_is_no_drop(mode: Mode) {
         session.tallies()[index].freed == REQUESTS
     });
     let (_, summary) = session.finish().expect("ends");
-    let [service] = summary.services.as_slice() else {
-        panic!("{summary}");
-    };
-    let told: Vec<_> = service
-        .verdicts
-        .iter()
-        .map(|one| (&one.verdict, one.count))
-        .collect();
+    let (service, told) = only_service(&summary);
     assert_eq!(told, [(&Verdict::Delivered, REQUESTS)], "{summary}");
     assert_eq!(service.later_drops, [], "{summary}");
     let probes = summary.probes;
@@ -686,14 +691,7 @@ pub fn a_flow_whose_entry_is_deleted_goes_on(mode: Mode) {
             .contains_key(&Who::Client)
     });
     let (_, summary) = session.finish().expect("ends");
-    let [service] = summary.services.as_slice() else {
-        panic!("{summary}");
-    };
-    let told: Vec<_> = service
-        .verdicts
-        .iter()
-        .map(|one| (&one.verdict, one.count))
-        .collect();
+    let (service, told) = only_service(&summary);
     assert_eq!(told, [(&Verdict::Delivered, 1)], "{summary}");
     assert_eq!(
         (service.flows, service.repeated, service.picked_up),
@@ -756,9 +754,7 @@ pub fn an_answer_that_this_node_drops_is_told(mode: Mode) {
     assert_eq!(told.verdict, Verdict::Delivered);
     assert_eq!(told.corrects.as_deref(), Some(&lost));
     let (_, summary) = session.finish().expect("ends");
-    let [service] = summary.services.as_slice() else {
-        panic!("{summary}");
-    };
+    let (service, _) = only_service(&summary);
     let answers: u64 = service.answer_drops.iter().map(|count| count.count).sum();
     assert_eq!(answers, summary.probes.dropped, "{summary}");
     assert_eq!(
@@ -792,15 +788,8 @@ pub fn what_the_node_refuses_is_counted_once(mode: Mode) {
     };
     node.lab.external().run(connect).expect("enters");
     let (_, summary) = session.finish().expect("ends");
-    let [service] = summary.services.as_slice() else {
-        panic!("{summary}");
-    };
+    let (service, told) = only_service(&summary);
     let by = Who::Node;
-    let told: Vec<_> = service
-        .verdicts
-        .iter()
-        .map(|one| (&one.verdict, one.count))
-        .collect();
     assert_eq!(told, [(&Verdict::Reset { by }, FLOWS)], "{mode}: {summary}");
     let counts = (service.flows, service.repeated, service.dropped_later());
     assert_eq!(counts, (FLOWS, 0, 0), "{mode}: {summary}");

@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::IpAddr;
 
-use super::netlink::{Attributes, NLM_F_ACK, NLM_F_DUMP, NetlinkError, Request, Socket};
+use super::netlink::{ATTEMPTS, Attributes, NLM_F_ACK, NLM_F_DUMP, NetlinkError, Request, Socket};
 use super::netns::{Netns, NetnsError};
 use crate::cluster::Protocol;
 
@@ -58,8 +58,6 @@ const SETTABLE: u32 = IP_VS_SVC_F_PERSISTENT
     | IP_VS_SVC_F_SCHED1
     | IP_VS_SVC_F_SCHED2
     | IP_VS_SVC_F_SCHED3;
-/// How often the virtual servers are listed at most until two lists agree.
-const LISTS: u32 = 20;
 /// `IP_VS_CONN_F_FWD_MASK`.
 const FORWARD_MASK: u32 = 0x7;
 
@@ -434,7 +432,7 @@ impl<'a> Ipvs<'a> {
     fn virtual_servers(&mut self) -> Result<Vec<Server>, IpvsError> {
         let request = Request::generic(self.family, IPVS_CMD_GET_SERVICE, IPVS_VERSION, NLM_F_DUMP);
         let mut last = None;
-        for _ in 0..LISTS {
+        for _ in 0..ATTEMPTS {
             let servers = self
                 .socket
                 .dump(&request, |servers: &mut Vec<Server>, attributes| {

@@ -40,7 +40,7 @@ pub const NLM_F_EXCL: u16 = 0x200;
 /// Flags of a request: make it, and refuse if it is there.
 pub const NLM_F_CREATE_EXCL: u16 = 0x600;
 /// How often a dump is tried that changes of rules interrupt.
-const ATTEMPTS: u32 = 20;
+pub(super) const ATTEMPTS: u32 = 20;
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]

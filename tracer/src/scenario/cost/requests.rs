@@ -235,10 +235,10 @@ impl Bench {
 
     /// One round: each kind of request, while such a session traces the node.
     fn round(&self, setup: Setup) -> Result<[Counted; 2], CostError> {
-        let _empty = match setup.probes {
-            ProbeSet::Empty => Some(self.attach_empty(setup.tier)?),
-            _ => None,
-        };
+        if setup.probes == ProbeSet::Empty {
+            let _attached = self.attach_empty(setup.tier)?;
+            return self.requests();
+        }
         let Some(mut session) = self.session(setup)? else {
             return self.requests();
         };

@@ -6,14 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::Delta;
 use super::actor::{self, Actor};
-use super::requests::text;
+use super::requests::{NFNL_SUBSYS_NFTABLES, NFTA_TABLE, text};
 use crate::kernel::netlink::{Announcement, Attributes, NetlinkError};
 use crate::kernel::nft::{Holdings, Ruleset, TableKey, count_elements, lasting_set};
-
-/// `NFNL_SUBSYS_NFTABLES`, the upper byte of a message's type.
-const NFNL_SUBSYS_NFTABLES: u8 = 10;
-/// Length of `struct nfgenmsg`.
-pub(super) const NFGENMSG: usize = 4;
 
 const NFT_MSG_NEWRULE: u8 = 6;
 const NFT_MSG_DELRULE: u8 = 8;
@@ -22,8 +17,6 @@ const NFT_MSG_DELSET: u8 = 11;
 const NFT_MSG_NEWSETELEM: u8 = 12;
 const NFT_MSG_DELSETELEM: u8 = 14;
 const NFT_MSG_NEWGEN: u8 = 15;
-/// The table's name has this number in every message about something in a table.
-const NFTA_TABLE: u16 = 1;
 /// A set's name, in messages about the set and about its elements.
 const NFTA_SET: u16 = 2;
 const NFTA_GEN_ID: u16 = 1;

@@ -153,13 +153,15 @@ pub(super) struct Batch {
 /// `NFNL_MSG_BATCH_END` and `NFNL_BATCH_GENID` (`include/uapi/linux/netfilter/nfnetlink.h`).
 const BATCH_END: u16 = 0x11;
 const BATCH_GENID: u16 = 1;
-/// `NFNL_SUBSYS_NFTABLES`, and the table's name in every message about something in a table.
-const NFNL_SUBSYS_NFTABLES: u16 = 10;
-const NFTA_TABLE: u16 = 1;
-/// Lengths of `nlmsghdr`, with `nfgenmsg`, and of `nlattr`.
+/// `NFNL_SUBSYS_NFTABLES`, the upper byte of a message's type.
+pub(super) const NFNL_SUBSYS_NFTABLES: u8 = 10;
+/// The table's name has this number in every message about something in a table.
+pub(super) const NFTA_TABLE: u16 = 1;
+/// Length of `nlmsghdr`, and with `struct nfgenmsg`.
 const MESSAGE: usize = 16;
-const ABOUT: usize = 20;
-const ATTRIBUTE: usize = 4;
+const ABOUT: usize = MESSAGE + NFGENMSG;
+/// Length of `struct nfgenmsg`.
+pub(super) const NFGENMSG: usize = 4;
 
 impl Batch {
     /// Reads the beginning of a batch that is so long; the rest need not be there.
@@ -188,7 +190,7 @@ impl Batch {
             None | Some(BATCH_END) => {}
             Some(kind) => {
                 batch.second = word(rest, 8);
-                if kind >> 8 == NFNL_SUBSYS_NFTABLES {
+                if kind >> 8 == u16::from(NFNL_SUBSYS_NFTABLES) {
                     let family = rest.get(MESSAGE).copied();
                     batch.table = family.zip(first_attribute(rest, NFTA_TABLE).map(text));
                 }
@@ -216,11 +218,8 @@ impl Batch {
 
 /// The value of a message's first attribute, if that is of this kind and there in full.
 fn first_attribute(message: &[u8], kind: u16) -> Option<&[u8]> {
-    let attribute = message.get(ABOUT..)?;
-    let half = |at: usize| Some(u16::from_ne_bytes(*attribute.get(at..)?.first_chunk()?));
-    (half(2)? == kind)
-        .then(|| attribute.get(ATTRIBUTE..usize::from(half(0)?)))
-        .flatten()
+    let (found, value) = Attributes::nested(message.get(ABOUT..)?).next()?.ok()?;
+    (found == kind).then_some(value)
 }
 
 /// The generic family that a request goes to: its first message's type.
@@ -260,7 +259,6 @@ pub(super) fn text(value: &[u8]) -> String {
 }
 
 fn ipset(message: &Message<'_>) -> Result<Ask, NetlinkError> {
-    const NFGENMSG: usize = 4;
     const SETNAME: u16 = 2;
     const ADT: u16 = 8;
     let (_, attributes) = message.parts(NFGENMSG)?;
