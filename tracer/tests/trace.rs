@@ -3,10 +3,15 @@
 
 use std::fs;
 use std::io::Read as _;
+use std::net::UdpSocket;
 use std::os::fd::FromRawFd as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
@@ -224,6 +229,69 @@ fn what_programs_read_holds_nothing_of_the_command() {
         assert!(json["event"].is_string(), "{line}");
     }
     assert!(ended.stdout.contains("\"event\":\"summary\""), "{ended:?}");
+}
+
+/// Asks a Service over UDP, each time from another port, until it is told to stop. Waits for the first request.
+fn asking(node: &TestNode) -> (Arc<AtomicBool>, JoinHandle<()>) {
+    let (service, node) = (node.vip(1), node.lab.node().clone());
+    let stop = Arc::new(AtomicBool::new(false));
+    let told = stop.clone();
+    let (tell, asked) = channel();
+    let client = std::thread::spawn(move || {
+        let ask = move || {
+            while !told.load(Ordering::Relaxed) {
+                let socket = UdpSocket::bind("0.0.0.0:0").expect("binds");
+                socket.send_to(b"1 x\n", service).expect("sends");
+                let _ = tell.send(());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        node.run(ask).expect("enters");
+    });
+    asked.recv().expect("it asks");
+    (stop, client)
+}
+
+/// The summary and the times of journeys, of a session of so many ms.
+fn limited(node: &TestNode, ms: u64) -> (Value, Vec<u64>) {
+    let limit = format!("{ms}ms");
+    let arguments = ["--duration", &limit, "--journeys", "--output", "json"];
+    let ended = end(&mut trace(node, &arguments));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let lines = ended.stdout.lines();
+    let events: Vec<Value> = lines
+        .map(|line| serde_json::from_str(line).expect("each line is JSON"))
+        .collect();
+    let of = |event: &'static str| events.iter().filter(move |one| one["event"] == event);
+    let times = of("journey").map(|one| one["time_ns"].as_u64().expect("a time"));
+    let summary = of("summary").next().expect("a summary");
+    (summary.clone(), times.collect())
+}
+
+/// Attaching and ending take some tenths of a second, which are no part of the time that was watched.
+#[test]
+fn a_session_is_as_long_as_was_asked_and_tells_of_that_time_alone() {
+    const MS: u64 = 300;
+    let node = node();
+    let (stop, client) = asking(&node);
+    let sessions: Vec<(Value, Vec<u64>)> = (0..3).map(|_| limited(&node, MS)).collect();
+    stop.store(true, Ordering::Relaxed);
+    client.join().expect("it asked");
+    let mut longest = Vec::new();
+    for (summary, times) in &sessions {
+        let of = |name: &str| summary[name].as_u64().expect("a number");
+        let (began, took) = (of("started_ns"), of("duration_ns"));
+        assert!(!times.is_empty(), "{summary}");
+        let outside = times
+            .iter()
+            .filter(|time| !(began..=began + took).contains(time));
+        assert_eq!(outside.count(), 0, "{summary}");
+        assert!(took >= MS * 1_000_000, "{took} ns");
+        longest.push(took);
+    }
+    // Whoever else is at work may hold up one of them.
+    let took = longest.iter().min().expect("three");
+    assert!(*took < (MS + 60) * 1_000_000, "{longest:?}");
 }
 
 /// Starts it and waits until the probes are attached.

@@ -22,6 +22,7 @@ use super::offsets;
 use super::program::{self, Callee, Constants, Kind, Link, Programs};
 use super::tier::{Attached, ProbeError, Probed, Watch};
 use crate::kernel::btf::{Btf, BtfError, Function};
+use crate::kernel::clock::monotonic_ns;
 
 /// Attaches to every function that is there. Without that of the hooks nothing can be followed; of components,
 /// those that are not there are told.
@@ -68,13 +69,13 @@ fn attach_hook(
         id: function.id,
         module: None,
     };
-    for (program, kind) in [
-        ("hook_begins", Kind::Entry(callee)),
-        ("hook_ends", Kind::Exit(callee)),
-    ] {
-        attached
-            .links
-            .push(link(programs, program, kind, constants)?);
+    // A packet's journey begins at either.
+    let begins = programs.load("hook_begins", Kind::Entry(callee), constants)?;
+    let ends = programs.load("hook_ends", Kind::Exit(callee), constants)?;
+    attached.whole_ns = monotonic_ns();
+    for program in [begins, ends] {
+        let fd = program::attach_tracing(&program)?;
+        attached.beginnings.push(Link::new(program, fd));
     }
     attached.probed.push(Probed {
         module: None,

@@ -140,7 +140,8 @@ pub(super) struct Program {
 /// An attached program; dropping it detaches.
 #[derive(Debug)]
 pub(super) struct Link {
-    _fd: OwnedFd,
+    /// `None`: it is detached, and the program only told of.
+    fd: Option<OwnedFd>,
     program: Program,
 }
 
@@ -172,7 +173,13 @@ impl Counting {
 impl Link {
     /// A program and the descriptor that attaching it gave.
     pub(super) fn new(program: Program, fd: OwnedFd) -> Self {
-        Self { _fd: fd, program }
+        let fd = Some(fd);
+        Self { fd, program }
+    }
+
+    /// Detaches the program, of which [`Self::run_time`] goes on to tell.
+    pub(super) fn detach(&mut self) {
+        self.fd = None;
     }
 
     /// What the program did since it was loaded, as far as it was counted.

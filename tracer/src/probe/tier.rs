@@ -25,6 +25,7 @@ pub use super::program::RunTime;
 use super::program::{self, Constants, Counting, Kind, Link, ProgramError, Programs};
 use super::{OBJECT, functions, hooks, log, offsets};
 use crate::kernel::btf::{Btf, BtfError};
+use crate::kernel::clock::monotonic_ns;
 use crate::kernel::netns::{Netns, NetnsError};
 
 /// Why the probes could not be attached.
@@ -191,6 +192,10 @@ pub struct Missing {
 /// What a tier attached.
 #[derive(Debug, Default)]
 pub(super) struct Attached {
+    /// Where packets' journeys begin: attached last, and detached first.
+    pub(super) beginnings: Vec<Link>,
+    /// When everything else was attached (`CLOCK_MONOTONIC`, ns): no journey began before.
+    pub(super) whole_ns: u64,
     pub(super) links: Vec<Link>,
     pub(super) placed: Vec<Placed>,
     pub(super) probed: Vec<Probed>,
@@ -198,6 +203,11 @@ pub(super) struct Attached {
 }
 
 impl Attached {
+    /// Every netfilter link, or program at a function.
+    fn all(&self) -> impl Iterator<Item = &Link> {
+        self.beginnings.iter().chain(&self.links)
+    }
+
     /// Writes down what could not be attached, and what is lost without it.
     pub(super) fn miss(
         &mut self,
@@ -343,6 +353,19 @@ impl Probes {
         self.detail
     }
 
+    /// Since when packets are watched (`CLOCK_MONOTONIC`, ns): all that follows them was attached by then, and what
+    /// was under way before is not seen.
+    pub const fn watching_since_ns(&self) -> u64 {
+        self.attached.whole_ns
+    }
+
+    /// Begins no more journeys: those under way are followed to their ends, and what was counted stays. When the
+    /// last could begin (`CLOCK_MONOTONIC`, ns).
+    pub fn stop(&mut self) -> u64 {
+        self.attached.beginnings.iter_mut().for_each(Link::detach);
+        monotonic_ns()
+    }
+
     /// Number of tracepoints.
     pub fn tracepoints(&self) -> usize {
         self.tracepoints.len()
@@ -382,7 +405,7 @@ impl Probes {
             return Ok(None);
         }
         let mut sum = RunTime::default();
-        for link in self.tracepoints.iter().chain(&self.attached.links) {
+        for link in self.tracepoints.iter().chain(self.attached.all()) {
             let RunTime { runs, ns } = link.run_time()?;
             sum.runs += runs;
             sum.ns += ns;
@@ -392,7 +415,7 @@ impl Probes {
 
     /// Number of netfilter links, or of programs at functions.
     pub fn links(&self) -> usize {
-        self.attached.links.len()
+        self.attached.all().count()
     }
 
     /// How many boundaries had to make room for somebody else's hooks: the hooks tier.

@@ -229,6 +229,8 @@ pub struct Session {
     others: u64,
     freed: FreedAtSockets,
     started_ns: u64,
+    /// When the probes were stopped; `None`: they watch.
+    ended_ns: Option<u64>,
 }
 
 impl Session {
@@ -257,12 +259,12 @@ impl Session {
             pod_cidrs: pod_cidrs(&options.pod_cidrs, &found.pod_cidrs),
             ..options
         };
-        let started_ns = monotonic_ns();
         let mut probes = Probes::attach(
             options.tier,
             ns,
             &watch(&directory, local.clone(), &options, may_absorb),
         )?;
+        let started_ns = probes.watching_since_ns();
         let missing: Vec<String> = probes
             .missing()
             .iter()
@@ -310,12 +312,19 @@ impl Session {
             freed: FreedAtSockets::default(),
             timeline: Timeline::default(),
             started_ns,
+            ended_ns: None,
         })
     }
 
-    /// When the probes were attached (`CLOCK_MONOTONIC`, ns).
+    /// When the probes were attached (`CLOCK_MONOTONIC`, ns): no packet is told of that came before.
     pub const fn started_ns(&self) -> u64 {
         self.started_ns
+    }
+
+    /// Until when what happened is known, once it has been taken in (`CLOCK_MONOTONIC`, ns): nobody can be judged for
+    /// what he did after the probes were stopped.
+    fn now_ns(&self) -> u64 {
+        self.ended_ns.unwrap_or_else(monotonic_ns)
     }
 
     /// What is worth saying at the start: choices that match nothing, rules of several modes.
@@ -377,8 +386,8 @@ impl Session {
         }
         self.learn(&mut events)?;
         let reading = self.is_outdated();
+        let now_ns = self.now_ns();
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
-        let now_ns = monotonic_ns();
         let decided = self
             .flows
             .decide(&self.directory, reading, now_ns, remembers);
@@ -399,7 +408,7 @@ impl Session {
                 .or_default() += 1;
             events.push(Event::Stuck(stuck));
         }
-        let known_ns = self.flows.known_until_ns(monotonic_ns()).min(told_ns);
+        let known_ns = self.flows.known_until_ns(now_ns).min(told_ns);
         let known = |index| self.directory.get(index);
         let over = self.outages.over(known_ns, &self.changes, known);
         self.end_outages(over, &mut events);
@@ -587,8 +596,10 @@ impl Session {
         }
     }
 
-    /// Ends the session: what is left in the ring is counted, the probes are detached.
+    /// Ends the session: the probes are stopped, and what is left in the ring is counted.
     pub fn finish(mut self) -> Result<(Vec<Event>, Summary), TraceError> {
+        let ended_ns = self.probes.stop();
+        self.ended_ns = Some(ended_ns);
         self.watcher.stop();
         let mut events = self.poll()?;
         // Rules that changed a moment ago are read before the last flows are judged by them.
@@ -603,11 +614,11 @@ impl Session {
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
         let decided = self
             .flows
-            .finish(&self.directory, monotonic_ns(), remembers);
+            .finish(&self.directory, ended_ns, remembers);
         self.count(decided, &mut events);
         let outages = std::mem::take(&mut self.outages);
         let known = |index| self.directory.get(index);
-        let (over, going_on) = outages.finish(monotonic_ns(), &self.changes, known);
+        let (over, going_on) = outages.finish(ended_ns, &self.changes, known);
         self.end_outages(over, &mut events);
         self.end_outages(going_on, &mut events);
         let stats = self.probes.stats()?;
@@ -627,7 +638,7 @@ impl Session {
         let rest = Rest {
             tier: self.probes.tier(),
             started_ns: self.started_ns,
-            ended_ns: monotonic_ns(),
+            ended_ns,
             timeline: self.timeline,
             paths: stages,
             rule_changes: self.changes,

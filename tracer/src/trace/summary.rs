@@ -243,9 +243,9 @@ impl Health {
 pub struct Summary {
     /// The clock of every time in it.
     pub clock: Clock,
-    /// How long the probes were attached, ns.
+    /// How long packets were watched, ns: from when all probes were attached to when they were stopped.
     pub duration_ns: u64,
-    /// When they were (`CLOCK_MONOTONIC`, ns): the zero of all times that are told since the begin.
+    /// When that began (`CLOCK_MONOTONIC`, ns): the zero of all times that are told since the begin.
     pub started_ns: u64,
     /// The probe tier.
     pub tier: String,

@@ -1,6 +1,7 @@
 //! What a session shows while it lasts, and what it leaves.
 
 use std::io::IsTerminal as _;
+use std::time::Duration;
 
 use tracer::kernel::clock;
 use tracer::kernel::netns::Netns;
@@ -48,12 +49,14 @@ impl Faces {
         let clock = Clock::of_this_machine();
         let plain_table = args.output == Output::Text && !args.journeys && args.command.is_empty();
         let offset_ns = clock::realtime_offset_ns();
+        let began_ns = clock::monotonic_ns().saturating_sub(session.started_ns());
+        let live = || Live::new(Duration::from_nanos(began_ns));
         let faces = Self {
             output: args.output,
             journeys: args.journeys,
             clock,
             started_ns: session.started_ns(),
-            live: (plain_table && std::io::stdout().is_terminal()).then(Live::new),
+            live: (plain_table && std::io::stdout().is_terminal()).then(live),
             encoder: Encoder::new(clock, offset_ns),
             recorder: args.dir.as_ref().map(|dir| {
                 let (recorder, began) = Recorder::start(dir, args.keep);

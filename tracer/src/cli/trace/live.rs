@@ -59,11 +59,13 @@ pub(super) struct Live {
 }
 
 impl Live {
-    pub(super) fn new() -> Self {
+    /// For a session that began so long ago.
+    pub(super) fn new(elapsed: Duration) -> Self {
         let now = Instant::now();
+        let begun = now.checked_sub(elapsed).unwrap_or(now);
         Self {
-            begun: now,
-            drawn_at: now,
+            begun,
+            drawn_at: begun,
             drawn: Vec::new(),
             flows: Vec::new(),
             change: None,
@@ -395,7 +397,7 @@ mod tests {
 
     #[test]
     fn what_a_narrower_window_has_broken_is_taken_off_as_well() {
-        let mut live = Live::new();
+        let mut live = Live::new(Duration::ZERO);
         assert_eq!(live.clear(), "");
         // Under a test there is no terminal: it is taken for one of 80 columns.
         live.drawn = vec![80, 0, 81, 200];

@@ -18,6 +18,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
 use tracer::cluster::Cidr;
+use tracer::kernel::clock::monotonic_ns;
 use tracer::kernel::netns::Netns;
 use tracer::probe::catalogue::Detail;
 use tracer::probe::tier::Tier;
@@ -286,7 +287,11 @@ async fn trace(args: &Args, ns: &Netns, options: Options) -> anyhow::Result<Exit
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     let command = Running::start(&args.command, args.output)?;
-    let watched = watch(&mut session, &mut faces, command, args.duration, &mut stops).await;
+    let end_ns = args.duration.map(|limit| {
+        let limit_ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
+        session.started_ns().saturating_add(limit_ns)
+    });
+    let watched = watch(&mut session, &mut faces, command, end_ns, &mut stops).await;
     // Whoever read standard output may have gone: what was recorded is still worth its file.
     let watched = match watched {
         Err(error) if !error.is::<exit::Stdout>() => return Err(error),
@@ -305,20 +310,19 @@ async fn trace(args: &Args, ns: &Netns, options: Options) -> anyhow::Result<Exit
     Ok(ExitCode::from(if whole { code } else { exit::FAILURE }))
 }
 
-/// Tells what happens until time is up, the command ends, or a signal comes.
+/// Tells what happens until time is up (`CLOCK_MONOTONIC`, ns), the command ends, or a signal comes.
 async fn watch(
     session: &mut Session,
     faces: &mut Faces,
     mut command: Option<Running>,
-    limit: Option<Duration>,
+    end_ns: Option<u64>,
     stops: &mut Stops,
 ) -> anyhow::Result<Option<ExitStatus>> {
-    let begin = Instant::now();
     let mut ending: Option<Instant> = None;
     loop {
         let stopped = tokio::select! {
             signal = stops.next() => Some(signal),
-            () = tokio::time::sleep(EVERY) => None,
+            () = tokio::time::sleep(pause(end_ns.filter(|_| ending.is_none()))) => None,
         };
         // First whether it has ended, then what it did: nothing that it did is missed.
         let status = command.as_mut().map(Running::status).transpose()?.flatten();
@@ -329,7 +333,7 @@ async fn watch(
         if status.is_some() {
             return Ok(status);
         }
-        let due = limit.is_some_and(|limit| begin.elapsed() >= limit);
+        let due = end_ns.is_some_and(|end_ns| monotonic_ns() >= end_ns);
         let Some(signal) = stopped.or(due.then_some(Signal::SIGTERM)) else {
             continue;
         };
@@ -348,6 +352,12 @@ async fn watch(
             Some(_) => {}
         }
     }
+}
+
+/// How long to wait before looking again: not past the end (`CLOCK_MONOTONIC`, ns).
+fn pause(end_ns: Option<u64>) -> Duration {
+    let left = end_ns.map(|end_ns| Duration::from_nanos(end_ns.saturating_sub(monotonic_ns())));
+    left.map_or(EVERY, |left| left.min(EVERY))
 }
 
 /// What asks a session to end.
