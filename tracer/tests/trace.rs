@@ -399,25 +399,55 @@ fn with_tmpfs(command: &mut Command, dir: &Path) {
     }
 }
 
+/// What was found is kept, and can be read; journeys are kept while there is room; what is not there is named.
 #[test]
-fn a_disk_that_becomes_full_does_not_end_the_session() {
+fn a_disk_that_becomes_full_takes_journeys_and_not_what_was_found() {
     let node = node();
     let dir = tempfile::tempdir().expect("a folder");
     let out = dir.path().join("out");
     let fill = dir.path().join("fill");
-    let script = format!("head -c 100000 /dev/zero >{}", fill.display());
-    let mut command = trace(&node, &["-o", out.to_str().expect("UTF-8")]);
-    command.args(["--", "sh", "-c", &script]);
+    let (stop, client) = asking(&node);
+    // It is full when journeys have come, and they go on coming.
+    let script = format!(
+        "until [ -s {0}/journeys.jsonl ]; do sleep 0.02; done; head -c 9000000 /dev/zero >{1}; sleep 0.2",
+        out.display(),
+        fill.display(),
+    );
+    let node_path = node.lab.node().path();
+    let all = format!(
+        "{PROGRAM} trace --netns {node_path} -o {out} -- sh -c '{script}'; echo $?; {PROGRAM} report {out}; echo $?; \
+         rm {out}/trace.json; {PROGRAM} report {out}; echo $?",
+        out = out.display()
+    );
+    let mut command = Command::new("sh");
+    command.args(["-c", &all]);
     with_tmpfs(&mut command, dir.path());
     let ended = end(&mut command);
-    assert_eq!(ended.code, Some(1), "{ended:?}");
+    stop.store(true, Ordering::Relaxed);
+    client.join().expect("it asked");
+    let (session, reports) = ended.stdout.split_once("\n1\n").expect("it failed");
+    assert!(session.contains("1 Service with flows"), "{ended:?}");
+    let (report, without) = reports.split_once("\n0\n").expect("it can be read");
+    assert!(report.contains("1 Service with flows"), "{ended:?}");
     assert!(
-        ended.stdout.contains("Services with flows"),
-        "the summary is there: {ended:?}"
+        report.contains("could not be written to the end (No space left"),
+        "{ended:?}"
     );
-    let said = ended.stderr.matches("svcpath: cannot write").count();
-    assert_eq!(said, 1, "{ended:?}");
-    assert!(ended.stderr.contains("free some space"), "{ended:?}");
+    assert_eq!(without, "1\n", "{ended:?}");
+    let said: Vec<&str> = ended.stderr.lines().collect();
+    for words in [
+        ["out/journeys.jsonl: No space left", "free some space"],
+        ["out/report.html: No space left", "--output html -o FILE"],
+        [
+            "journeys.jsonl without trace.json",
+            "has its journeys, one a line",
+        ],
+    ] {
+        let lines = said
+            .iter()
+            .filter(|line| words.iter().all(|word| line.contains(word)));
+        assert_eq!(lines.count(), 1, "{words:?}: {ended:?}");
+    }
 }
 
 #[test]

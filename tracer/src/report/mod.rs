@@ -16,6 +16,7 @@ pub mod plot;
 pub mod quantile;
 pub mod read;
 pub mod recorder;
+mod reserved;
 #[cfg(test)]
 pub(crate) mod sample;
 pub mod terminal;

@@ -80,6 +80,12 @@ pub enum ReadError {
         /// Which.
         dir: PathBuf,
     },
+    /// A trace's folder without the trace.
+    #[error("{0} holds {JOURNEYS_FILE} without {TRACE_FILE}: a session goes on there, was killed, or had no room for what it found (Services, stages, rule changes), which is missing; {0}/{JOURNEYS_FILE} has its journeys, one a line", dir.display())]
+    Unfinished {
+        /// Which.
+        dir: PathBuf,
+    },
     /// JSON, but not a run: a field is missing, unknown or of another type.
     #[error("{}: not a run: {what} at line {line}, column {column}", file.display())]
     Shape {
@@ -106,7 +112,7 @@ impl ReadError {
     /// The program's exit code: 5 for a run that is invalid, 1 for a file that cannot be read.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::File { .. } | Self::Nothing { .. } => 1,
+            Self::File { .. } | Self::Nothing { .. } | Self::Unfinished { .. } => 1,
             Self::Kind { .. }
             | Self::Size { .. }
             | Self::Syntax { .. }
@@ -178,9 +184,7 @@ pub fn recorded(path: impl AsRef<Path>) -> Result<Recorded, ReadError> {
             .into_iter();
         files
             .find(|file| file.exists())
-            .ok_or_else(|| ReadError::Nothing {
-                dir: path.to_owned(),
-            })?
+            .ok_or_else(|| nothing(path.to_owned()))?
     } else {
         path.to_owned()
     };
@@ -204,6 +208,15 @@ pub fn recorded(path: impl AsRef<Path>) -> Result<Recorded, ReadError> {
         None
     };
     Ok(Recorded::Trace(Box::new(Trace { run, wrong })))
+}
+
+/// What is missing in a folder without a run.
+fn nothing(dir: PathBuf) -> ReadError {
+    if dir.join(JOURNEYS_FILE).is_file() {
+        ReadError::Unfinished { dir }
+    } else {
+        ReadError::Nothing { dir }
+    }
 }
 
 /// Reads and validates one comparison.
@@ -1137,6 +1150,14 @@ mod tests {
                 .contains("neither run.json nor trace.json"),
             "{error}"
         );
+
+        fs::write(dir.path().join(JOURNEYS_FILE), "").expect("written");
+        let error = recorded(dir.path()).expect_err("a session was killed");
+        assert_eq!(error.exit_code(), 1);
+        let said = error.to_string();
+        assert!(said.contains("without trace.json"), "{said}");
+        assert!(said.contains("has its journeys"), "{said}");
+        fs::remove_file(dir.path().join(JOURNEYS_FILE)).expect("removed");
 
         let file = dir.path().join(TRACE_FILE);
         fs::write(&file, trace_text()).expect("written");

@@ -1,7 +1,8 @@
 //! A trace's folder, written while the session lasts: journeys as they come, the rest at its end.
 //!
 //! A disk that is full does not end a session. What could be written stays, whole lines only, and what
-//! could not is counted.
+//! could not is counted. Room for trace.json is taken at the begin; if that is not enough, journeys make way for it,
+//! the last ones first: what all of them were is told by it.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -9,8 +10,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::reserved::{Reserved, Unwritten};
 use super::trace::Trace;
-use super::write::{HTML_FILE, JOURNEYS_FILE, Staged, TRACE_FILE, WriteError, printable};
+use super::write::{
+    HTML_FILE, JOURNEYS_FILE, Staged, TRACE_FILE, WriteError, printable, remove_left_over,
+};
 use super::{html, read};
 use crate::trace::journey::Journey;
 use crate::trace::run::{FORMAT, Kept, KeptJourney, TraceEnvironment, TraceRun};
@@ -19,15 +23,28 @@ use crate::trace::summary::Summary;
 
 /// Journeys that went wrong and stand on the page.
 const SHOWN: usize = 1000;
+/// File systems' usual block.
+const BLOCK: u64 = 4 << 10;
+
+/// A line of `journeys.jsonl`.
+#[derive(Clone, Copy, Debug)]
+struct Line {
+    bytes: u32,
+    good: bool,
+}
 
 /// A folder that is being written.
 #[derive(Debug)]
 pub struct Recorder {
     dir: PathBuf,
-    /// `None` once it failed.
+    /// `None`: it could not be made.
     journeys: Option<File>,
-    /// Bytes of whole lines in it.
+    /// The whole lines in it.
+    lines: Vec<Line>,
+    /// Their bytes.
     length: u64,
+    /// `None`: it could not be made.
+    summary: Option<Reserved>,
     kept: Kept,
     wrong: Vec<KeptJourney>,
 }
@@ -44,7 +61,9 @@ impl Recorder {
         let mut recorder = Self {
             dir: dir.to_owned(),
             journeys: None,
+            lines: Vec::new(),
             length: 0,
+            summary: None,
             kept: Kept {
                 limit,
                 ..Kept::default()
@@ -58,6 +77,8 @@ impl Recorder {
                     _ => {}
                 }
             }
+            remove_left_over(dir, TRACE_FILE)?;
+            recorder.summary = Some(Reserved::start(dir, TRACE_FILE)?);
             File::create(dir.join(JOURNEYS_FILE))
         });
         let outcome = match opened {
@@ -78,12 +99,18 @@ impl Recorder {
     pub fn keep(&mut self, events: &[Event]) -> Result<(), WriteError> {
         let before = self.kept.clone();
         let mut lines = Vec::new();
+        let written = self.lines.len();
         for event in events {
             if let Event::Journey(journey) = event
                 && self.kept.take(journey.end.is_good())
             {
                 self.note(journey);
+                let begin = lines.len();
                 line(&mut lines, event, journey);
+                self.lines.push(Line {
+                    bytes: u32::try_from(lines.len() - begin).unwrap_or(u32::MAX),
+                    good: journey.end.is_good(),
+                });
             }
         }
         let Some(file) = self.journeys.as_mut().filter(|_| !lines.is_empty()) else {
@@ -97,6 +124,7 @@ impl Recorder {
             Err(error) => {
                 // Half a line is worse than none; on a full disk shortening works.
                 let _ = file.set_len(self.length);
+                self.lines.truncate(written);
                 let (good, wrong) = (self.kept.good - before.good, self.kept.wrong - before.wrong);
                 self.kept.good = before.good;
                 self.kept.wrong = before.wrong;
@@ -112,12 +140,17 @@ impl Recorder {
         self.kept.failure.is_none()
     }
 
-    /// Writes the rest: trace.json, then the page, which can be made of it again. Returns the page's path.
+    /// Writes the rest: trace.json, then the page, which can be made of it again. Returns the page's path, and
+    /// whether all journeys that should be are kept.
+    ///
+    /// # Errors
+    ///
+    /// The summary contradicts itself, or there is no room even without journeys.
     pub fn finish(
-        self,
+        mut self,
         mut environment: TraceEnvironment,
         summary: &Summary,
-    ) -> Result<PathBuf, WriteError> {
+    ) -> Result<(PathBuf, bool), WriteError> {
         environment.command = environment
             .command
             .iter()
@@ -128,23 +161,80 @@ impl Recorder {
             format: FORMAT.to_owned(),
             environment,
             summary: summary.clone(),
-            journeys: self.kept,
+            journeys: self.kept.clone(),
         };
         let mut json = serde_json::to_value(&run).map_err(encode)?;
         clean(&mut json);
-        let run: TraceRun = serde_json::from_value(json).map_err(encode)?;
+        let mut run: TraceRun = serde_json::from_value(json).map_err(encode)?;
         read::validate_trace(&run)?;
-        let bytes = super::json::to_bytes(&run).map_err(encode)?;
+        let reserved = self.reserved()?;
+        loop {
+            run.journeys.clone_from(&self.kept);
+            let bytes = super::json::to_bytes(&run).map_err(encode)?;
+            match reserved.write(&bytes) {
+                Ok(()) => break,
+                Err(Unwritten { missing, error }) => self.make_room(missing, error)?,
+            }
+        }
+        reserved.publish()?;
+        let whole = self.is_whole();
         let page = html::trace::render(&Trace {
             run,
             wrong: Some(self.wrong),
         });
-        for (name, bytes) in [(TRACE_FILE, &bytes[..]), (HTML_FILE, page.as_bytes())] {
-            let mut staged = Staged::default();
-            staged.add(&self.dir, name, bytes)?;
-            staged.publish()?;
+        let mut staged = Staged::default();
+        let written = staged.add(&self.dir, HTML_FILE, page.as_bytes());
+        let written = written.and_then(|()| staged.publish());
+        written.map_err(|error| WriteError::Page {
+            dir: self.dir.clone(),
+            error: Box::new(error),
+        })?;
+        Ok((self.dir.join(HTML_FILE), whole))
+    }
+
+    /// The file of the summary, made now if that did not succeed at the begin.
+    fn reserved(&mut self) -> Result<Reserved, WriteError> {
+        if let Some(reserved) = self.summary.take() {
+            return Ok(reserved);
         }
-        Ok(self.dir.join(HTML_FILE))
+        let made = fs::create_dir_all(&self.dir);
+        let made = made.and_then(|()| Reserved::start(&self.dir, TRACE_FILE));
+        made.map_err(|source| WriteError::File {
+            file: self.dir.join(TRACE_FILE),
+            source,
+        })
+    }
+
+    /// Leaves out as many of the last journeys as take so many bytes.
+    ///
+    /// # Errors
+    ///
+    /// What they should make room for could not be written for another reason, or there are none.
+    fn make_room(&mut self, missing: u64, error: WriteError) -> Result<(), WriteError> {
+        let full = matches!(&error, WriteError::File { source, .. } if is_full(source));
+        let file = self.journeys.as_ref().filter(|_| full);
+        let Some(file) = file.filter(|_| !self.lines.is_empty()) else {
+            return Err(error);
+        };
+        // A file system gives back whole blocks only.
+        let wanted = self.length.saturating_sub(missing.next_multiple_of(BLOCK) + BLOCK);
+        while let Some(line) = self.lines.pop_if(|_| self.length > wanted) {
+            self.length = self.length.saturating_sub(line.bytes.into());
+            let (kept, left_out) = if line.good {
+                (&mut self.kept.good, &mut self.kept.good_left_out)
+            } else {
+                (&mut self.kept.wrong, &mut self.kept.wrong_left_out)
+            };
+            *kept = kept.saturating_sub(1);
+            *left_out += 1;
+        }
+        if let WriteError::File { source, .. } = &error {
+            let failure = || printable(&source.to_string());
+            self.kept.failure.get_or_insert_with(failure);
+        }
+        // Some give it back only when they have written down that they do.
+        let shortened = file.set_len(self.length).and_then(|()| file.sync_all());
+        shortened.map_err(|_| error)
     }
 
     fn note(&mut self, journey: &Journey) {
@@ -154,13 +244,17 @@ impl Recorder {
     }
 
     fn failed(&mut self, source: io::Error) -> WriteError {
-        self.journeys = None;
         self.kept.failure = Some(printable(&source.to_string()));
         WriteError::File {
             file: self.dir.join(JOURNEYS_FILE),
             source,
         }
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    let kinds = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
+    kinds.contains(&error.kind())
 }
 
 /// A journey's line; one that cannot be encoded, which cannot be, is an empty object.
@@ -226,8 +320,8 @@ mod tests {
         recorder.keep(&events).expect("written");
         assert!(recorder.is_whole());
         let summary = sample::trace().run.summary;
-        let page = recorder.finish(environment(), &summary).expect("written");
-        assert!(page.ends_with("a/b/report.html"));
+        let (page, whole) = recorder.finish(environment(), &summary).expect("written");
+        assert!(whole && page.ends_with("a/b/report.html"));
         let read::Recorded::Trace(read) = read::recorded(&into).expect("valid") else {
             panic!("a trace was written");
         };
@@ -296,6 +390,108 @@ mod tests {
         assert_eq!((kept.good, kept.wrong), (0, 0));
         assert_eq!((kept.good_left_out, kept.wrong_left_out), (1, 1));
         assert!(kept.failure.expect("said").contains("No space left"));
+    }
+
+    /// In a file system of its own, which is seen by nobody else, as large as that: `size=128k`.
+    fn on_a_disk_of(size: &'static str, check: impl FnOnce(&Path) + Send + 'static) {
+        use nix::mount::{MsFlags, mount};
+        let checked = std::thread::spawn(move || {
+            let dir = tempfile::tempdir().expect("a folder");
+            let none: Option<&str> = None;
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("root");
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private");
+            let (kind, flags) = (Some("tmpfs"), MsFlags::empty());
+            mount(kind, dir.path(), kind, flags, Some(size)).expect("mounted");
+            check(dir.path());
+            nix::mount::umount(dir.path()).expect("unmounted");
+        });
+        checked.join().expect("the thread's assertions hold");
+    }
+
+    /// Fills the disk with journeys that went well and wrong by turns: how many were kept.
+    fn fill(recorder: &mut Recorder) -> u64 {
+        let both = [End::Sent, End::Leaked].map(event);
+        while recorder.keep(&both).is_ok() {}
+        recorder.kept.lines()
+    }
+
+    #[test]
+    fn journeys_that_fill_the_disk_leave_room_for_what_was_found() {
+        on_a_disk_of("size=64k", |dir| {
+            let (mut recorder, began) = Recorder::start(dir, 10_000);
+            began.expect("begins");
+            let written = fill(&mut recorder);
+            assert!(written > 50, "{written}");
+            let summary = sample::trace().run.summary;
+            let error = recorder.finish(environment(), &summary);
+            let error = error.expect_err("no room for the page").to_string();
+            assert!(error.contains("trace.json beside it is whole"), "{error}");
+            let read::Recorded::Trace(read) = read::recorded(dir).expect("valid") else {
+                panic!("a trace was written");
+            };
+            assert_eq!(read.run.summary, summary);
+            assert_eq!(read.run.journeys.lines(), written);
+        });
+    }
+
+    #[test]
+    fn the_last_journeys_make_way_for_a_summary_that_is_larger() {
+        on_a_disk_of("size=256k", |dir| {
+            let mut summary = sample::trace().run.summary;
+            let one = summary.rule_changes[0].clone();
+            summary.rule_changes = vec![one; 300];
+            let (mut recorder, began) = Recorder::start(dir, 10_000);
+            began.expect("begins");
+            let written = fill(&mut recorder);
+            recorder
+                .finish(environment(), &summary)
+                .expect_err("no room for the page");
+            let read::Recorded::Trace(read) = read::recorded(dir).expect("valid") else {
+                panic!("a trace was written");
+            };
+            assert_eq!(read.run.summary, summary);
+            let kept = read.run.journeys;
+            assert!(0 < kept.lines() && kept.lines() < written, "{kept:?}");
+            // Of two kinds, one after the other, whichever was last.
+            assert!(kept.good.abs_diff(kept.wrong) <= 1, "{kept:?}");
+            let all = kept.lines() + kept.good_left_out + kept.wrong_left_out;
+            assert_eq!(all, written + 2, "{kept:?}");
+        });
+    }
+
+    #[test]
+    fn a_disk_without_any_room_is_told_with_the_file() {
+        on_a_disk_of("size=64k", |dir| {
+            let mut summary = sample::trace().run.summary;
+            let one = summary.rule_changes[0].clone();
+            summary.rule_changes = vec![one; 300];
+            let (mut recorder, began) = Recorder::start(dir, 10_000);
+            began.expect("begins");
+            fill(&mut recorder);
+            let error = recorder.finish(environment(), &summary);
+            let error = error.expect_err("no room").to_string();
+            assert!(
+                error.contains("trace.json: No space left") && error.contains("free some space"),
+                "{error}"
+            );
+            let left = fs::read_dir(dir).expect("a folder");
+            assert_eq!(left.count(), 1, "journeys.jsonl");
+        });
+    }
+
+    #[test]
+    fn what_a_killed_session_has_left_goes() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let left = dir.path().join(".trace.json.7.tmp");
+        let other = dir.path().join(".trace.json.old.tmp");
+        fs::write(&left, "").expect("written");
+        fs::write(&other, "").expect("written");
+        let (recorder, began) = Recorder::start(dir.path(), 10);
+        began.expect("begins");
+        assert!(!left.exists() && other.exists());
+        drop(recorder);
+        let names = fs::read_dir(dir.path()).expect("a folder");
+        assert_eq!(names.count(), 2, "journeys.jsonl, and what is not ours");
     }
 
     #[test]

@@ -47,6 +47,14 @@ pub enum WriteError {
     /// A figure that could not be encoded.
     #[error("nothing written: {0}")]
     Encode(String),
+    /// The page alone is missing, which can be made again.
+    #[error("{error}; {TRACE_FILE} beside it is whole: `svcpath report {} --output html -o FILE` makes the page again", dir.display())]
+    Page {
+        /// The trace's folder.
+        dir: PathBuf,
+        /// Why it could not be written.
+        error: Box<WriteError>,
+    },
     /// The file system refused.
     #[error("cannot write {}: {source}: {}", file.display(), remedy(source))]
     File {
@@ -63,9 +71,26 @@ impl WriteError {
         match self {
             Self::Invalid(_) => 5,
             Self::Exists(_) | Self::OtherKind(_) => 2,
-            Self::Encode(_) | Self::File { .. } => 1,
+            Self::Encode(_) | Self::Page { .. } | Self::File { .. } => 1,
         }
     }
+}
+
+/// Removes what a process that was killed has left of a file under a temporary name.
+pub(super) fn remove_left_over(dir: &Path, name: &str) -> io::Result<()> {
+    let prefix = format!(".{name}.");
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let left = entry.file_name();
+        let number = left.to_str().and_then(|left| {
+            let rest = left.strip_prefix(&prefix)?;
+            rest.strip_suffix(".tmp")
+        });
+        if number.is_some_and(|number| number.parse::<u32>().is_ok()) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// What to do about an error of the file system.
@@ -253,14 +278,12 @@ fn remove_stale_logs(dir: &Path, ours: &BTreeSet<String>) -> Result<(), WriteErr
 }
 
 /// Files under temporary names; those not published are removed when this is dropped.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Staged(Vec<(PathBuf, PathBuf)>);
 
 impl Staged {
     pub(super) fn add(&mut self, dir: &Path, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
-        let target = dir.join(name);
-        let temporary = dir.join(format!(".{name}.{}.tmp", std::process::id()));
-        self.0.push((temporary.clone(), target.clone()));
+        let (temporary, target) = self.name(dir, name);
         let write = || -> io::Result<()> {
             let mut file = File::create(&temporary)?;
             file.write_all(bytes)?;
@@ -271,6 +294,14 @@ impl Staged {
             file: target,
             source,
         })
+    }
+
+    /// The temporary name of a file that somebody else writes, and its own.
+    pub(super) fn name(&mut self, dir: &Path, name: &str) -> (PathBuf, PathBuf) {
+        let target = dir.join(name);
+        let temporary = dir.join(format!(".{name}.{}.tmp", std::process::id()));
+        self.0.push((temporary.clone(), target.clone()));
+        (temporary, target)
     }
 
     pub(super) fn publish(&mut self) -> Result<(), WriteError> {

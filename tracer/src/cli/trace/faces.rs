@@ -144,11 +144,13 @@ impl Faces {
         let Some(recorder) = self.recorder.take() else {
             return true;
         };
-        let whole = recorder.is_whole();
         self.environment.tools = environment::rule_tools(&self.ns);
         match recorder.finish(std::mem::take(&mut self.environment), summary) {
-            Ok(page) => {
+            Ok((page, whole)) => {
                 exit::say(&format!("report  {}", page.display()));
+                if !whole {
+                    exit::say("journeys.jsonl is not whole: the report says how many are left out, and why");
+                }
                 whole
             }
             Err(error) => {
