@@ -2,17 +2,52 @@
 //!
 //! Only back ends that are in use are asked: their tools would load the modules of the others.
 
+use std::fmt::Write as _;
 use std::path::Path;
 
 use super::netns::Netns;
+use super::nft::{self, NftError};
 use super::tool::{self, ToolError};
 use crate::cluster::Family;
 use crate::rules::Backend;
 use crate::rules::dump::{FamilyTexts, Source, Texts};
 
+/// Why a node's rules cannot be listed.
+#[derive(Debug, thiserror::Error)]
+pub enum DumpError {
+    /// One of the tools.
+    #[error(transparent)]
+    Tool(#[from] ToolError),
+    /// The kernel's list of nftables tables.
+    #[error("{source}{}", if is_refused(source) { "; run as root (CAP_NET_ADMIN)" } else { "" })]
+    Nft {
+        /// What went wrong.
+        #[from]
+        source: NftError,
+    },
+}
+
+impl DumpError {
+    /// Were rights lacking?
+    pub fn is_not_permitted(&self) -> bool {
+        match self {
+            Self::Tool(error) => error.is_not_permitted(),
+            Self::Nft { source } => is_refused(source),
+        }
+    }
+}
+
+fn is_refused(error: &NftError) -> bool {
+    matches!(error, NftError::Netlink { source, .. } if source.errno() == Some(libc::EPERM))
+}
+
 /// Everything that the namespace holds now. Changes nothing.
-pub fn dump(ns: &Netns) -> Result<Texts, ToolError> {
-    let tables = ask(ns, "nft", &["list", "tables"])?;
+///
+/// # Errors
+///
+/// A tool is missing or fails, or the kernel does not list its tables.
+pub fn dump(ns: &Netns) -> Result<Texts, DumpError> {
+    let tables = list_tables(ns)?;
     let [v4, v6] = Family::ALL.map(|family| dump_family(ns, family, &tables));
     let mut texts = Texts {
         v4: v4?,
@@ -52,6 +87,18 @@ fn dump_family(ns: &Netns, family: Family, tables: &Source) -> Result<FamilyText
         }
     });
     Ok(texts)
+}
+
+/// What `nft list tables` prints.
+fn list_tables(ns: &Netns) -> Result<Source, NftError> {
+    let mut text = String::new();
+    for (family, table) in nft::tables(ns)? {
+        let _ = writeln!(text, "table {} {table}", nft::family_name(family));
+    }
+    Ok(Source {
+        origin: "the kernel's list of nftables tables".to_owned(),
+        text,
+    })
 }
 
 fn save_tool(backend: Backend, family: Family) -> String {

@@ -403,14 +403,15 @@ impl Flows {
         earliest.chain(over).min().unwrap_or(now_ns)
     }
 
-    /// The session ends: of what is still open, what is old enough is unanswered.
+    /// The session ends: of what is still open, what is old enough is unanswered. `reading`: as for [`Flows::decide`].
     pub fn finish(
         &mut self,
         directory: &Directory,
+        reading: bool,
         now_ns: u64,
         mut remembers: impl FnMut(&Key, SocketAddr) -> bool,
     ) -> Vec<Decided> {
-        let mut decided = self.decide(directory, false, now_ns, &mut remembers);
+        let mut decided = self.decide(directory, reading, now_ns, &mut remembers);
         let open = [&mut self.in_grace, &mut self.open, &mut self.unread].map(std::mem::take);
         for (first_ns, key) in open.into_iter().flatten() {
             let Some(flow) = self.known.get_mut(&key) else {
@@ -419,7 +420,7 @@ impl Flows {
             if flow.first_ns != first_ns || flow.verdict.is_some() {
                 continue;
             }
-            let verdict = match flow.judge(directory, false, now_ns, PATIENCE_AT_END_NS, |to| {
+            let verdict = match flow.judge(directory, reading, now_ns, PATIENCE_AT_END_NS, |to| {
                 remembers(&key, to)
             }) {
                 Judged::Is(verdict) => verdict,
@@ -669,7 +670,7 @@ mod tests {
             false,
             None,
         );
-        let decided = flows.finish(&directory, PATIENCE_AT_END_NS, nobody);
+        let decided = flows.finish(&directory, false, PATIENCE_AT_END_NS, nobody);
         assert_eq!(verdicts(&decided), [&silent, &Verdict::Undecided]);
     }
 

@@ -14,6 +14,7 @@ pub mod met;
 pub mod outages;
 pub mod packets;
 pub mod pcapng;
+mod reading;
 pub mod run;
 pub mod session;
 pub mod stuck;

@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::mpsc::{Receiver, TryRecvError, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 use tracer_ebpf::path::{Origin, Path, Target};
@@ -15,6 +14,7 @@ use super::hints;
 use super::journey::{End, Journey};
 use super::outages::{Outage, Outages};
 use super::packets::{Reader, Told};
+use super::reading::{self, Reading};
 use super::stuck::{self, Stuck};
 use super::summary::{FreedAtSockets, Health, Rest, Summary};
 use super::tally::Tally;
@@ -23,16 +23,14 @@ use crate::cluster::{Cidr, Family};
 use crate::kernel::addresses::{self, AddressError};
 use crate::kernel::btf::BtfError;
 use crate::kernel::clock::monotonic_ns;
-use crate::kernel::dump;
+use crate::kernel::dump::DumpError;
 use crate::kernel::netns::{Netns, NetnsError};
-use crate::kernel::tool::ToolError;
 use crate::probe::catalogue::Detail;
 use crate::probe::tier::{Heard, ProbeError, Probes, Tier, Watch};
 use crate::record::evidence::Reasons;
 use crate::record::times;
 use crate::rules::Mode;
 use crate::rules::dump::Unreadable;
-use crate::rules::services::{self, Found};
 
 /// Room for Services that come while a session lasts, as addresses and endpoints of each family.
 const SPARE: u32 = 16 << 10;
@@ -42,8 +40,6 @@ const CHANGES: usize = 10_000;
 const OUTAGES: usize = 1000;
 /// Packets at most that wait for the rules to be read.
 const HELD: usize = 10_000;
-/// How long the rules must have been left alone before they are read again.
-const SETTLED: Duration = Duration::from_millis(500);
 
 /// Why a node cannot be traced.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +52,7 @@ pub enum TraceError {
     Addresses(#[from] AddressError),
     /// Its rules cannot be listed.
     #[error(transparent)]
-    Dump(#[from] ToolError),
+    Dump(#[from] DumpError),
     /// Its rules cannot be read.
     #[error(transparent)]
     Unreadable(#[from] Unreadable),
@@ -160,6 +156,13 @@ pub enum Event {
         /// How many they named before and name no more.
         gone: usize,
     },
+    /// The rules have changed and cannot be read, and will be tried again.
+    Unread {
+        /// When (`CLOCK_MONOTONIC`, ns).
+        time_ns: u64,
+        /// Why.
+        why: String,
+    },
 }
 
 impl Event {
@@ -174,7 +177,7 @@ impl Event {
                 None => outage.last_lost_ns,
             },
             Self::RuleChange(change) => change.time_ns,
-            Self::Services { time_ns, .. } => *time_ns,
+            Self::Services { time_ns, .. } | Self::Unread { time_ns, .. } => *time_ns,
         }
     }
 }
@@ -221,10 +224,7 @@ pub struct Session {
     timeline: Timeline,
     changes: Vec<RuleChange>,
     more_changes: u64,
-    changed: Option<Instant>,
-    /// When rules were changed last (`CLOCK_MONOTONIC`, ns).
-    changed_ns: u64,
-    reading: Option<Receiver<Result<Found, TraceError>>>,
+    reading: Reading,
     /// Records about packets to no Service: to an endpoint itself, or answers.
     others: u64,
     freed: FreedAtSockets,
@@ -238,13 +238,14 @@ impl Session {
     pub fn start(ns: &Netns, options: Options) -> Result<Self, TraceError> {
         // Listening begins before reading: no change falls between the two.
         let watcher = Watcher::start(ns)?;
-        let found = read(ns)?;
+        let reading = Reading::first(ns)?;
+        let found = reading.found();
         if found.services.is_empty() {
             return Err(TraceError::NoServices);
         }
         let mut directory = Directory::new(options.choices.clone());
         let local = addresses::of_node(ns)?;
-        directory.learn(&found, &local, 0);
+        directory.learn(found, &local, 0);
         let bound = addresses::bound(ns)?;
         directory.learn_bound(bound.clone());
         // Where IPVS mode is not, packets pay nothing for what it may bind.
@@ -252,7 +253,7 @@ impl Session {
         if directory.services().is_empty() {
             return Err(TraceError::NoSuchService {
                 services: found.services.len(),
-                unmatched: hints::unmatched(&options.choices, &found),
+                unmatched: hints::unmatched(&options.choices, found),
             });
         }
         let options = Options {
@@ -289,10 +290,10 @@ impl Session {
             remembered: stuck::Remembered::default(),
             outages: Outages::default(),
             ended_outages: Vec::new(),
-            hints: hints::mixed(&found)
+            hints: hints::mixed(found)
                 .into_iter()
-                .chain(hints::unmatched(&options.choices, &found))
-                .chain(hints::hijacked(&bound, &found))
+                .chain(hints::unmatched(&options.choices, found))
+                .chain(hints::hijacked(&bound, found))
                 .chain(hints::crowded(probes.moved(), probes.links()))
                 .chain(missing)
                 .chain(options.no_pods())
@@ -305,9 +306,7 @@ impl Session {
             directory,
             changes: Vec::new(),
             more_changes: 0,
-            changed: None,
-            changed_ns: started_ns,
-            reading: None,
+            reading,
             others: 0,
             freed: FreedAtSockets::default(),
             timeline: Timeline::default(),
@@ -367,10 +366,7 @@ impl Session {
         let mut events = Vec::new();
         let told_ns = self.watcher.told_until_ns(monotonic_ns());
         for change in self.watcher.drain()? {
-            if !change.is_refused() {
-                self.changed = Some(Instant::now());
-                self.changed_ns = self.changed_ns.max(change.time_ns);
-            }
+            self.reading.hear(&change);
             if self.changes.len() < CHANGES {
                 self.changes.push(change.clone());
             } else {
@@ -384,8 +380,9 @@ impl Session {
         for heard in heard {
             self.hear(&heard, &mut events);
         }
-        self.learn(&mut events)?;
-        let reading = self.is_outdated();
+        let turn = self.reading.poll();
+        self.learn(turn, &mut events)?;
+        let reading = self.reading.is_outdated();
         let now_ns = self.now_ns();
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
         let decided = self
@@ -416,50 +413,62 @@ impl Session {
         Ok(events)
     }
 
-    /// Have the rules changed since they were read?
-    const fn is_outdated(&self) -> bool {
-        self.changed.is_some() || self.reading.is_some()
+    /// Takes in what became of reading the rules.
+    fn learn(&mut self, turn: reading::Turn, events: &mut Vec<Event>) -> Result<(), TraceError> {
+        match turn {
+            reading::Turn::Nothing => {}
+            reading::Turn::Begins(changed_ns) => self.directory.begin_to_read(changed_ns),
+            reading::Turn::Read => {
+                self.learn_found()?;
+                let there = |there| {
+                    let services = self.directory.services().iter();
+                    services.filter(|service| service.there == there).count()
+                };
+                events.push(Event::Services {
+                    time_ns: monotonic_ns(),
+                    there: there(true),
+                    gone: there(false),
+                });
+                self.tell_held(events);
+            }
+            reading::Turn::Failed(why) => {
+                events.push(Event::Unread {
+                    time_ns: monotonic_ns(),
+                    why,
+                });
+                self.tell_held(events);
+            }
+        }
+        Ok(())
     }
 
-    /// Has what was asked to be read again, in the background, been read?
-    fn learn(&mut self, events: &mut Vec<Event>) -> Result<(), TraceError> {
-        if let Some(reading) = &self.reading {
-            let found = match reading.try_recv() {
-                Err(TryRecvError::Empty) => return Ok(()),
-                // The thread is gone without a word: it panicked, and has said so.
-                Err(TryRecvError::Disconnected) => None,
-                Ok(found) => Some(found?),
-            };
-            self.reading = None;
-            let Some(found) = found else {
-                self.tell_held(events);
-                return Ok(());
-            };
-            let local = addresses::of_node(&self.ns)?;
-            self.directory.learn(&found, &local, self.changed_ns);
-            self.directory.learn_bound(addresses::bound(&self.ns)?);
-            self.reader.local = local.iter().copied().collect();
-            self.tallies
-                .resize(self.directory.services().len(), Tally::default());
-            let watch = watch(&self.directory, local, &self.options, self.may_absorb);
-            self.probes.watch_also(&watch)?;
-            let there = |there| {
-                let services = self.directory.services().iter();
-                services.filter(|service| service.there == there).count()
-            };
-            events.push(Event::Services {
-                time_ns: monotonic_ns(),
-                there: there(true),
-                gone: there(false),
-            });
-            self.tell_held(events);
-            return Ok(());
+    /// Rules that changed a moment ago are read before the last flows are judged by them.
+    fn learn_at_end(&mut self, events: &mut Vec<Event>) -> Result<(), TraceError> {
+        for begin in [false, true] {
+            if begin {
+                let turn = self.reading.begin_at_end();
+                self.learn(turn, events)?;
+            }
+            while self.reading.is_under_way() {
+                let turn = self.reading.poll_at_end();
+                self.learn(turn, events)?;
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
-        if self.changed.is_some_and(|at| at.elapsed() >= SETTLED) {
-            self.changed = None;
-            self.directory.begin_to_read(self.changed_ns);
-            self.reading = Some(begin_to_read(&self.ns));
-        }
+        Ok(())
+    }
+
+    /// Has everybody know what was read.
+    fn learn_found(&mut self) -> Result<(), TraceError> {
+        let local = addresses::of_node(&self.ns)?;
+        self.directory
+            .learn(self.reading.found(), &local, self.reading.changed_ns());
+        self.directory.learn_bound(addresses::bound(&self.ns)?);
+        self.reader.local = local.iter().copied().collect();
+        self.tallies
+            .resize(self.directory.services().len(), Tally::default());
+        let watch = watch(&self.directory, local, &self.options, self.may_absorb);
+        self.probes.watch_also(&watch)?;
         Ok(())
     }
 
@@ -504,7 +513,7 @@ impl Session {
                     Turn::Repeated
                 };
                 // The rules that are about to be read may say that it went to an endpoint.
-                let open = journey.end == End::Elsewhere && self.is_outdated();
+                let open = journey.end == End::Elsewhere && self.reading.is_outdated();
                 if open && self.held.len() < HELD {
                     self.held.push((turn, heard.clone()));
                 } else {
@@ -602,19 +611,12 @@ impl Session {
         self.ended_ns = Some(ended_ns);
         self.watcher.stop();
         let mut events = self.poll()?;
-        // Rules that changed a moment ago are read before the last flows are judged by them.
-        if self.changed.take().is_some() && self.reading.is_none() {
-            self.directory.begin_to_read(self.changed_ns);
-            self.reading = Some(begin_to_read(&self.ns));
-        }
-        while self.reading.is_some() {
-            self.learn(&mut events)?;
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        self.learn_at_end(&mut events)?;
+        let outdated = self.reading.is_outdated();
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
         let decided = self
             .flows
-            .finish(&self.directory, ended_ns, remembers);
+            .finish(&self.directory, outdated, ended_ns, remembers);
         self.count(decided, &mut events);
         let outages = std::mem::take(&mut self.outages);
         let known = |index| self.directory.get(index);
@@ -650,21 +652,6 @@ impl Session {
         let summary = Summary::new(&self.directory, &self.tallies, rest);
         Ok((events, summary))
     }
-}
-
-/// Reads the rules in the background.
-fn begin_to_read(ns: &Netns) -> Receiver<Result<Found, TraceError>> {
-    let (tell, reading) = channel();
-    let ns = ns.clone();
-    std::thread::spawn(move || {
-        // A session that has ended does not want to know.
-        let _ = tell.send(read(&ns));
-    });
-    reading
-}
-
-fn read(ns: &Netns) -> Result<Found, TraceError> {
-    Ok(services::read(&dump::dump(ns)?)?)
 }
 
 /// Where pods live: what was asked for, and of other families what the rules say.

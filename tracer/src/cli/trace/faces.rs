@@ -149,7 +149,9 @@ impl Faces {
             Ok((page, whole)) => {
                 exit::say(&format!("report  {}", page.display()));
                 if !whole {
-                    exit::say("journeys.jsonl is not whole: the report says how many are left out, and why");
+                    exit::say(
+                        "journeys.jsonl is not whole: the report says how many are left out, and why",
+                    );
                 }
                 whole
             }
@@ -230,6 +232,7 @@ fn words(event: &Event) -> String {
                 gone => format!("rules read: {there}; gone since they were last read: {gone}"),
             }
         }
+        Event::Unread { why, .. } => format!("the changed rules are not read: {}", printable(why)),
     }
 }
 

@@ -202,6 +202,8 @@ enum Output {
 
 /// How often the probes' ring buffer is emptied: it holds some 20,000 records.
 const EVERY: Duration = Duration::from_millis(20);
+/// What takes longer than this is told.
+const LONG: Duration = Duration::from_secs(2);
 /// How long a command that was asked to end may take until it is killed.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -280,7 +282,7 @@ async fn trace(args: &Args, ns: &Netns, options: Options) -> anyhow::Result<Exit
         interrupt: signal(SignalKind::interrupt())?,
         terminate: signal(SignalKind::terminate())?,
     };
-    let mut session = Session::start(ns, options)?;
+    let mut session = start(ns, options, &mut stops).await?;
     let mut faces = Faces::start(args, ns, &session)?;
     if let Some(path) = &args.ready_file {
         std::fs::write(path, "ready\n")
@@ -308,6 +310,28 @@ async fn trace(args: &Args, ns: &Netns, options: Options) -> anyhow::Result<Exit
     // Being stopped is how an open-ended session ends; a command's own end is told on.
     let code = shown?.map_or(0, |status| exit_code(status, args.duration.is_some()));
     Ok(ExitCode::from(if whole { code } else { exit::FAILURE }))
+}
+
+/// Reads the rules and attaches the probes. On a large node that takes time, which is told; a signal ends it.
+async fn start(ns: &Netns, options: Options, stops: &mut Stops) -> anyhow::Result<Session> {
+    let (tell, mut started) = tokio::sync::oneshot::channel();
+    let ns = ns.clone();
+    // Ends with the program, whatever it waits for: what it has attached by then goes as well.
+    std::thread::spawn(move || {
+        let _ = tell.send(Session::start(&ns, options));
+    });
+    let mut long = std::pin::pin!(tokio::time::sleep(LONG));
+    let mut told = false;
+    loop {
+        tokio::select! {
+            session = &mut started => return Ok(session.context("the session could not begin")??),
+            signal = stops.next() => return Err(exit::Interrupted(signal).into()),
+            () = &mut long, if !told => {
+                exit::say("reading the node's rules; nft takes 20 s for those of 30,000 Services");
+                told = true;
+            }
+        }
+    }
 }
 
 /// Tells what happens until time is up (`CLOCK_MONOTONIC`, ns), the command ends, or a signal comes.

@@ -9,10 +9,11 @@ use tracer_ebpf::change::{Begin, End, Refusal, subsystem};
 
 use super::actor::Actor;
 use super::addresses::{Addresses, Explanation, Heard, Wanted};
-use super::nftables::{Announced, word};
+use super::nftables::Announced;
 use super::requests::{self, Address, Ask, Asked, Batch, ServerChange, SetChange};
 use super::sets::{Other, Sets};
 use super::{AddressDelta, RuleChange, ServerDelta, What};
+use crate::kernel::nft::family_name;
 
 /// Requests of one process and kind are one change until it pauses for so long: kube-proxy writes its
 /// servers and sets one by one.
@@ -57,7 +58,7 @@ impl Transaction {
 
 fn is_of(thread: u32, batch: &Batch, announced: &Announced, by_table: bool) -> bool {
     let names = |(family, table): &(u8, String)| {
-        let key = format!("{} {table}", word(*family));
+        let key = format!("{} {table}", family_name(*family));
         announced.incomplete || announced.tables.is_empty() || announced.tables.contains_key(&key)
     };
     announced.thread == Some(thread)

@@ -25,6 +25,7 @@ mod watcher;
 
 pub use actor::Actor;
 pub(super) use requests::server_name;
+pub(super) use sets::ALL_SETS;
 pub use watcher::{ChangesError, Watcher};
 
 /// Somebody changed rules, or tried to.

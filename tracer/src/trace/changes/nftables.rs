@@ -8,7 +8,7 @@ use super::Delta;
 use super::actor::{self, Actor};
 use super::requests::{NFNL_SUBSYS_NFTABLES, NFTA_TABLE, text};
 use crate::kernel::netlink::{Announcement, Attributes, NetlinkError};
-use crate::kernel::nft::{Holdings, Ruleset, TableKey, count_elements, lasting_set};
+use crate::kernel::nft::{Holdings, Ruleset, TableKey, count_elements, family_name, lasting_set};
 
 const NFT_MSG_NEWRULE: u8 = 6;
 const NFT_MSG_DELRULE: u8 = 8;
@@ -176,7 +176,7 @@ impl Ledger {
             by: actor::ask(thread, name),
             tables: tables
                 .into_iter()
-                .map(|((family, table), delta)| (format!("{} {table}", word(family)), delta))
+                .map(|((family, table), delta)| (format!("{} {table}", family_name(family)), delta))
                 .collect(),
             incomplete: std::mem::take(&mut self.incomplete),
         })
@@ -207,19 +207,6 @@ impl Ledger {
 
 fn elements(holdings: &Holdings) -> u64 {
     holdings.sets.values().sum()
-}
-
-/// nft's word for a family (`NFPROTO_*`, `include/uapi/linux/netfilter.h`).
-pub(super) const fn word(family: u8) -> &'static str {
-    match family {
-        1 => "inet",
-        2 => "ip",
-        3 => "arp",
-        5 => "netdev",
-        7 => "bridge",
-        10 => "ip6",
-        _ => "?",
-    }
 }
 
 #[cfg(test)]

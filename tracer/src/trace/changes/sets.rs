@@ -11,6 +11,9 @@ use std::collections::BTreeMap;
 use super::SetDelta;
 use super::requests::{Ask, SetChange};
 
+/// What stands for a set's name if somebody did something to all of them.
+pub(in crate::trace) const ALL_SETS: &str = "all sets";
+
 /// Numbers of entries, by set.
 pub(super) type Counts = BTreeMap<String, u32>;
 
@@ -109,7 +112,7 @@ impl Sets {
             };
             // Which set has which name from here on is not worth finding out.
             mixed |= set.is_none() || *change == SetChange::Rename;
-            let name = set.as_deref().unwrap_or("all sets");
+            let name = set.as_deref().unwrap_or(ALL_SETS);
             let account = accounts.entry(name);
             let account = account.or_insert_with(|| self.account_of(name));
             account.ask(*change, *exist);

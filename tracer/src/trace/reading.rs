@@ -1,0 +1,409 @@
+//! The node's rules, read again after they have changed: which change makes it worth it, when, and how often.
+//!
+//! Reading is not free for the node: the kernel and `nft` take 20 s of a CPU to list the nftables rules of 30,000
+//! Services, and iptables' tools one. So what the rules say is read at most a tenth of the time, and not at all after
+//! changes that tell nothing of Services.
+
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::{Duration, Instant};
+
+use super::changes::{ALL_SETS, RuleChange, What};
+use super::session::TraceError;
+use crate::cluster::Family;
+use crate::kernel::dump;
+use crate::kernel::netns::Netns;
+use crate::rules::services::{self, Found};
+
+/// How long the rules must have been left alone before they are read again.
+const SETTLED: Duration = Duration::from_millis(500);
+/// How long they are waited for to be left alone, at most.
+const RESTLESS: Duration = Duration::from_secs(5);
+/// For each second of reading, so many pass without.
+const PAUSE: u32 = 9;
+/// The longest reading that a session's end is put off for.
+const AT_END: Duration = Duration::from_secs(2);
+/// How long after a reading that failed another one is tried, at least.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What a rule change can have changed of what is known of Services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Touched {
+    Nothing,
+    /// The node's addresses, which serve NodePorts.
+    Addresses,
+    Rules,
+}
+
+/// What became of reading.
+#[derive(Debug)]
+pub(super) enum Turn {
+    /// Nothing new.
+    Nothing,
+    /// The rules are read, as they have been since this change (`CLOCK_MONOTONIC`, ns).
+    Begins(u64),
+    /// There is something to learn: see [`Reading::found`].
+    Read,
+    /// They could not be read, and will be tried again.
+    Failed(String),
+}
+
+/// The rules, and whether they are still what was read.
+#[derive(Debug)]
+pub(super) struct Reading {
+    ns: Netns,
+    found: Found,
+    pace: Pace,
+    touched: Touched,
+    /// When rules were changed last (`CLOCK_MONOTONIC`, ns).
+    changed_ns: u64,
+    under_way: Option<Receiver<Result<Found, TraceError>>>,
+}
+
+/// When to read again.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    /// The first and the last change that has not been read.
+    changed: Option<(Instant, Instant)>,
+    began: Instant,
+    /// How long it took the last time.
+    took: Duration,
+    /// Not before this.
+    earliest: Instant,
+}
+
+impl Reading {
+    /// Reads the rules for the first time.
+    pub(super) fn first(ns: &Netns) -> Result<Self, TraceError> {
+        let began = Instant::now();
+        let found = read(ns)?;
+        let mut pace = Pace {
+            changed: None,
+            began,
+            took: Duration::ZERO,
+            earliest: began,
+        };
+        pace.end(Instant::now());
+        Ok(Self {
+            ns: ns.clone(),
+            found,
+            pace,
+            touched: Touched::Nothing,
+            changed_ns: 0,
+            under_way: None,
+        })
+    }
+
+    /// What they say, as far as they have been read.
+    pub(super) const fn found(&self) -> &Found {
+        &self.found
+    }
+
+    /// When they were changed last (`CLOCK_MONOTONIC`, ns); 0: not since the session began.
+    pub(super) const fn changed_ns(&self) -> u64 {
+        self.changed_ns
+    }
+
+    /// Do they say something else, perhaps, than what was read?
+    pub(super) const fn is_outdated(&self) -> bool {
+        self.pace.changed.is_some() || self.under_way.is_some()
+    }
+
+    /// Takes notice of a change.
+    pub(super) fn hear(&mut self, change: &RuleChange) {
+        let touched = touched(change);
+        if change.is_refused() || touched == Touched::Nothing {
+            return;
+        }
+        self.touched = self.touched.max(touched);
+        self.changed_ns = self.changed_ns.max(change.time_ns);
+        self.pace.change(Instant::now());
+    }
+
+    /// Begins to read if it is time, and tells what came of it.
+    pub(super) fn poll(&mut self) -> Turn {
+        if self.under_way.is_some() {
+            return self.look();
+        }
+        if !self.pace.is_due(Instant::now()) {
+            return Turn::Nothing;
+        }
+        self.begin()
+    }
+
+    /// The session ends: has what is being read been read? It is waited for, but not for long.
+    pub(super) fn poll_at_end(&mut self) -> Turn {
+        if self.pace.began.elapsed() < AT_END {
+            return self.look();
+        }
+        self.under_way = None;
+        self.pace.change(Instant::now());
+        Turn::Failed(TOO_LONG.to_owned())
+    }
+
+    /// The session ends: the rules are read once more if they have changed and that is not long in coming.
+    pub(super) fn begin_at_end(&mut self) -> Turn {
+        if self.pace.changed.is_none() {
+            Turn::Nothing
+        } else if self.pace.took >= AT_END {
+            Turn::Failed(TOO_LONG.to_owned())
+        } else {
+            self.begin()
+        }
+    }
+
+    /// Is a reading under way?
+    pub(super) const fn is_under_way(&self) -> bool {
+        self.under_way.is_some()
+    }
+
+    fn begin(&mut self) -> Turn {
+        self.pace.begin(Instant::now());
+        if std::mem::replace(&mut self.touched, Touched::Nothing) == Touched::Addresses {
+            return Turn::Read;
+        }
+        let (tell, reading) = channel();
+        let ns = self.ns.clone();
+        std::thread::spawn(move || {
+            // A session that has ended does not want to know.
+            let _ = tell.send(read(&ns));
+        });
+        self.under_way = Some(reading);
+        Turn::Begins(self.changed_ns)
+    }
+
+    /// Has what is read in the background been read?
+    fn look(&mut self) -> Turn {
+        let Some(reading) = &self.under_way else {
+            return Turn::Nothing;
+        };
+        let result = match reading.try_recv() {
+            Err(TryRecvError::Empty) => return Turn::Nothing,
+            Err(TryRecvError::Disconnected) => Err("the reader has ended".to_owned()),
+            Ok(result) => result.map_err(|error| error.to_string()),
+        };
+        self.under_way = None;
+        self.pace.end(Instant::now());
+        match result {
+            Ok(found) => {
+                self.found = found;
+                Turn::Read
+            }
+            Err(why) => {
+                self.touched = Touched::Rules;
+                self.pace.retry(Instant::now());
+                Turn::Failed(why)
+            }
+        }
+    }
+}
+
+impl Pace {
+    fn change(&mut self, now: Instant) {
+        let (first, _) = self.changed.unwrap_or((now, now));
+        self.changed = Some((first, now));
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        self.changed.is_some_and(|(first, last)| {
+            now >= self.earliest && (now - last >= SETTLED || now - first >= RESTLESS)
+        })
+    }
+
+    const fn begin(&mut self, now: Instant) {
+        self.changed = None;
+        self.began = now;
+    }
+
+    fn end(&mut self, now: Instant) {
+        self.took = now - self.began;
+        self.earliest = now + self.took * PAUSE;
+    }
+
+    fn retry(&mut self, now: Instant) {
+        self.change(now);
+        self.earliest = self.earliest.max(now + RETRY);
+    }
+}
+
+fn read(ns: &Netns) -> Result<Found, TraceError> {
+    Ok(services::read(&dump::dump(ns)?)?)
+}
+
+/// Tables of iptables that speak of Services: the others have no part in [`services::read`].
+const TABLES: [&str; 2] = ["nat", "filter"];
+/// What names of kube-proxy's ipsets begin with.
+const SETS: &str = "KUBE-";
+const TOO_LONG: &str = "reading them takes too long to wait for at the end";
+
+fn touched(change: &RuleChange) -> Touched {
+    if change.incomplete {
+        return Touched::Rules;
+    }
+    let rules = |any: bool| {
+        if any {
+            Touched::Rules
+        } else {
+            Touched::Nothing
+        }
+    };
+    match &change.what {
+        // Of a transaction that names no table nothing is known.
+        What::Nftables { tables, .. } => {
+            rules(tables.is_empty() || tables.keys().any(|table| is_ours(table)))
+        }
+        What::IptablesLegacy { table, .. } => rules(TABLES.contains(&table.as_str())),
+        What::Ipset { sets } => rules(
+            sets.keys()
+                .any(|name| name == ALL_SETS || name.starts_with(SETS)),
+        ),
+        What::Ipvs(_) => Touched::Rules,
+        What::Addresses { links } if links.values().any(|link| link.virtual_ips) => Touched::Rules,
+        What::Addresses { .. } => Touched::Addresses,
+    }
+}
+
+/// Is it a table (`ip nat`) that kube-proxy writes, or iptables-nft for it?
+fn is_ours(table: &str) -> bool {
+    let mut of_families = Family::ALL
+        .into_iter()
+        .filter_map(|family| table.strip_prefix(family.nft())?.strip_prefix(' '));
+    of_families.any(|name| name == "kube-proxy" || TABLES.contains(&name))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::trace::changes::{Actor, AddressDelta, Delta, SetDelta};
+
+    fn change(what: What) -> RuleChange {
+        RuleChange {
+            time_ns: 1,
+            begin_ns: None,
+            by: Actor::default(),
+            what,
+            refused: BTreeMap::new(),
+            incomplete: false,
+        }
+    }
+
+    #[test]
+    fn only_what_speaks_of_services_has_the_rules_read_again() {
+        let nftables = |tables: &[&str]| What::Nftables {
+            generation: Some(1),
+            tables: tables
+                .iter()
+                .map(|table| ((*table).to_owned(), Delta::default()))
+                .collect(),
+        };
+        let legacy = |table: &str| What::IptablesLegacy {
+            family: "IPv4".to_owned(),
+            table: table.to_owned(),
+            before: 5,
+            after: 6,
+        };
+        let set = |name: &str| What::Ipset {
+            sets: [(name.to_owned(), SetDelta::default())].into(),
+        };
+        let link = |virtual_ips| What::Addresses {
+            links: [(
+                "a link".to_owned(),
+                AddressDelta {
+                    virtual_ips,
+                    ..AddressDelta::default()
+                },
+            )]
+            .into(),
+        };
+        for (what, expected) in [
+            (nftables(&["ip kube-proxy"]), Touched::Rules),
+            (nftables(&["inet policy", "ip6 nat"]), Touched::Rules),
+            (
+                nftables(&["inet kube-proxy", "ip mangle"]),
+                Touched::Nothing,
+            ),
+            (nftables(&[]), Touched::Rules),
+            (legacy("nat"), Touched::Rules),
+            (legacy("filter"), Touched::Rules),
+            (legacy("mangle"), Touched::Nothing),
+            (set("KUBE-CLUSTER-IP"), Touched::Rules),
+            (set(ALL_SETS), Touched::Rules),
+            (set("cali40all-ipam-pools"), Touched::Nothing),
+            (link(true), Touched::Rules),
+            (link(false), Touched::Addresses),
+        ] {
+            let mut change = change(what);
+            assert_eq!(touched(&change), expected, "{:?}", change.what);
+            change.incomplete = true;
+            assert_eq!(touched(&change), Touched::Rules);
+        }
+    }
+
+    /// Who reads rules again and again may fail once: the session goes on.
+    #[test]
+    fn a_reading_that_fails_is_tried_again_but_not_at_the_end() {
+        let (tell, under_way) = channel();
+        let now = Instant::now();
+        let mut reading = Reading {
+            ns: Netns::current().expect("a namespace"),
+            found: Found::default(),
+            pace: Pace {
+                changed: None,
+                began: now,
+                took: Duration::ZERO,
+                earliest: now,
+            },
+            touched: Touched::Nothing,
+            changed_ns: 7,
+            under_way: Some(under_way),
+        };
+        assert!(matches!(reading.poll(), Turn::Nothing) && reading.is_outdated());
+        tell.send(Err(TraceError::NoServices)).expect("is heard");
+        assert!(matches!(reading.poll(), Turn::Failed(_)));
+        assert!(reading.is_outdated() && !reading.is_under_way());
+        assert!(reading.pace.earliest >= now + RETRY);
+        reading.pace.took = AT_END;
+        assert!(matches!(reading.begin_at_end(), Turn::Failed(_)));
+        assert!(!reading.is_under_way());
+        // New addresses are learnt of without reading.
+        reading.touched = Touched::Addresses;
+        reading.pace.took = Duration::ZERO;
+        assert!(matches!(reading.begin_at_end(), Turn::Read));
+        assert!(!reading.is_outdated());
+    }
+
+    #[test]
+    fn rules_are_read_when_they_are_left_alone_but_a_tenth_of_the_time() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut pace = Pace {
+            changed: None,
+            began: start,
+            took: Duration::ZERO,
+            earliest: start,
+        };
+        // It took a second: nothing for nine.
+        pace.end(at(1000));
+        assert!(!pace.is_due(at(20_000)));
+        pace.change(at(1100));
+        assert!(!pace.is_due(at(9999)));
+        assert!(pace.is_due(at(10_000)));
+        pace.begin(at(10_000));
+        pace.end(at(10_010));
+        pace.change(at(20_000));
+        assert!(!pace.is_due(at(20_499)));
+        assert!(pace.is_due(at(20_500)));
+        // Somebody changes them all the time.
+        for ms in (20_000..=25_000).step_by(100) {
+            pace.change(at(ms));
+        }
+        assert!(!pace.is_due(at(24_999)));
+        assert!(pace.is_due(at(25_000)));
+        pace.begin(at(25_000));
+        pace.end(at(25_010));
+        pace.retry(at(25_010));
+        assert!(!pace.is_due(at(30_009)));
+        assert!(pace.is_due(at(30_010)));
+    }
+}
