@@ -25,10 +25,11 @@ use tests::truth::{
     stages_sum_to_the_whole, the_traced_way_is_one_foretold,
 };
 use tests::verdicts::{
-    a_flow_to_a_dead_endpoint_is_stuck, a_flow_whose_entry_is_deleted_goes_on,
-    a_stranger_that_answers_is_told, an_answer_that_this_node_drops_is_told,
-    an_established_flow_to_a_dead_endpoint_is_stuck, an_external_ip_of_another_machine_is_hijacked,
-    prepared_faults_are_told, what_a_socket_took_is_no_drop, what_the_node_refuses_is_counted_once,
+    a_flow_that_is_no_longer_tracked_is_told, a_flow_to_a_dead_endpoint_is_stuck,
+    a_flow_whose_entry_is_deleted_goes_on, a_stranger_that_answers_is_told,
+    an_answer_that_this_node_drops_is_told, an_established_flow_to_a_dead_endpoint_is_stuck,
+    an_external_ip_of_another_machine_is_hijacked, prepared_faults_are_told,
+    what_a_socket_took_is_no_drop, what_the_node_refuses_is_counted_once,
 };
 use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
@@ -394,6 +395,16 @@ fn nftables_what_a_socket_took() {
 #[test]
 fn nftables_entry_deleted() {
     a_flow_whose_entry_is_deleted_goes_on(Mode::Nftables);
+}
+
+#[test]
+fn nftables_no_longer_tracked() {
+    a_flow_that_is_no_longer_tracked_is_told(Mode::Nftables);
+}
+
+#[test]
+fn iptables_legacy_no_longer_tracked() {
+    a_flow_that_is_no_longer_tracked_is_told(Mode::IptablesLegacy);
 }
 
 #[test]

@@ -703,6 +703,42 @@ pub fn a_flow_whose_entry_is_deleted_goes_on(mode: Mode) {
     assert!(text.contains(said), "{text}");
 }
 
+/// A connection that works until a rule keeps conntrack from tracking it: its packets go on untranslated, and are no
+/// new flow's.
+pub fn a_flow_that_is_no_longer_tracked_is_told(mode: Mode) {
+    let (node, _, listener) = with_own_server(mode, None);
+    let vip = node.vip(0);
+    let ns = node.lab.node();
+    let mut session = Session::start(ns, Options::default()).expect("attaches");
+    let connect = move || TcpStream::connect_timeout(&vip, PATIENCE).expect("connects");
+    let mut client = node.lab.client_pod().run(connect).expect("enters");
+    let (mut server, _) = listener.accept().expect("accepts");
+    server.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    std::io::Write::write_all(&mut client, b"1").expect("sends");
+    std::io::Read::read_exact(&mut server, &mut [0]).expect("receives");
+    let rule = format!(
+        "add table ip fault; add chain ip fault first {{ type filter hook prerouting priority -300; }}; \
+         add rule ip fault first ip daddr {} notrack",
+        vip.ip()
+    );
+    run(ns, "nft", &[&rule]);
+    std::io::Write::write_all(&mut client, b"2").expect("sends");
+    let index = session.directory().asked(vip, 6).expect("a Service");
+    polls_until(&mut session, |session, _| {
+        session.tallies()[index].untracked > 0
+    });
+    let (_, summary) = session.finish().expect("ends");
+    let (service, told) = only_service(&summary);
+    assert_eq!(told, [(&Verdict::Delivered, 1)], "{summary}");
+    let counts = (service.flows, service.repeated, service.picked_up);
+    assert_eq!(counts, (1, 0, 0), "{summary}");
+    let text = summary.to_string();
+    assert!(
+        text.contains("not tracked by conntrack, and so not translated"),
+        "{text}"
+    );
+}
+
 /// A rule of this node drops what the endpoint answers, and then no more.
 pub fn an_answer_that_this_node_drops_is_told(mode: Mode) {
     let (node, endpoint, listener) = with_own_server(mode, None);

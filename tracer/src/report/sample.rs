@@ -571,6 +571,7 @@ pub(crate) fn trace() -> Trace {
         unplaced_drops: Vec::new(),
         answer_drops: Vec::new(),
         picked_up: 0,
+        untracked: 0,
         freed: 0,
         freed_or_dropped: 0,
         stuck: BTreeMap::new(),

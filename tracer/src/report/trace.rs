@@ -299,6 +299,7 @@ pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
             || !service.unplaced_drops.is_empty()
             || !service.answer_drops.is_empty()
             || service.picked_up > 0
+            || service.untracked > 0
             || !service.stuck.is_empty()
     };
     let mut lines = Vec::new();
@@ -330,6 +331,19 @@ pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
             );
             let line = format!(
                 "{}: {flows} picked up by conntrack, whose entry was gone",
+                service.name
+            );
+            lines.push((Tone::Plain, line));
+        }
+        if service.untracked > 0 {
+            let packets = units::plural(
+                service.untracked,
+                "packet of established flows was",
+                "packets of established flows were",
+            );
+            let line = format!(
+                "{}: {packets} not tracked by conntrack, and so not translated: the rules that have it track are gone, \
+                 or it takes them for invalid (net.netfilter.nf_conntrack_log_invalid=6 tells why)",
                 service.name
             );
             lines.push((Tone::Plain, line));

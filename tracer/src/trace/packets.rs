@@ -29,6 +29,8 @@ pub enum Told {
         index: usize,
         /// Did conntrack know the flow before this packet?
         known: bool,
+        /// Does conntrack track it at all? What it takes for invalid it does not.
+        tracked: bool,
         /// Is it a packet that was translated before, on its way to an endpoint on this very node?
         further: bool,
         /// What the packet opens: TCP's first sequence number, SCTP's initiate tag. A packet that is sent once
@@ -113,6 +115,7 @@ impl Reader {
                     key,
                     index,
                     known: record.confirmed != 0,
+                    tracked: record.state != state::UNTRACKED,
                     further: record.state != state::REPLY && self.is_further(record, &key)
                         || self.was_first(record),
                     opening: dissect(&record.header.0).and_then(|headers| headers.opening),
@@ -157,8 +160,7 @@ impl Reader {
     fn was_first(&self, record: &Record) -> bool {
         let carried = dissect(&record.header.0).map(|headers| headers.protocol);
         let first = match record.state {
-            state::NEW => !goes_on(record),
-            state::UNTRACKED => !resets(record),
+            state::NEW | state::UNTRACKED => !goes_on(record),
             _ => false,
         };
         self.is_at_socket(record) && first && carried == Some(record.protocol)
@@ -187,6 +189,7 @@ impl Reader {
             key,
             index: absorbed.index,
             known: false,
+            tracked: record.state != state::UNTRACKED,
             further: false,
             // Every packet of it ends here: none opens more than another.
             opening: None,
@@ -322,8 +325,9 @@ fn title_of(path: u8) -> &'static str {
 /// for that, which makes a new flow whatever conntrack knows. `carried` is the protocol of the packet itself, which
 /// may be an ICMP error about one of the flow.
 fn is_first(record: &Record, carried: Option<u8>) -> Option<bool> {
-    // Conntrack makes an entry of what it finds under way (nf_conntrack_tcp_loose), which opens no flow.
-    if record.state == state::NEW && goes_on(record) {
+    // Conntrack makes an entry of what it finds under way (nf_conntrack_tcp_loose), which opens no flow; nor does what
+    // it does not track.
+    if matches!(record.state, state::NEW | state::UNTRACKED) && goes_on(record) {
         return Some(false);
     }
     if record.kind == kind::FIRST || record.state != state::UNKNOWN {
@@ -343,15 +347,6 @@ const fn goes_on(record: &Record) -> bool {
     match record.protocol {
         protocol::TCP => record.flags & (tcp::SYN | tcp::ACK | tcp::RST) != tcp::SYN,
         protocol::SCTP => record.flags != sctp::INIT,
-        _ => false,
-    }
-}
-
-/// Does it end one?
-const fn resets(record: &Record) -> bool {
-    match record.protocol {
-        protocol::TCP => record.flags & tcp::RST != 0,
-        protocol::SCTP => record.flags == sctp::ABORT,
         _ => false,
     }
 }
@@ -430,12 +425,16 @@ mod tests {
         assert_eq!(dropped(protocol::TCP, 3, Some(protocol::ICMP)), Some(false));
         // Whose headers cannot be read.
         assert_eq!(dropped(protocol::TCP, tcp::SYN, None), None);
-        // Conntrack takes for new what it finds under way.
+        // Conntrack takes for new what it finds under way, or does not track it.
         for (flags, first) in [(tcp::SYN, true), (tcp::ACK, false)] {
-            for kind in [kind::FIRST, kind::DROP] {
+            for (kind, state) in [
+                (kind::FIRST, state::NEW),
+                (kind::DROP, state::NEW),
+                (kind::FIRST, state::UNTRACKED),
+            ] {
                 let record = Record {
                     kind,
-                    state: state::NEW,
+                    state,
                     protocol: protocol::TCP,
                     flags,
                     ..Record::ZERO

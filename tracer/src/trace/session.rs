@@ -195,6 +195,8 @@ enum Turn {
     Later,
     /// A later one that conntrack takes for a new flow's.
     PickedUp,
+    /// A later one that conntrack does not track.
+    Untracked,
     /// An answer to the first that was dropped.
     Answer,
     /// The first or a later one: nobody knows.
@@ -479,6 +481,7 @@ impl Session {
                 key,
                 index,
                 known,
+                tracked,
                 further,
                 opening,
                 mut journey,
@@ -498,7 +501,11 @@ impl Session {
                     if known {
                         return;
                     }
-                    Turn::PickedUp
+                    if tracked {
+                        Turn::PickedUp
+                    } else {
+                        Turn::Untracked
+                    }
                 } else if journey.first.is_none() {
                     Turn::Unplaced
                 } else if further {
@@ -570,6 +577,7 @@ impl Session {
             Turn::Further => {}
             Turn::Later => self.tallies[index].add_later(&journey),
             Turn::PickedUp => self.tallies[index].picked_up += 1,
+            Turn::Untracked => self.tallies[index].untracked += 1,
             Turn::Answer => self.tallies[index].add_answer(&journey),
             Turn::Unplaced => self.tallies[index].add_unplaced(&journey),
         }

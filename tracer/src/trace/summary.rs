@@ -49,6 +49,9 @@ pub struct ServiceSummary {
     /// Packets under way of which conntrack made a new entry: they go on with a flow, and open none.
     #[serde(default)]
     pub picked_up: u64,
+    /// Packets of established flows that conntrack does not track, and nobody translates.
+    #[serde(default)]
+    pub untracked: u64,
     /// Packets that their socket's queue had taken, and that were freed with it.
     #[serde(default)]
     pub freed: u64,
@@ -311,6 +314,7 @@ impl Summary {
                 unplaced_drops: counts(&tally.unplaced_drops),
                 answer_drops: counts(&tally.answer_drops),
                 picked_up: tally.picked_up,
+                untracked: tally.untracked,
                 freed: tally.freed,
                 freed_or_dropped: tally.freed_or_dropped,
                 later_resets: tally

@@ -17,7 +17,7 @@ pub struct Tally {
     /// New flows.
     pub flows: u64,
     /// First packets that were sent once more: nobody had answered the one before. While nothing tracks
-    /// connections, later packets as well.
+    /// connections, later packets of UDP as well.
     pub repeated: u64,
     /// New flows by what became of them, as far as that is known.
     pub verdicts: BTreeMap<Verdict, u64>,
@@ -30,6 +30,8 @@ pub struct Tally {
     pub answer_drops: BTreeMap<End, u64>,
     /// Packets under way of which conntrack made a new entry: they go on with a flow, and open none.
     pub picked_up: u64,
+    /// Packets of established flows that conntrack does not track: its rules are gone, or it takes them for invalid.
+    pub untracked: u64,
     /// Packets that their socket's queue had taken, and that were freed with it.
     pub freed: u64,
     /// Packets that were freed at their socket, and of which the kernel does not say whether it dropped them.
@@ -48,7 +50,7 @@ impl Tally {
     /// Is there anything to tell?
     pub fn has_anything(&self) -> bool {
         let freed = self.freed + self.freed_or_dropped;
-        self.flows + self.repeated + self.drops() + self.picked_up + freed > 0
+        self.flows + self.repeated + self.drops() + self.picked_up + self.untracked + freed > 0
             || !self.stuck.is_empty()
     }
 
