@@ -8,7 +8,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -334,7 +334,20 @@ impl Asked<'_> {
                 let other = if ipv6 { "ip " } else { "ip6 " };
                 tables.is_empty() || !tables.keys().all(|table| table.starts_with(other))
             }
-            What::Ipvs(_) | What::Addresses { .. } | What::Ipset { .. } => true,
+            What::Ipvs(delta) => {
+                let all = delta.flushed > 0 || delta.servers.is_empty();
+                all || delta.servers.iter().any(|server| {
+                    let server = before_slash(server).parse::<SocketAddr>();
+                    server.map_or(true, |server| server.is_ipv6() == ipv6)
+                })
+            }
+            What::Addresses { links } => links.values().any(|link| {
+                link.added.iter().chain(&link.deleted).any(|address| {
+                    let address = before_slash(address).parse::<IpAddr>();
+                    address.map_or(true, |address| address.is_ipv6() == ipv6)
+                })
+            }),
+            What::Ipset { .. } => true,
         }
     }
 
@@ -407,6 +420,11 @@ fn aside_or_other(what: &What) -> Nearness {
 /// When it began; if only its announcement was heard, when that was read (`CLOCK_MONOTONIC`, ns).
 fn begin_of(change: &RuleChange) -> u64 {
     change.begin_ns.unwrap_or(change.time_ns)
+}
+
+/// `10.96.0.1` of `10.96.0.1/32`, `10.96.0.1:80` of `10.96.0.1:80/TCP`.
+fn before_slash(name: &str) -> &str {
+    name.rsplit_once('/').map_or(name, |(before, _)| before)
 }
 
 #[cfg(test)]
@@ -622,14 +640,22 @@ mod tests {
             .into(),
         };
         let known = known("ipvs", &[]);
-        for near in [servers("10.96.0.1:80/TCP"), bound] {
+        for near in [servers("10.96.0.1:80/TCP"), bound, servers("fwmark 1")] {
             let changes = [
                 change(50, 51, near),
-                change(60, 61, servers("10.96.0.2:80/TCP")),
+                change(60, 61, servers("[fd00:96::1]:80/TCP")),
             ];
             let (began, _) = at_ends(&known, &changes);
-            assert_eq!(began.expect("one").since_ns, 49);
+            let began = began.expect("one");
+            assert_eq!((began.since_ns, began.others), (49, 0));
         }
+        let two = [
+            change(50, 51, servers("10.96.0.1:80/TCP")),
+            change(60, 61, servers("10.96.0.2:80/TCP")),
+        ];
+        let (began, _) = at_ends(&known, &two);
+        let began = began.expect("one");
+        assert_eq!((began.since_ns, began.others), (49, 1));
     }
 
     #[test]
