@@ -18,7 +18,7 @@ use tests::safety::{
 };
 use tests::trace::{
     a_flush_is_heard_and_what_it_breaks_is_seen, every_flow_is_told_by_its_service,
-    only_what_is_chosen_is_traced,
+    external_addresses_have_a_path_of_their_own, only_what_is_chosen_is_traced,
 };
 use tests::truth::{
     drops_before_conntrack_are_told_as_what_they_are, drops_equal_the_counter_over_100_000_packets,
@@ -134,6 +134,13 @@ fn iptables_legacy_trace() {
 #[test]
 fn iptables_nft_trace() {
     every_flow_is_told_by_its_service(Mode::IptablesNft, Tier::Hooks);
+}
+
+#[test]
+fn external_addresses() {
+    for mode in [Mode::IptablesLegacy, Mode::IptablesNft, Mode::Nftables] {
+        external_addresses_have_a_path_of_their_own(mode, Tier::Hooks);
+    }
 }
 
 #[test]

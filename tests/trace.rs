@@ -1,6 +1,7 @@
 //! A node of the laboratory, traced as a live one would be.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use tokio::task::LocalSet;
@@ -18,6 +19,8 @@ use tracer::trace::directory::Choice;
 use tracer::trace::session::{Event, Options, Session};
 use tracer::trace::verdict::Verdict;
 use tracer_ebpf::path::{Path, Target};
+
+use crate::verdicts::run;
 
 /// Longer than anything here takes on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -49,7 +52,19 @@ pub(crate) fn send_to(
     flows: u32,
     seed: u64,
 ) -> TrafficResult {
-    let streams = Path::SERVICE.into_iter().map(|path| Stream {
+    send_by(node, cluster, family, flows, seed, Path::SERVICE)
+}
+
+/// The same by any paths.
+fn send_by(
+    node: &TestNode,
+    cluster: &Cluster,
+    family: Family,
+    flows: u32,
+    seed: u64,
+    paths: impl IntoIterator<Item = Path>,
+) -> TrafficResult {
+    let streams = paths.into_iter().map(|path| Stream {
         path,
         per_second: 500.0,
         flows,
@@ -186,6 +201,58 @@ pub fn every_flow_is_told_by_its_service(mode: Mode, tier: Tier) {
     assert!(summary.rule_changes.is_empty(), "{summary:#?}");
     assert!(before.len() > 50);
     assert!(as_dumped(&node) == before, "tracing only reads");
+}
+
+/// What is sent to an external IP or a load balancer's address is told as such, in every mode alike, and can be asked
+/// for alone.
+pub fn external_addresses_have_a_path_of_their_own(mode: Mode, tier: Tier) {
+    const FLOWS: u32 = 10;
+    let network = "203.0.113.0/24";
+    let address = |last| IpAddr::from([203, 0, 113, last]);
+    let mut node = TestNode::build(2, 3).expect("a laboratory");
+    node.cluster.services[0].external_ips = vec![address(5)];
+    node.cluster.services[1].load_balancer_ips = vec![address(9)];
+    on_one_thread(node.apply(mode)).expect("rules");
+    let by = plan::NODE_ADDRESS.base.to_string();
+    let route = ["route", "add", network, "via", &by];
+    run(node.lab.external(), "ip", &route);
+
+    let external = |path: &Path| path.target == Target::External;
+    let all: Vec<Path> = Path::ALL.into_iter().filter(external).collect();
+    let one = Options {
+        paths: vec![all[2]],
+        ..options(Vec::new(), tier)
+    };
+    let everything = Session::start(node.lab.node(), options(Vec::new(), tier)).expect("attaches");
+    let chosen = Session::start(node.lab.node(), one).expect("attaches");
+    let paths = all.iter().copied().chain([Path::SERVICE[0]]);
+    let result = send_by(&node, &node.cluster, Family::V4, FLOWS, 4, paths);
+    let answered = |outcome: &Outcome| matches!(outcome, Outcome::Delivered { .. });
+    assert!(result.flows.iter().all(|flow| answered(&flow.outcome)));
+
+    let told = |session: Session| {
+        let (events, summary) = session.finish().expect("ends");
+        let mut told: BTreeMap<&str, u32> = BTreeMap::new();
+        for event in &events {
+            if let Event::Verdict(decided) = event {
+                assert_eq!(decided.verdict, Verdict::Delivered, "{decided}");
+                *told.entry(decided.path).or_default() += 1;
+            }
+        }
+        let timed: Vec<String> = summary.paths.into_iter().map(|path| path.path).collect();
+        (told, timed)
+    };
+    let titles = [
+        "external→external IP",
+        "host→external IP",
+        "pod→ClusterIP",
+        "pod→external IP",
+    ];
+    let (all, timed) = told(everything);
+    assert_eq!(all, titles.map(|title| (title, FLOWS)).into(), "{mode}");
+    assert_eq!(timed, titles, "{mode}");
+    let (one, _) = told(chosen);
+    assert_eq!(one, [(titles[0], FLOWS)].into(), "{mode}");
 }
 
 /// Empties kube-proxy's chains, by a process called nft.

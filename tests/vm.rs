@@ -167,6 +167,13 @@ fn ipvs_trace() {
 }
 
 #[test]
+fn ipvs_external_addresses() {
+    for tier in [Tier::Hooks, Tier::Functions] {
+        tests::trace::external_addresses_have_a_path_of_their_own(Mode::Ipvs, tier);
+    }
+}
+
+#[test]
 fn functions_trace() {
     for mode in Mode::ALL {
         tests::trace::every_flow_is_told_by_its_service(mode, Tier::Functions);

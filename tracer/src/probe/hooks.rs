@@ -107,9 +107,7 @@ impl Loaded {
             family,
         } = self;
         let boundary = &ALL[usize::from(id)];
-        let end = boundary
-            .limit
-            .min(boundary.priority.saturating_add(TRIES));
+        let end = boundary.limit.min(boundary.priority.saturating_add(TRIES));
         for priority in boundary.priority..end {
             let place = Place {
                 family,

@@ -217,7 +217,9 @@ impl Recorder {
             return Err(error);
         };
         // A file system gives back whole blocks only.
-        let wanted = self.length.saturating_sub(missing.next_multiple_of(BLOCK) + BLOCK);
+        let wanted = self
+            .length
+            .saturating_sub(missing.next_multiple_of(BLOCK) + BLOCK);
         while let Some(line) = self.lines.pop_if(|_| self.length > wanted) {
             self.length = self.length.saturating_sub(line.bytes.into());
             let (kept, left_out) = if line.good {

@@ -195,10 +195,7 @@ impl Directory {
         }
         for frontend in &service.frontends {
             let (addresses, target) = match frontend.address {
-                Some(address) if frontend.kind == FrontendKind::NodePort => {
-                    (vec![address], Target::NodePort)
-                }
-                Some(address) => (vec![address], Target::ClusterIp),
+                Some(address) => (vec![address], target_of(frontend.kind)),
                 None => (
                     local
                         .iter()
@@ -297,6 +294,16 @@ impl Directory {
             .into_iter()
             .map(|((socket, protocol), target)| (socket, protocol, target))
             .collect()
+    }
+}
+
+const fn target_of(kind: FrontendKind) -> Target {
+    match kind {
+        FrontendKind::ClusterIp => Target::ClusterIp,
+        FrontendKind::NodePort => Target::NodePort,
+        FrontendKind::ExternalIp | FrontendKind::LoadBalancer | FrontendKind::External => {
+            Target::External
+        }
     }
 }
 

@@ -207,7 +207,8 @@ impl Reader {
         let is_endpoint =
             |headed: &SocketAddr| service.is_some_and(|service| service.endpoints.contains(headed));
         let asked = key.destination;
-        let virtual_address = path.is_some_and(|path| path.target == Target::ClusterIp);
+        let virtual_address =
+            path.is_some_and(|path| matches!(path.target, Target::ClusterIp | Target::External));
         let transmitted = record.transmitted != 0;
         let end = match (record.kind, headed) {
             (kind::DROP, _) => {

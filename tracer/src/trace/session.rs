@@ -612,9 +612,7 @@ impl Session {
             std::thread::sleep(Duration::from_millis(1));
         }
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
-        let decided = self
-            .flows
-            .finish(&self.directory, ended_ns, remembers);
+        let decided = self.flows.finish(&self.directory, ended_ns, remembers);
         self.count(decided, &mut events);
         let outages = std::mem::take(&mut self.outages);
         let known = |index| self.directory.get(index);

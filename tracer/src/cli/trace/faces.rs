@@ -149,7 +149,9 @@ impl Faces {
             Ok((page, whole)) => {
                 exit::say(&format!("report  {}", page.display()));
                 if !whole {
-                    exit::say("journeys.jsonl is not whole: the report says how many are left out, and why");
+                    exit::say(
+                        "journeys.jsonl is not whole: the report says how many are left out, and why",
+                    );
                 }
                 whole
             }
