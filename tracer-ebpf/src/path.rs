@@ -82,6 +82,18 @@ impl Path {
         self.origin as usize * Target::COUNT + self.target as usize
     }
 
+    /// Another number below [`Path::COUNT`], which stays what it was when paths are added: what is drawn by lot for a
+    /// path is drawn by it.
+    pub const fn lot(self) -> usize {
+        let origin = self.origin as usize;
+        match self.target {
+            Target::ClusterIp => origin * 3,
+            Target::NodePort => origin * 3 + 1,
+            Target::Pod => origin * 3 + 2,
+            Target::External => 9 + origin,
+        }
+    }
+
     /// A number below [`Path::COUNT`], as the programs in the kernel have both parts.
     #[inline(always)]
     #[allow(
@@ -150,6 +162,17 @@ mod tests {
     fn index_and_all_agree() {
         for (i, path) in Path::ALL.iter().enumerate() {
             assert_eq!(path.index(), i);
+            let same = Path::index_of(path.origin as u32, path.target as u32);
+            assert_eq!(same as usize, i);
         }
+    }
+
+    #[test]
+    fn every_path_has_a_lot_of_its_own() {
+        let mut lots = Path::ALL.map(Path::lot);
+        assert_eq!(Path::SERVICE.map(Path::lot), [0, 3, 7]);
+        lots.sort_unstable();
+        let all: [usize; Path::COUNT] = core::array::from_fn(|lot| lot);
+        assert_eq!(lots, all);
     }
 }

@@ -20,4 +20,5 @@ pub mod stuck;
 pub mod summary;
 pub mod tally;
 pub mod timeline;
+pub mod translator;
 pub mod verdict;
