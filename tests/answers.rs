@@ -234,7 +234,7 @@ struct Packet {
 /// Each Service by each path.
 fn packets_of(node: &TestNode) -> impl Iterator<Item = Packet> {
     let services = node.cluster.services.len();
-    let to_services = |path: &Path| path.target != Target::Pod;
+    let to_services = |path: &Path| matches!(path.target, Target::ClusterIp | Target::NodePort);
     let paths = Path::ALL.into_iter().filter(to_services);
     paths.flat_map(move |path| (0..services).map(move |service| Packet { path, service }))
 }

@@ -18,6 +18,7 @@ use tests::safety::{
 };
 use tests::trace::{
     a_flush_is_heard_and_what_it_breaks_is_seen, every_flow_is_told_by_its_service,
+    external_addresses_have_a_path_of_their_own, it_is_told_which_of_two_modes_translates,
     only_what_is_chosen_is_traced,
 };
 use tests::truth::{
@@ -35,6 +36,7 @@ use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
     drops_equal_the_kernels_own_counter, every_service_and_endpoint_answers,
 };
+use tracer::probe::catalogue::Detail;
 use tracer::probe::tier::Tier;
 use tracer::rules::Mode;
 
@@ -135,6 +137,21 @@ fn iptables_legacy_trace() {
 #[test]
 fn iptables_nft_trace() {
     every_flow_is_told_by_its_service(Mode::IptablesNft, Tier::Hooks);
+}
+
+#[test]
+fn two_modes_at_once() {
+    for left in [Mode::IptablesLegacy, Mode::IptablesNft] {
+        let (tier, detail) = (Tier::Hooks, Detail::Stages);
+        it_is_told_which_of_two_modes_translates(left, Mode::Nftables, tier, detail);
+    }
+}
+
+#[test]
+fn external_addresses() {
+    for mode in [Mode::IptablesLegacy, Mode::IptablesNft, Mode::Nftables] {
+        external_addresses_have_a_path_of_their_own(mode, Tier::Hooks);
+    }
 }
 
 #[test]

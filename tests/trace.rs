@@ -1,6 +1,7 @@
 //! A node of the laboratory, traced as a live one would be.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use tokio::task::LocalSet;
@@ -9,6 +10,7 @@ use tracer::kernel::clock::monotonic_ns;
 use tracer::kernel::dump;
 use tracer::lab::traffic::{self, Stream, TrafficPlan, TrafficResult};
 use tracer::lab::{Outcome, plan};
+use tracer::probe::catalogue::Detail;
 use tracer::probe::tier::Tier;
 use tracer::rules::Mode;
 use tracer::rules::dump::Texts;
@@ -18,6 +20,8 @@ use tracer::trace::directory::Choice;
 use tracer::trace::session::{Event, Options, Session};
 use tracer::trace::verdict::Verdict;
 use tracer_ebpf::path::{Path, Target};
+
+use crate::verdicts::run;
 
 /// Longer than anything here takes on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -49,7 +53,19 @@ pub(crate) fn send_to(
     flows: u32,
     seed: u64,
 ) -> TrafficResult {
-    let streams = Path::SERVICE.into_iter().map(|path| Stream {
+    send_by(node, cluster, family, flows, seed, Path::SERVICE)
+}
+
+/// The same by any paths.
+fn send_by(
+    node: &TestNode,
+    cluster: &Cluster,
+    family: Family,
+    flows: u32,
+    seed: u64,
+    paths: impl IntoIterator<Item = Path>,
+) -> TrafficResult {
+    let streams = paths.into_iter().map(|path| Stream {
         path,
         per_second: 500.0,
         flows,
@@ -186,6 +202,134 @@ pub fn every_flow_is_told_by_its_service(mode: Mode, tier: Tier) {
     assert!(summary.rule_changes.is_empty(), "{summary:#?}");
     assert!(before.len() > 50);
     assert!(as_dumped(&node) == before, "tracing only reads");
+}
+
+/// What is sent to an external IP or a load balancer's address is told as such, in every mode alike, and can be asked
+/// for alone.
+pub fn external_addresses_have_a_path_of_their_own(mode: Mode, tier: Tier) {
+    const FLOWS: u32 = 10;
+    let network = "203.0.113.0/24";
+    let address = |last| IpAddr::from([203, 0, 113, last]);
+    let mut node = TestNode::build(2, 3).expect("a laboratory");
+    node.cluster.services[0].external_ips = vec![address(5)];
+    node.cluster.services[1].load_balancer_ips = vec![address(9)];
+    on_one_thread(node.apply(mode)).expect("rules");
+    let by = plan::NODE_ADDRESS.base.to_string();
+    let route = ["route", "add", network, "via", &by];
+    run(node.lab.external(), "ip", &route);
+
+    let external = |path: &Path| path.target == Target::External;
+    let all: Vec<Path> = Path::ALL.into_iter().filter(external).collect();
+    let one = Options {
+        paths: vec![all[2]],
+        ..options(Vec::new(), tier)
+    };
+    let everything = Session::start(node.lab.node(), options(Vec::new(), tier)).expect("attaches");
+    let chosen = Session::start(node.lab.node(), one).expect("attaches");
+    let paths = all.iter().copied().chain([Path::SERVICE[0]]);
+    let result = send_by(&node, &node.cluster, Family::V4, FLOWS, 4, paths);
+    let answered = |outcome: &Outcome| matches!(outcome, Outcome::Delivered { .. });
+    assert!(result.flows.iter().all(|flow| answered(&flow.outcome)));
+
+    let told = |session: Session| {
+        let (events, summary) = session.finish().expect("ends");
+        let mut told: BTreeMap<&str, u32> = BTreeMap::new();
+        for event in &events {
+            if let Event::Verdict(decided) = event {
+                assert_eq!(decided.verdict, Verdict::Delivered, "{decided}");
+                *told.entry(decided.path).or_default() += 1;
+            }
+        }
+        let timed: Vec<String> = summary.paths.into_iter().map(|path| path.path).collect();
+        (told, timed)
+    };
+    let titles = [
+        "external→external IP",
+        "host→external IP",
+        "pod→ClusterIP",
+        "pod→external IP",
+    ];
+    let (all, timed) = told(everything);
+    assert_eq!(all, titles.map(|title| (title, FLOWS)).into(), "{mode}");
+    assert_eq!(timed, titles, "{mode}");
+    let (one, _) = told(chosen);
+    assert_eq!(one, [(titles[0], FLOWS)].into(), "{mode}");
+}
+
+/// Of two modes whose rules are there at once it is told who translated each flow, as the endpoints say that only one
+/// of them names; of the others if the packet itself tells, and else not.
+pub fn it_is_told_which_of_two_modes_translates(
+    left: Mode,
+    mode: Mode,
+    tier: Tier,
+    detail: Detail,
+) {
+    const FLOWS: u32 = 20;
+    let mut node = TestNode::build(2, 2).expect("a laboratory");
+    let cluster = node.cluster.clone();
+    // Of the first Service each has one endpoint, of the second both.
+    let mut endpoint = |at: usize| {
+        let all = cluster.services[0].ports[0].endpoints[at].clone();
+        node.cluster.services[0].ports[0].endpoints = vec![all.clone()];
+        SocketAddr::new(all.address, all.port)
+    };
+    let of_left = endpoint(0);
+    on_one_thread(node.apply(left)).expect("rules");
+    let mut endpoint = |at: usize| {
+        let all = cluster.services[0].ports[0].endpoints[at].clone();
+        node.cluster.services[0].ports[0].endpoints = vec![all];
+    };
+    endpoint(1);
+    on_one_thread(node.apply(mode)).expect("rules");
+    let options = Options {
+        detail,
+        ..options(Vec::new(), tier)
+    };
+    let session = Session::start(node.lab.node(), options).expect("attaches");
+    let hints = session.hints().join("\n");
+    assert!(hints.contains("the rules of 2 modes are there"), "{hints}");
+    let by = [Path::SERVICE[0]];
+    let result = send_by(&node, &cluster, Family::V4, FLOWS, 5, by);
+    let (_, summary) = session.finish().expect("ends");
+
+    let mut wanted: [BTreeMap<String, u64>; 2] = Default::default();
+    let mut first = None;
+    for flow in &result.flows {
+        let Outcome::Delivered { by } = flow.outcome else {
+            panic!("{flow:?}");
+        };
+        if flow.service == 0 {
+            let who = if by == of_left { left } else { mode };
+            first = Some(who);
+            *wanted[0].entry(who.name().to_owned()).or_default() += 1;
+        }
+    }
+    // The same one has those of which both say the same.
+    let first = first.expect("some flow to the first Service");
+    let of_nat = left != Mode::Ipvs && mode != Mode::Ipvs;
+    let who = if of_nat && detail < Detail::Functions {
+        "unknown"
+    } else {
+        first.name()
+    };
+    let second = result.flows.iter().filter(|flow| flow.service == 1);
+    wanted[1].insert(who.to_owned(), second.count() as u64);
+    assert_eq!(wanted[0].len(), 1, "{wanted:?}");
+    for (service, wanted) in node.cluster.services.iter().zip(wanted) {
+        let name = format!("{}/{}", service.namespace, service.name);
+        let told = summary.services.iter();
+        let told = told.filter(|told| told.name.starts_with(&name));
+        let [told] = told.collect::<Vec<_>>()[..] else {
+            panic!("{summary:#?}");
+        };
+        assert_eq!(told.translated, wanted, "{left} {mode}: {told:#?}");
+        let mut modes = [left.name(), mode.name()];
+        modes.sort_unstable();
+        assert_eq!(told.modes, modes);
+    }
+    let text = summary.to_string();
+    let line = "2 of 2 Services are in the rules of";
+    assert!(text.contains(line), "{text}");
 }
 
 /// Empties kube-proxy's chains, by a process called nft.

@@ -6,6 +6,7 @@ use std::net::UdpSocket;
 use std::process::Command;
 
 use tracer::kernel::netns::Netns;
+use tracer::probe::catalogue::Detail;
 use tracer::probe::rule_changes::Way;
 use tracer::probe::tier::{Probes, Tier, Watch};
 use tracer::probe::trial;
@@ -164,6 +165,22 @@ fn functions_hijack() {
 #[test]
 fn ipvs_trace() {
     tests::trace::every_flow_is_told_by_its_service(Mode::Ipvs, Tier::Hooks);
+}
+
+#[test]
+fn functions_two_modes_at_once() {
+    let told = tests::trace::it_is_told_which_of_two_modes_translates;
+    for left in [Mode::IptablesLegacy, Mode::IptablesNft] {
+        told(left, Mode::Nftables, Tier::Functions, Detail::Functions);
+    }
+    told(Mode::Ipvs, Mode::Nftables, Tier::Hooks, Detail::Stages);
+}
+
+#[test]
+fn ipvs_external_addresses() {
+    for tier in [Tier::Hooks, Tier::Functions] {
+        tests::trace::external_addresses_have_a_path_of_their_own(Mode::Ipvs, tier);
+    }
 }
 
 #[test]

@@ -171,7 +171,7 @@ pub(crate) unsafe fn recognise(skb: *const u8, ipv4: bool, at: u32, flow: &mut F
                         _ => Origin::External as u32,
                     }
                 };
-                return origin * 3 + target;
+                return Path::index_of(origin, target);
             }
         }
         if flow.may_answer(ports)
@@ -182,7 +182,8 @@ pub(crate) unsafe fn recognise(skb: *const u8, ipv4: bool, at: u32, flow: &mut F
                 (*known).heard = bpf_ktime_get_ns();
             }
             if target < Target::Pod as u32 && flow.refuses() {
-                return origin_of(ipv4, &flow.destination, &flow.source) * 3 + target;
+                let origin = origin_of(ipv4, &flow.destination, &flow.source);
+                return Path::index_of(origin, target);
             }
             // A Service's address answers only where nobody translates.
             if target <= Target::Pod as u32 {

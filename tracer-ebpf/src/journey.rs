@@ -516,7 +516,7 @@ unsafe fn kind_at_end(slot: *mut Slot) -> u8 {
 #[inline(always)]
 unsafe fn to_service(slot: *const Slot) -> bool {
     let path = unsafe { (*slot).path };
-    path < Path::COUNT as u8 && path % 3 != Target::Pod as u8 || path >= ABSORBED
+    path < Path::COUNT as u8 && path % Target::COUNT as u8 != Target::Pod as u8 || path >= ABSORBED
 }
 
 /// Where a connection's answer is remembered. Entries lie at multiples of 64 bytes.
@@ -616,7 +616,7 @@ unsafe fn path_of_flow(slot: *mut Slot) -> u8 {
         if target > Target::Pod as u32 {
             return Path::COUNT as u8;
         }
-        (origin_of(ipv4, &source, &destination) * 3 + target) as u8
+        Path::index_of(origin_of(ipv4, &source, &destination), target) as u8
     }
 }
 

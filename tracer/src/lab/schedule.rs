@@ -1,6 +1,6 @@
 //! What is sent when, and to whom: pure, and the same for the same seed.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -8,7 +8,7 @@ use tracer_ebpf::path::{Path, Target};
 
 use super::plan;
 use super::traffic::Stream;
-use crate::cluster::{Cluster, Family, Protocol, ServicePort};
+use crate::cluster::{Cluster, Family, Protocol, Service, ServicePort};
 
 /// A flow that will be sent. Its source is not known yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +49,7 @@ impl<'a> Chooser<'a> {
                 let reachable = match path.target {
                     Target::ClusterIp => s.cluster_ips.iter().any(|ip| Family::of(*ip) == family),
                     Target::NodePort => p.node_port.is_some(),
+                    Target::External => external(s, family).next().is_some(),
                     Target::Pod => endpoints(p, family).next().is_some(),
                 };
                 if reachable
@@ -85,6 +86,11 @@ impl<'a> Chooser<'a> {
                 SocketAddr::new(*ip, p.port)
             }
             Target::NodePort => SocketAddr::new(plan::node_address(self.family), p.node_port?),
+            Target::External => {
+                let count = external(s, self.family).count();
+                let chosen = self.rng.random_range(0..count);
+                SocketAddr::new(external(s, self.family).nth(chosen)?, p.port)
+            }
             Target::Pod => {
                 let count = endpoints(p, self.family).count();
                 endpoints(p, self.family).nth(self.rng.random_range(0..count))?
@@ -99,6 +105,15 @@ impl<'a> Chooser<'a> {
             at_ns,
         })
     }
+}
+
+/// The addresses of one family that a Service has outside the cluster.
+fn external(service: &Service, family: Family) -> impl Iterator<Item = IpAddr> + '_ {
+    let all = service
+        .external_ips
+        .iter()
+        .chain(&service.load_balancer_ips);
+    all.copied().filter(move |ip| Family::of(*ip) == family)
 }
 
 /// The endpoints of one family.
@@ -192,7 +207,7 @@ pub(super) fn answerers(
 ) -> Vec<SocketAddr> {
     match path.target {
         Target::Pod => vec![destination],
-        Target::ClusterIp | Target::NodePort => {
+        Target::ClusterIp | Target::NodePort | Target::External => {
             endpoints(port, Family::of(destination.ip())).collect()
         }
     }

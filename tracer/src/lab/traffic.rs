@@ -630,7 +630,7 @@ fn plan_established(cluster: &Cluster, plan: &TrafficPlan) -> Result<Vec<Planned
     for path in paths {
         let chooser = |only, number| {
             // Numbers of their own, far from those of the streams.
-            let number = u64::MAX - 4 * path.index() as u64 - number;
+            let number = u64::MAX - 4 * path.lot() as u64 - number;
             Chooser::new(cluster, plan.family, path, only, plan.seed, number)
         };
         let mut tcp = chooser(Some(Protocol::Tcp), 0);

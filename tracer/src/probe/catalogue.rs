@@ -181,7 +181,7 @@ pub const ALL: [Boundary; BOUNDARIES] = [
 /// OUTPUT as packets pass it that IPVS sends on. The kernel calls the hook for them from within
 /// INPUT, or a second time from within OUTPUT (`__ip_vs_nat_xmit`, `NF_HOOK(LOCAL_OUT)` in
 /// `net/netfilter/ipvs/ip_vs_xmit.c`).
-const OUTPUT_BY_IPVS: &str = "OUTPUT-ipvs";
+pub const OUTPUT_BY_IPVS: &str = "OUTPUT-ipvs";
 
 /// How finely a packet's way over the node is divided.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]

@@ -267,7 +267,7 @@ fn stages(
 }
 
 fn path_result(mode: Mode, services: u64, path: Path) -> PathResult {
-    let mut dice = Dice(services ^ (path.index() as u64) << 32 ^ (mode as u64) << 40);
+    let mut dice = Dice(services ^ (path.lot() as u64) << 32 ^ (mode as u64) << 40);
     let mut by_stage: Vec<(&str, &str, PacketState, Vec<u64>)> = Vec::new();
     let mut node: BTreeMap<PacketState, Vec<u64>> = BTreeMap::new();
     for (state, packets) in [
@@ -560,6 +560,8 @@ pub(crate) fn trace() -> Trace {
     let service = |name: &str, verdicts: Vec<VerdictCount>, later_drops, node| ServiceSummary {
         name: name.to_owned(),
         mode: "nftables".to_owned(),
+        modes: Vec::new(),
+        translated: BTreeMap::new(),
         protocol: 6,
         endpoints: 3,
         there: true,

@@ -1,5 +1,6 @@
 //! What a trace says, as tables and lines: at the end of a session, and read back.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -50,6 +51,11 @@ pub fn session(summary: &Summary) -> Vec<Block> {
             let line = format!("and {more} more; --output json has all");
             blocks.push(Block::Lines(vec![(Tone::Quiet, line)]));
         }
+    }
+    let translators = translators(summary);
+    if !translators.is_empty() {
+        let lines = translators.into_iter().map(|line| (Tone::Plain, line));
+        blocks.push(Block::Lines(lines.collect()));
     }
     if !summary.outages.is_empty() {
         let lines = summary.outages.iter().take(MOST);
@@ -230,7 +236,7 @@ pub fn services(summary: &Summary, most: usize) -> Table {
         let gone = if service.there { "" } else { " (gone)" };
         vec![
             format!("{}{gone}", service.name),
-            service.mode.clone(),
+            service.mode().to_owned(),
             units::count(service.endpoints as u64),
             units::count(service.flows),
             units::count(service.wrong()),
@@ -256,6 +262,41 @@ pub fn services(summary: &Summary, most: usize) -> Table {
         .to_vec(),
         rows: summary.services.iter().take(most).map(row).collect(),
     }
+}
+
+/// A line for each set of modes whose rules name Services together: who translated their flows.
+pub fn translators(summary: &Summary) -> Vec<String> {
+    let mut sets: BTreeMap<&[String], (u64, BTreeMap<&str, u64>)> = BTreeMap::new();
+    for service in summary.services.iter().filter(|one| !one.modes.is_empty()) {
+        let (services, flows) = sets.entry(&service.modes).or_default();
+        *services += 1;
+        for (mode, count) in &service.translated {
+            let sum = flows.entry(mode).or_default();
+            *sum = sum.saturating_add(*count);
+        }
+    }
+    let line = |(modes, (services, flows)): (&[String], (u64, BTreeMap<&str, u64>))| {
+        let by = flows.iter().map(|(mode, count)| {
+            let count = units::count(*count);
+            match *mode {
+                "unknown" => format!("{count} by which is unknown (--detail functions may tell)"),
+                mode => format!("{count} by {mode}"),
+            }
+        });
+        let by: Vec<String> = by.collect();
+        let by = if by.is_empty() {
+            "no new flow was translated".to_owned()
+        } else {
+            format!("new flows were translated {}", by.join(", "))
+        };
+        format!(
+            "{} of {} in the rules of {} at once: {by}",
+            units::count(services),
+            units::plural(summary.services.len() as u64, "Service is", "Services are"),
+            units::list(modes),
+        )
+    };
+    sets.into_iter().map(line).collect()
 }
 
 /// `3 leaked, 1 dropped at ...`; nothing for what went well.
@@ -700,6 +741,26 @@ mod tests {
         for two in periods.windows(2) {
             assert_eq!(two[0].to_ns, two[1].from_ns);
         }
+    }
+
+    #[test]
+    fn who_translated_is_told_where_several_modes_could() {
+        let mut summary = sample::trace().run.summary;
+        assert_eq!(translators(&summary), [""; 0]);
+        let modes = ["iptables-legacy", "nftables"].map(str::to_owned);
+        let counts = [
+            [("iptables-legacy", 270), ("unknown", 0)],
+            [("iptables-legacy", 60), ("unknown", 30)],
+        ];
+        for (service, counts) in summary.services.iter_mut().zip(counts) {
+            service.modes = modes.to_vec();
+            let counted = counts.into_iter().filter(|(_, count)| *count > 0);
+            let counted = counted.map(|(mode, count)| (mode.to_owned(), count));
+            service.translated = counted.collect();
+        }
+        insta::assert_snapshot!(translators(&summary).join("\n"), @"2 of 2 Services are in the rules of iptables-legacy and nftables at once: new flows were translated 330 by iptables-legacy, 30 by which is unknown (--detail functions may tell)");
+        assert_eq!(summary.services[0].mode(), "iptables-legacy");
+        assert_eq!(summary.services[1].mode(), "several");
     }
 
     #[test]

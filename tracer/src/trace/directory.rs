@@ -19,11 +19,13 @@ pub struct Known {
     /// `ns/name:port`, or in IPVS mode, whose rules hold no names, `10.96.0.10:53/udp` or
     /// `NodePort 30080/tcp`.
     pub name: String,
-    /// The mode whose rules serve it.
+    /// The mode whose rules name it, or the first of them.
     pub mode: &'static str,
+    /// Where the rules of each mode send its packets, if more than one names it; else empty.
+    pub by_mode: BTreeMap<&'static str, BTreeSet<SocketAddr>>,
     /// IP protocol number.
     pub protocol: u8,
-    /// Where its packets may go, by any policy.
+    /// Where its packets may go, by any policy of any mode.
     pub endpoints: BTreeSet<SocketAddr>,
     /// Where its packets went before, and when the rules no longer said so (`CLOCK_MONOTONIC`, ns).
     pub former: BTreeMap<SocketAddr, u64>,
@@ -32,6 +34,22 @@ pub struct Known {
     /// When they came to say something else of it, the last times: after the first and before the second
     /// of each two (`CLOCK_MONOTONIC`, ns).
     pub altered: VecDeque<(u64, u64)>,
+}
+
+impl Known {
+    /// Do rules of this mode name it?
+    pub fn is_named_by(&self, mode: &str) -> bool {
+        self.mode == mode || self.by_mode.contains_key(mode)
+    }
+
+    /// Takes in what the rules of one more mode say of it, after those of the first.
+    fn add(&mut self, mode: &'static str, endpoints: BTreeSet<SocketAddr>) {
+        if self.by_mode.is_empty() {
+            self.by_mode.insert(self.mode, self.endpoints.clone());
+        }
+        self.endpoints.extend(&endpoints);
+        self.by_mode.entry(mode).or_default().extend(endpoints);
+    }
 }
 
 /// Which `ServicePorts` are watched.
@@ -130,6 +148,7 @@ impl Directory {
         self.external.clear();
         for service in &mut self.services {
             service.there = false;
+            service.by_mode.clear();
             for endpoint in std::mem::take(&mut service.endpoints) {
                 service.former.insert(endpoint, changed_ns);
             }
@@ -140,6 +159,12 @@ impl Directory {
         let chosen: Vec<&FoundService> = found.services.iter().filter(chosen).collect();
         for service in chosen {
             self.learn_one(service, local);
+        }
+        for service in &mut self.services {
+            let Known {
+                endpoints, former, ..
+            } = service;
+            former.retain(|endpoint, _| !endpoints.contains(endpoint));
         }
         let around = (self.known_ns, monotonic_ns());
         for (index, known) in self.services.iter_mut().enumerate() {
@@ -165,25 +190,24 @@ impl Directory {
                 self.services.push(Known {
                     name,
                     mode: service.mode,
+                    by_mode: BTreeMap::new(),
                     protocol,
                     endpoints: BTreeSet::new(),
                     former: BTreeMap::new(),
-                    there: true,
+                    there: false,
                     altered: VecDeque::new(),
                 });
                 self.services.len() - 1
             });
         let known = &mut self.services[index];
-        known.mode = service.mode;
-        known.endpoints = service
-            .endpoints
-            .iter()
-            .chain(&service.local_endpoints)
-            .copied()
-            .collect();
-        known
-            .former
-            .retain(|endpoint, _| !known.endpoints.contains(endpoint));
+        let endpoints = service.endpoints.iter().chain(&service.local_endpoints);
+        let endpoints: BTreeSet<SocketAddr> = endpoints.copied().collect();
+        if known.there {
+            known.add(service.mode, endpoints);
+        } else {
+            known.mode = service.mode;
+            known.endpoints = endpoints;
+        }
         known.there = true;
         let kinds = [FrontendKind::ExternalIp, FrontendKind::LoadBalancer];
         let external = service.frontends.iter();
@@ -195,10 +219,7 @@ impl Directory {
         }
         for frontend in &service.frontends {
             let (addresses, target) = match frontend.address {
-                Some(address) if frontend.kind == FrontendKind::NodePort => {
-                    (vec![address], Target::NodePort)
-                }
-                Some(address) => (vec![address], Target::ClusterIp),
+                Some(address) => (vec![address], target_of(frontend.kind)),
                 None => (
                     local
                         .iter()
@@ -210,9 +231,38 @@ impl Directory {
             };
             for address in addresses {
                 let socket = SocketAddr::new(address, frontend.port);
-                self.frontends.insert((socket, protocol), (index, target));
+                let owner = self.owner_of((socket, protocol), index);
+                self.frontends.insert((socket, protocol), (owner, target));
             }
         }
+    }
+
+    /// Whose an address is that this Service has, and perhaps another one by the rules of another mode: then his who
+    /// has a name, or the last. Rules of either may translate packets to it.
+    fn owner_of(&mut self, frontend: (SocketAddr, u8), index: usize) -> usize {
+        let Some((other, _)) = self.frontends.get(&frontend) else {
+            return index;
+        };
+        let other = *other;
+        if other == index || !self.services[other].there {
+            return index;
+        }
+        let nameless = self.services[index].mode == Mode::Ipvs.name();
+        let (owner, second) = if nameless {
+            (other, index)
+        } else {
+            (index, other)
+        };
+        let Known {
+            mode, endpoints, ..
+        } = &self.services[second];
+        // Of one mode, two Services that claim one address are no two rules that translate.
+        if self.services[owner].mode == *mode {
+            return index;
+        }
+        let (mode, endpoints) = (*mode, endpoints.clone());
+        self.services[owner].add(mode, endpoints);
+        owner
     }
 
     /// Takes in the addresses that the node has bound for Services, after [`Self::learn`].
@@ -300,6 +350,16 @@ impl Directory {
     }
 }
 
+const fn target_of(kind: FrontendKind) -> Target {
+    match kind {
+        FrontendKind::ClusterIp => Target::ClusterIp,
+        FrontendKind::NodePort => Target::NodePort,
+        FrontendKind::ExternalIp | FrontendKind::LoadBalancer | FrontendKind::External => {
+            Target::External
+        }
+    }
+}
+
 pub(super) fn name_of(service: &FoundService) -> String {
     if let Some(name) = &service.name {
         return name.clone();
@@ -351,6 +411,13 @@ pub(super) mod tests {
 
     pub(in crate::trace) fn socket(text: &str) -> SocketAddr {
         text.parse().expect("an address")
+    }
+
+    /// Of `shop/web:http`, as [`found`] has it.
+    pub(in crate::trace) fn known() -> Known {
+        let mut directory = Directory::new(Vec::new());
+        directory.learn(&found(), &[], 0);
+        directory.services()[0].clone()
     }
 
     pub(in crate::trace) fn found() -> Found {
@@ -437,6 +504,54 @@ pub(super) mod tests {
         directory.learn(&ipvs, &[], 2);
         directory.learn_bound(Vec::new());
         assert!(directory.absorbed().is_empty());
+    }
+
+    /// Rules of one mode that are left over beside those of another.
+    #[test]
+    fn rules_of_two_modes_name_one_service() {
+        let with = |mode: &'static str, endpoint: &str| {
+            let mut found = found();
+            found.services.truncate(1);
+            found.services[0].mode = mode;
+            found.services[0].endpoints = vec![socket(endpoint)];
+            found.services
+        };
+        let mut both = Found {
+            services: with("iptables-legacy", "10.244.0.9:8080"),
+            ..Found::default()
+        };
+        both.services.extend(with("nftables", "10.244.0.2:8080"));
+        let mut of_ipvs = with("ipvs", "10.244.0.8:8080").remove(0);
+        of_ipvs.name = None;
+        both.services.push(of_ipvs);
+        let mut directory = Directory::new(Vec::new());
+        // Twice: what is read again is as it was.
+        for _ in 0..2 {
+            directory.learn(&both, &["192.0.2.1".parse().expect("an address")], 0);
+            let index = directory.asked(socket("10.96.0.1:80"), 6).expect("known");
+            let by_port = directory.asked(socket("192.0.2.1:30080"), 6);
+            assert_eq!(by_port, Some(index));
+            let known = directory.get(index).expect("known");
+            assert_eq!(known.name, "shop/web:http");
+            let modes: Vec<_> = known.by_mode.iter().collect();
+            let one = |endpoint: &str| BTreeSet::from([socket(endpoint)]);
+            let wanted = [
+                ("iptables-legacy", one("10.244.0.9:8080")),
+                ("ipvs", one("10.244.0.8:8080")),
+                ("nftables", one("10.244.0.2:8080")),
+            ];
+            let wanted: Vec<_> = wanted.iter().map(|(mode, set)| (mode, set)).collect();
+            assert_eq!(modes, wanted);
+            assert_eq!(known.endpoints.len(), 3);
+            assert!(known.is_named_by("ipvs") && !known.is_named_by("iptables-nft"));
+        }
+        // One goes: what it said alone is no more.
+        both.services.truncate(1);
+        directory.learn(&both, &[], 5);
+        let known = directory.get(0).expect("known");
+        assert!(known.by_mode.is_empty() && known.mode == "iptables-legacy");
+        assert_eq!(known.endpoints, [socket("10.244.0.9:8080")].into());
+        assert!(directory.served(0, socket("10.244.0.2:8080")));
     }
 
     #[test]

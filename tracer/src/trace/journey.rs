@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use tracer_ebpf::record::HEADER;
 
 use super::met::Meeting;
+use super::translator::Translator;
 use crate::record::run::Clock;
 use crate::report::units;
 
@@ -174,6 +175,9 @@ pub struct Journey {
     /// The stages that it passed, in order; empty if they were not recorded one by one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub stages: Vec<StageTime>,
+    /// Whose rules translated it; `None`: it was not translated to an endpoint that they name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub translated_by: Option<Translator>,
     /// What it met on its way; empty unless the functions tier was asked for it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub met: Vec<Meeting>,
@@ -250,6 +254,7 @@ impl Journey {
             elapsed_ns: Some(32_000),
             source_after: Some(socket("10.244.0.7:51544")),
             stages: Vec::new(),
+            translated_by: Some(Translator::Only("nftables")),
             met: Vec::new(),
             header: [0; HEADER],
             end: End::Sent,

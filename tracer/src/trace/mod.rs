@@ -21,4 +21,5 @@ pub mod stuck;
 pub mod summary;
 pub mod tally;
 pub mod timeline;
+pub mod translator;
 pub mod verdict;

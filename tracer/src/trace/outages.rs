@@ -370,28 +370,32 @@ impl Asked<'_> {
         let ipv6 = self.destination.is_ipv6();
         match what {
             What::IptablesLegacy { family, table, .. } => {
-                self.known.mode == "iptables-legacy" && table == "nat" && (family == "IPv6") == ipv6
+                self.known.is_named_by("iptables-legacy")
+                    && table == "nat"
+                    && (family == "IPv6") == ipv6
             }
             What::Nftables { tables, .. } => {
-                let table = match self.known.mode {
-                    "iptables-nft" => "nat",
-                    "nftables" => "kube-proxy",
-                    _ => return false,
-                };
                 let family = if ipv6 { "ip6" } else { "ip" };
+                let carriers = [("iptables-nft", "nat"), ("nftables", "kube-proxy")];
+                let mut carriers = carriers
+                    .into_iter()
+                    .filter(|(mode, _)| self.known.is_named_by(mode));
                 // Without a table its announcement was lost: it may have been this.
-                tables.is_empty() || tables.contains_key(&format!("{family} {table}"))
+                carriers.any(|(_, table)| {
+                    tables.is_empty() || tables.contains_key(&format!("{family} {table}"))
+                })
             }
             What::Ipvs(delta) => {
                 let (to, protocol) = (self.destination, u16::from(self.protocol));
                 let server = server_name(to.ip(), to.port(), protocol);
-                self.known.mode == "ipvs" && (delta.flushed > 0 || delta.servers.contains(&server))
+                self.known.is_named_by("ipvs")
+                    && (delta.flushed > 0 || delta.servers.contains(&server))
             }
             What::Addresses { links } => {
                 let prefix = if ipv6 { 128 } else { 32 };
                 let address = format!("{}/{prefix}", self.destination.ip());
                 let mut links = links.values().filter(|link| link.virtual_ips);
-                self.known.mode == "ipvs"
+                self.known.is_named_by("ipvs")
                     && links.any(|link| {
                         link.added.contains(&address) || link.deleted.contains(&address)
                     })
@@ -454,6 +458,7 @@ mod tests {
         Known {
             name: "shop/web:http".to_owned(),
             mode,
+            by_mode: BTreeMap::new(),
             protocol: 6,
             endpoints: std::collections::BTreeSet::new(),
             former: BTreeMap::new(),

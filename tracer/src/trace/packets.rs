@@ -12,6 +12,7 @@ use super::directory::Directory;
 use super::flows::{Back, Key};
 use super::journey::{End, Journey, StageTime};
 use super::met::Meeting;
+use super::translator::Translator;
 use super::verdict::{self, Who};
 use crate::probe::catalogue::{self, Detail};
 use crate::probe::tier::Heard;
@@ -70,6 +71,8 @@ pub struct Reader {
     pub detail: Detail,
     /// The node's own addresses.
     pub local: HashSet<IpAddr>,
+    /// Are the rules as the directory has them, as far as is known?
+    pub settled: bool,
 }
 
 /// A connection's tuples: who asked what, and who answers whom.
@@ -210,7 +213,8 @@ impl Reader {
         let is_endpoint =
             |headed: &SocketAddr| service.is_some_and(|service| service.endpoints.contains(headed));
         let asked = key.destination;
-        let virtual_address = path.is_some_and(|path| path.target == Target::ClusterIp);
+        let virtual_address =
+            path.is_some_and(|path| matches!(path.target, Target::ClusterIp | Target::External));
         let transmitted = record.transmitted != 0;
         let end = match (record.kind, headed) {
             (kind::DROP, _) => {
@@ -232,6 +236,12 @@ impl Reader {
             (_, Some(headed)) if headed == asked && virtual_address => End::Leaked,
             (_, Some(_)) => End::Elsewhere,
         };
+        let stages = stages_of(record, self.detail);
+        let to_endpoint = matches!(end, End::Sent | End::Delivered);
+        let translated = headed.filter(|headed| *headed != asked && to_endpoint);
+        let translated_by = translated.and_then(|to| {
+            Translator::of(service?, to, (transmitted, self.settled), &stages, &met)
+        });
         Journey {
             // One that was not timed ends now.
             time_ns: if record.started == 0 {
@@ -253,7 +263,8 @@ impl Reader {
             answer: record.state == state::REPLY,
             elapsed_ns: (record.started != 0).then_some(record.elapsed),
             source_after,
-            stages: stages_of(record, self.detail),
+            stages,
+            translated_by,
             met,
             header: record.header.0,
             end,

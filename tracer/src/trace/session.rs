@@ -285,6 +285,7 @@ impl Session {
                 reasons: Reasons::of_this_kernel(options.detail)?,
                 detail: options.detail,
                 local: local.iter().copied().collect(),
+                settled: true,
             },
             flows: Flows::default(),
             held: Vec::new(),
@@ -379,6 +380,7 @@ impl Session {
         let heard = self.probes.hear()?;
         // Most become an event, and events are large to move.
         events.reserve(heard.len());
+        self.reader.settled = !self.reading.is_outdated();
         for heard in heard {
             self.hear(&heard, &mut events);
         }

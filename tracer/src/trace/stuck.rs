@@ -6,7 +6,7 @@
 //! connections alone. A flow is stuck if its entry was renewed twice, and nothing came from the endpoint meanwhile.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
@@ -21,16 +21,25 @@ use crate::kernel::netns::Netns;
 use crate::probe::tier::ProbeError;
 use crate::rules::Mode;
 
-/// How often the list is read while there may be something in it.
+/// How often the whole list is read while there may be something in it: of 100,000 entries that takes the kernel
+/// 150 ms, and us as much again.
 const EVERY: Duration = Duration::from_secs(2);
+/// How often the kernel is asked for the entries of one former endpoint after the other, which takes it 28 ms each of so
+/// many. A flow that sends all the time is known to have been renewed after a second and [`TICKS`].
+const EVERY_OF_FEW: Duration = Duration::from_millis(1050);
+/// So many are few: more would take longer than the whole list does.
+const FEW: usize = 2;
 /// How long what IPVS remembers is believed: no longer than an unanswered flow is waited for.
 const AGE: Duration = Duration::from_secs(1);
 /// The most flows that are remembered.
 const MOST: usize = 100_000;
 /// A request may be seen before its answer: one renewal says nothing.
 const UNHEARD: u32 = 2;
-/// Entries' times are told in whole seconds: one that lags behind the clock by more than this was renewed.
-const ROUNDING_S: u64 = 1;
+/// Entries' times are told in whole seconds, rounded down: two of one that was not renewed differ by less than this from
+/// the time that passed.
+const ROUNDING: Duration = Duration::from_secs(1);
+/// The kernel's clock for them goes by ticks of at most 10 ms.
+const TICKS: Duration = Duration::from_millis(20);
 
 /// An established flow whose packets go to an endpoint that the rules no longer name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -62,15 +71,35 @@ impl std::fmt::Display for Stuck {
     }
 }
 
+/// Entries of conntrack's list, and between which two moments they were read.
+#[derive(Debug)]
+struct Look {
+    begun: Instant,
+    ended: Instant,
+    entries: Vec<Entry>,
+}
+
 /// What was seen of an entry.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
-    at: Instant,
+    begun: Instant,
+    ended: Instant,
     timeout_s: u32,
     /// When its endpoint had been heard of last (`CLOCK_MONOTONIC`, ns).
     heard_ns: Option<u64>,
     /// How often it was renewed while nothing came from its endpoint.
     unheard: u32,
+}
+
+impl Seen {
+    /// Did a packet set the entry's time anew between then and this look? Usually to what it was; of a TCP connection
+    /// whose packets nobody acknowledges to less.
+    fn is_renewed(&self, look: &Look, timeout_s: u32) -> bool {
+        let at_least = look.begun.saturating_duration_since(self.ended);
+        let at_most = look.ended.saturating_duration_since(self.begun);
+        let [before, now] = [self.timeout_s, timeout_s].map(|s| Duration::from_secs(s.into()));
+        now + at_least >= before + ROUNDING + TICKS || now + at_most + ROUNDING + TICKS <= before
+    }
 }
 
 /// What IPVS remembers of former endpoints beside conntrack: a UDP flow that conntrack forgets after 30 s or two
@@ -87,7 +116,7 @@ impl Remembered {
     pub fn holds(&mut self, ns: &Netns, directory: &Directory, key: &Key, to: SocketAddr) -> bool {
         let service = directory.asked(key.destination, key.protocol);
         let service = service.and_then(|index| directory.get(index));
-        if service.is_none_or(|service| service.mode != Mode::Ipvs.name()) {
+        if service.is_none_or(|service| !service.is_named_by(Mode::Ipvs.name())) {
             return false;
         }
         if self.read.is_none_or(|read| read.elapsed() >= AGE) {
@@ -109,7 +138,7 @@ impl Remembered {
 #[derive(Debug, Default)]
 pub struct Watch {
     seen: HashMap<Key, Seen>,
-    reading: Option<Receiver<Result<Vec<Entry>, ConntrackError>>>,
+    reading: Option<Receiver<Result<Look, ConntrackError>>>,
     last: Option<Instant>,
     /// Why the list cannot be read.
     failure: Option<String>,
@@ -135,38 +164,45 @@ impl Watch {
         heard: impl Fn(SocketAddr, u8) -> Result<Option<u64>, ProbeError>,
     ) -> Result<Vec<Stuck>, ProbeError> {
         if let Some(reading) = &self.reading {
-            let entries = match reading.try_recv() {
+            let look = match reading.try_recv() {
                 Err(TryRecvError::Empty) => return Ok(Vec::new()),
-                Err(TryRecvError::Disconnected) => Ok(Vec::new()),
-                Ok(entries) => entries,
+                // The thread is gone without a word: it panicked, and has said so.
+                Err(TryRecvError::Disconnected) => None,
+                Ok(look) => Some(look),
             };
             self.reading = None;
             self.last = Some(Instant::now());
-            return match entries {
-                Ok(entries) => self.compare(&entries, directory, Instant::now(), heard),
-                Err(error) => {
+            return match look {
+                None => Ok(Vec::new()),
+                Some(Ok(look)) => self.compare(&look, directory, heard),
+                Some(Err(error)) => {
                     self.failure = Some(error.to_string());
                     Ok(Vec::new())
                 }
             };
         }
-        let due = self.last.is_none_or(|last| last.elapsed() >= EVERY);
-        if due && self.failure.is_none() && directory.has_former() {
-            self.reading = Some(begin(ns, directory));
+        let waited = |every| self.last.is_none_or(|last| last.elapsed() >= every);
+        if waited(EVERY_OF_FEW) && self.failure.is_none() && directory.has_former() {
+            let former = directory.former();
+            let addresses: HashSet<IpAddr> = former.iter().map(|(to, _)| to.ip()).collect();
+            if addresses.len() <= FEW {
+                self.reading = Some(begin(ns, former, addresses));
+            } else if waited(EVERY) {
+                self.reading = Some(begin(ns, former, HashSet::new()));
+            }
         }
         Ok(Vec::new())
     }
 
     fn compare(
         &mut self,
-        entries: &[Entry],
+        look: &Look,
         directory: &Directory,
-        now: Instant,
         heard: impl Fn(SocketAddr, u8) -> Result<Option<u64>, ProbeError>,
     ) -> Result<Vec<Stuck>, ProbeError> {
         let mut stuck = Vec::new();
-        let mut seen = HashMap::with_capacity(entries.len().min(MOST));
-        for entry in entries.iter().take(MOST) {
+        let mut seen = HashMap::with_capacity(look.entries.len().min(MOST));
+        for entry in look.entries.iter().take(MOST) {
             let key = Key {
                 protocol: entry.protocol,
                 source: entry.source,
@@ -176,11 +212,7 @@ impl Watch {
                 continue;
             };
             let before = self.seen.get(&key);
-            let renewed = before.is_some_and(|before| {
-                let passed_s = now.duration_since(before.at).as_secs();
-                let left_s = u64::from(before.timeout_s).saturating_sub(passed_s);
-                u64::from(entry.timeout_s) > left_s + ROUNDING_S
-            });
+            let renewed = before.is_some_and(|before| before.is_renewed(look, entry.timeout_s));
             let heard_ns = heard(entry.answers, entry.protocol)?;
             let silent = before.filter(|before| before.heard_ns == heard_ns);
             let unheard = silent.map_or(0, |before| before.unheard + u32::from(renewed));
@@ -197,7 +229,8 @@ impl Watch {
             }
             // Kept from the first look on: what is renewed once in a minute lags behind in the end.
             let this = Seen {
-                at: now,
+                begun: look.begun,
+                ended: look.ended,
                 timeout_s: entry.timeout_s,
                 heard_ns,
                 unheard,
@@ -222,17 +255,33 @@ fn dead(entry: &Entry, directory: &Directory) -> Option<(usize, String)> {
         .then(|| (index, known.name.clone()))
 }
 
-/// Reads the list in the background.
-fn begin(ns: &Netns, directory: &Directory) -> Receiver<Result<Vec<Entry>, ConntrackError>> {
+/// Reads the entries of former endpoints in the background: of those at these addresses, or if there are none, all.
+fn begin(
+    ns: &Netns,
+    former: HashSet<(SocketAddr, u8)>,
+    addresses: HashSet<IpAddr>,
+) -> Receiver<Result<Look, ConntrackError>> {
     let (tell, reading) = channel();
-    let former = directory.former();
     let ns = ns.clone();
     std::thread::spawn(move || {
-        let entries = conntrack::list(&ns, |entry| {
-            former.contains(&(entry.answers, entry.protocol))
+        let begun = Instant::now();
+        let wanted = |entry: &Entry| former.contains(&(entry.answers, entry.protocol));
+        let entries = if addresses.is_empty() {
+            conntrack::list(&ns, wanted)
+        } else {
+            let lists = addresses.into_iter();
+            let lists = lists.map(|address| conntrack::list_answered_by(&ns, address, wanted));
+            lists
+                .collect::<Result<Vec<_>, _>>()
+                .map(|lists| lists.concat())
+        };
+        let look = entries.map(|entries| Look {
+            begun,
+            ended: Instant::now(),
+            entries,
         });
         // A session that has ended does not want to know.
-        let _ = tell.send(entries);
+        let _ = tell.send(look);
     });
     reading
 }
@@ -263,9 +312,14 @@ mod tests {
         let mut watch = Watch::default();
         let begin = Instant::now();
         let mut look = |after_s, heard_ns: Option<u64>, entries: &[Entry]| {
-            let now = begin + Duration::from_secs(after_s);
+            let at = begin + Duration::from_secs(after_s);
+            let look = Look {
+                begun: at,
+                ended: at,
+                entries: entries.to_vec(),
+            };
             let heard = |_, _| Ok(heard_ns);
-            let stuck = watch.compare(entries, &directory, now, heard);
+            let stuck = watch.compare(&look, &directory, heard);
             stuck
                 .expect("nothing fails here")
                 .iter()
@@ -295,5 +349,41 @@ mod tests {
         assert_eq!(look(21, Some(2), &[entry(1, 99)]), none);
         assert_eq!(look(24, Some(2), &[entry(1, 96)]), none);
         assert_eq!(look(27, Some(2), &[entry(1, 99)]), [1]);
+    }
+
+    /// Of an entry with so many seconds left, and so many ms later with so many: was it renewed?
+    fn renewed(before_s: u32, took_ms: u64, passed_ms: u64, after_s: u32) -> bool {
+        let begun = Instant::now();
+        let took = Duration::from_millis(took_ms);
+        let seen = Seen {
+            begun,
+            ended: begun + took,
+            timeout_s: before_s,
+            heard_ns: None,
+            unheard: 0,
+        };
+        let again = begun + took + Duration::from_millis(passed_ms);
+        let look = Look {
+            begun: again,
+            ended: again + took,
+            entries: Vec::new(),
+        };
+        seen.is_renewed(&look, after_s)
+    }
+
+    #[test]
+    fn a_second_is_enough_to_know_what_is_renewed() {
+        let every = u64::try_from(EVERY_OF_FEW.as_millis()).expect("short");
+        assert!(renewed(119, 0, every, 119), "it sends all the time");
+        // Just before and just after a whole second.
+        assert!(!renewed(119, 0, every, 118));
+        assert!(!renewed(119, 0, 1000, 119), "it may be a tick");
+        assert!(!renewed(119, 0, every, 117));
+        // While a list is read that takes long, time passes that proves nothing.
+        assert!(!renewed(119, 900, 1000, 117));
+        assert!(!renewed(119, 900, 1000, 116));
+        // Five days without packets; and then one that nobody acknowledges (nf_conntrack_tcp_timeout_unacknowledged).
+        assert!(!renewed(432_000, 10, 2000, 431_998));
+        assert!(renewed(432_000, 10, 2000, 299));
     }
 }

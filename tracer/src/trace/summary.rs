@@ -24,8 +24,15 @@ use crate::record::times::PathTimes;
 pub struct ServiceSummary {
     /// `ns/name:port`.
     pub name: String,
-    /// The mode whose rules serve it.
+    /// The mode whose rules name it, or the first of them.
     pub mode: String,
+    /// All of them, if the rules of more than one mode name it; else empty.
+    #[serde(default)]
+    pub modes: Vec<String>,
+    /// New flows that were translated to an endpoint, by the mode whose rules did it; `unknown` if rules of several
+    /// modes could have.
+    #[serde(default)]
+    pub translated: BTreeMap<String, u64>,
     /// IP protocol number.
     pub protocol: u8,
     /// Endpoints that the rules name.
@@ -75,10 +82,30 @@ impl ServiceSummary {
         bad.map(|count| count.count).fold(0, u64::saturating_add)
     }
 
+    /// The mode whose rules translate its flows, as far as there is one: see [`mode_of`].
+    pub fn mode(&self) -> &str {
+        let translated = self.translated.keys().map(String::as_str);
+        mode_of(&self.mode, !self.modes.is_empty(), translated)
+    }
+
     /// Packets of established flows that were dropped.
     pub fn dropped_later(&self) -> u64 {
         let drops = self.later_drops.iter().map(|count| count.count);
         drops.fold(0, u64::saturating_add)
+    }
+}
+
+/// One word for the mode of a Service: the only one that names it; of several the one that has translated its flows;
+/// else `several`, or `unknown` if of no flow it is known.
+pub fn mode_of<'m>(
+    only: &'m str,
+    several: bool,
+    mut translated: impl Iterator<Item = &'m str>,
+) -> &'m str {
+    match (translated.next(), translated.next()) {
+        _ if !several => only,
+        (Some(mode), None) => mode,
+        _ => "several",
     }
 }
 
@@ -297,6 +324,12 @@ impl Summary {
             .map(|(known, tally)| ServiceSummary {
                 name: known.name.clone(),
                 mode: known.mode.to_owned(),
+                modes: known.by_mode.keys().copied().map(str::to_owned).collect(),
+                translated: tally
+                    .translated
+                    .iter()
+                    .map(|(mode, flows)| ((*mode).to_owned(), *flows))
+                    .collect(),
                 protocol: known.protocol,
                 endpoints: known.endpoints.len(),
                 there: known.there,

@@ -16,6 +16,8 @@ use crate::record::run::Histogram;
 pub struct Tally {
     /// New flows.
     pub flows: u64,
+    /// Of them those that were translated to an endpoint, by the mode whose rules did it, or `unknown`.
+    pub translated: BTreeMap<&'static str, u64>,
     /// First packets that were sent once more: nobody had answered the one before. While nothing tracks
     /// connections, later packets of UDP as well.
     pub repeated: u64,
@@ -57,6 +59,9 @@ impl Tally {
     /// Counts a new flow.
     pub fn add(&mut self, journey: &Journey) {
         self.flows += 1;
+        if let Some(by) = journey.translated_by {
+            *self.translated.entry(by.name()).or_default() += 1;
+        }
         // What the node keeps for itself says nothing of the way to endpoints.
         if let (false, Some(elapsed_ns)) = (
             matches!(journey.end, End::Absorbed { .. }),

@@ -255,7 +255,14 @@ fn description(session: &Session) -> String {
 }
 
 fn modes(services: &[Known]) -> String {
-    let mut modes: Vec<&str> = services.iter().map(|service| service.mode).collect();
+    let mut modes: Vec<&str> = services
+        .iter()
+        .flat_map(|service| {
+            [service.mode]
+                .into_iter()
+                .chain(service.by_mode.keys().copied())
+        })
+        .collect();
     modes.sort_unstable();
     modes.dedup();
     modes.join(" and ")

@@ -7,7 +7,9 @@ use tracer::report::quantile::quantile;
 use tracer::report::units;
 use tracer::report::write::printable;
 use tracer::trace::changes::RuleChange;
+use tracer::trace::directory::Known;
 use tracer::trace::session::{Session, TraceError};
+use tracer::trace::summary::mode_of;
 use tracer::trace::tally::Tally;
 use tracer::trace::verdict::Verdict;
 
@@ -131,7 +133,7 @@ impl Live {
                 let times = tally.node.histogram();
                 Row {
                     service: printable(known.map_or("", |known| &known.name)),
-                    mode: known.map_or("", |known| known.mode).to_owned(),
+                    mode: known.map_or("", |known| mode(known, tally)).to_owned(),
                     rate: rate(*index, tally),
                     times: quantile(&times, 0.5).zip(quantile(&times, 0.99)),
                     drops: tally.drops(),
@@ -157,6 +159,12 @@ impl Live {
         }
         Ok(view)
     }
+}
+
+/// The mode that translates a Service's flows, as far as there is one.
+fn mode<'s>(known: &'s Known, tally: &'s Tally) -> &'s str {
+    let translated = tally.translated.keys().copied();
+    mode_of(known.mode, !known.by_mode.is_empty(), translated)
 }
 
 /// New flows that went wrong, by one word, the most first.

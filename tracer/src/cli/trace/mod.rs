@@ -58,7 +58,8 @@ pub(crate) struct Args {
     /// Only flows from or to this pod's address.
     #[arg(long, value_name = "ADDR")]
     pod: Vec<IpAddr>,
-    /// Only flows that enter the node this way: pod-to-clusterip, host-to-clusterip, external-to-nodeport, ...
+    /// Only flows that enter the node this way: from pod, host or external, to clusterip, nodeport or external-ip (of
+    /// the Service or of its load balancer), such as pod-to-clusterip; can be repeated.
     #[arg(long, value_name = "PATH", value_parser = OnPath::from_str)]
     path: Vec<OnPath>,
     /// What tells where packets are: netfilter links between components (kernel 6.4 and later), or programs at

@@ -7,6 +7,7 @@ use tracer::report::units;
 use tracer::report::write::printable;
 use tracer::trace::journey::{Journey, StageTime, place, time_on_node};
 use tracer::trace::met::Meeting;
+use tracer::trace::translator::Translator;
 
 /// A journey that began at a time, which is written `+0.040271 s`: a line, and below it one for each
 /// stage that was recorded. Ends in a newline.
@@ -46,7 +47,7 @@ fn detail(journey: &Journey, index: usize) -> String {
     if Some(index) == translating(&journey.stages) {
         return match journey.headed {
             Some(headed) if headed != journey.destination => {
-                format!("{} → {headed}", journey.destination)
+                format!("{} → {headed}{}", journey.destination, by(journey))
             }
             Some(_) => "not translated".to_owned(),
             None => String::new(),
@@ -62,6 +63,15 @@ fn detail(journey: &Journey, index: usize) -> String {
         };
     }
     String::new()
+}
+
+/// Whose rules translated it, if those of several modes could have.
+fn by(journey: &Journey) -> String {
+    match journey.translated_by {
+        None | Some(Translator::Only(_)) => String::new(),
+        Some(Translator::OneOf(mode)) => format!(" by {mode}"),
+        Some(Translator::Unknown) => " by which mode is unknown".to_owned(),
+    }
 }
 
 /// The stage in which the destination is translated: IPVS if it sent the packet on, else the first nat
@@ -120,6 +130,7 @@ mod tests {
             elapsed_ns: Some(stages.iter().map(|stage| stage.took_ns).sum()),
             source_after: Some(socket("10.244.0.7:51544")),
             stages,
+            translated_by: Some(Translator::Only("nftables")),
             met: Vec::new(),
             header: [0; tracer_ebpf::record::HEADER],
             end: End::Sent,
@@ -157,6 +168,21 @@ mod tests {
             "+0.040271 s",
             &flow(through_forward())
         ));
+    }
+
+    #[test]
+    fn of_several_modes_the_one_that_translated_is_told() {
+        let mut journey = flow(through_forward());
+        let mut said = |by| {
+            journey.translated_by = Some(by);
+            detail(&journey, 2)
+        };
+        let plain = "10.96.10.1:80 → 10.244.0.12:8080";
+        assert_eq!(said(Translator::Only("nftables")), plain);
+        let by = said(Translator::OneOf("nftables"));
+        assert_eq!(by, format!("{plain} by nftables"));
+        let by = said(Translator::Unknown);
+        assert_eq!(by, format!("{plain} by which mode is unknown"));
     }
 
     #[test]

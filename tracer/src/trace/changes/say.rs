@@ -59,10 +59,9 @@ impl What {
                 before,
                 after,
             } => format!(
-                "commit {} ({} → {} entries)",
+                "commit {} ({})",
                 legacy_name(family, table),
-                count((*before).into()),
-                count((*after).into())
+                entries(*before, *after)
             ),
             Self::Ipset { .. } => "change ipsets".to_owned(),
             Self::Ipvs(_) => "change IPVS".to_owned(),
@@ -88,13 +87,15 @@ impl What {
                 table,
                 before,
                 after,
-            } => write!(
-                f,
-                "committed {}: {} → {} entries{took}",
-                legacy_name(family, table),
-                count((*before).into()),
-                count((*after).into()),
-            ),
+            } => {
+                let (table, entries) = (legacy_name(family, table), entries(*before, *after));
+                if before == after {
+                    // It is always written as a whole. What the entries are is not compared.
+                    write!(f, "rewrote {table}{took}: {entries}")
+                } else {
+                    write!(f, "committed {table}: {entries}{took}")
+                }
+            }
             Self::Ipset { sets } => {
                 let proven = sets.values().any(SetDelta::is_proven);
                 let verb = if proven {
@@ -140,6 +141,15 @@ impl fmt::Display for Listening {
             }
         }
     }
+}
+
+/// `5 → 16,005 entries`, `8 entries, as many as before`.
+fn entries(before: u32, after: u32) -> String {
+    let after_words = count(after.into());
+    if before == after {
+        return format!("{after_words} entries, as many as before");
+    }
+    format!("{} → {after_words} entries", count(before.into()))
 }
 
 /// `nat`, `IPv6 nat`.
@@ -287,5 +297,35 @@ fn write_names(f: &mut fmt::Formatter<'_>, names: &[&str]) -> fmt::Result {
     match names.len() - shown {
         0 => f.write_str(")"),
         more => write!(f, " and {} more)", count(more as u64)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trace::changes::Actor;
+
+    /// iptables-restore writes every table that its input names, changed or not.
+    #[test]
+    fn a_table_that_is_written_again_is_not_said_to_have_changed() {
+        let change = |after, refused: &[&str]| RuleChange {
+            time_ns: 2_000,
+            begin_ns: Some(1_000),
+            by: Actor {
+                name: Some("iptables-restor".to_owned()),
+                ..Actor::default()
+            },
+            what: What::IptablesLegacy {
+                family: "IPv6".to_owned(),
+                table: "mangle".to_owned(),
+                before: 8,
+                after,
+            },
+            refused: refused.iter().map(|r| ((*r).to_owned(), 1)).collect(),
+            incomplete: false,
+        };
+        insta::assert_snapshot!(change(8, &[]), @"iptables-restor rewrote IPv6 mangle in 1.0 us: 8 entries, as many as before");
+        insta::assert_snapshot!(change(9, &[]), @"iptables-restor committed IPv6 mangle: 8 → 9 entries in 1.0 us");
+        insta::assert_snapshot!(change(8, &["Invalid argument"]), @"iptables-restor could not commit IPv6 mangle (8 entries, as many as before): Invalid argument");
     }
 }
