@@ -126,8 +126,9 @@ pub(super) fn advice_of_drop(stage: &str) -> &'static str {
              filter (ip route get ADDRESS; sysctl net.ipv4.conf.all.rp_filter)"
         }
         _ => {
-            "filter drops are a policy, a loadBalancerSourceRange or a Local policy without a local \
-             endpoint (svcpath rules walk shows the rule)"
+            "filter drops are a policy, a loadBalancerSourceRange, a Local policy without a local endpoint, or a \
+             refusal (no endpoints) of which the kernel did not tell the client: it sends few ICMP errors a second \
+             (net.ipv4.icmp_ratelimit); svcpath rules walk shows the rule"
         }
     }
 }

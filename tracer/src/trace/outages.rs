@@ -3,8 +3,9 @@
 //!
 //! A change can stand at an end if it was not over when the last flow before went by, and had begun when
 //! the first one after did: it may have been under way, for a large table is long in coming. Of several
-//! those are named first that carry the Service's translation, and of these those around which the rules
-//! were found to say something else of the Service than before.
+//! those are named first around which the rules were found to say something else of the Service than before,
+//! then those that carry its translation; but if a rule dropped or refused the flows, then those of other
+//! tables, of these first what made them larger or smaller: kube-proxy writes all its rules at every sync.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
@@ -15,10 +16,13 @@ use serde::{Deserialize, Serialize};
 use super::changes::{RuleChange, What, server_name};
 use super::directory::Known;
 use super::flows::Decided;
+use super::verdict::{Verdict, Who};
 
 /// Flows that fail one after another make an outage from here on: one in three that fails, because one of
 /// three endpoints is dead, is none.
 const FLOWS: u64 = 3;
+/// The kernel's reason for what its rules drop.
+const NETFILTER_DROP: &str = "NETFILTER_DROP";
 
 /// An outage that is over, or was going on when the session ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,10 +143,36 @@ struct Flow {
     first_ns: u64,
     index: usize,
     path: &'static str,
-    /// `None`: what became of it will not be known.
-    failed: Option<bool>,
+    fate: Fate,
     destination: SocketAddr,
     protocol: u8,
+}
+
+/// What became of a flow, as far as it matters here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fate {
+    Good,
+    /// This node's rules dropped or refused it, or its answer.
+    Filtered,
+    Failed,
+    /// It will not be known.
+    Unknown,
+}
+
+impl Fate {
+    fn of(verdict: &Verdict) -> Self {
+        match verdict {
+            Verdict::Dropped { reason, .. } | Verdict::AnswerDropped { reason, .. }
+                if reason == NETFILTER_DROP =>
+            {
+                Self::Filtered
+            }
+            Verdict::Rejected { by: Who::Node, .. } => Self::Filtered,
+            verdict if verdict.is_good() => Self::Good,
+            verdict if verdict.is_known() => Self::Failed,
+            _ => Self::Unknown,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -150,8 +180,7 @@ struct Going {
     first: Flow,
     /// The last flow before that succeeded (`CLOCK_MONOTONIC`, ns); 0: there was none.
     good_ns: u64,
-    /// The last flow that failed (`CLOCK_MONOTONIC`, ns).
-    last_ns: u64,
+    last: Flow,
     lost: u64,
     /// Flows since then of which it is not known what became of them.
     undecided: u64,
@@ -165,7 +194,7 @@ impl Outages {
                 first_ns: decided.first_ns,
                 index: decided.index,
                 path: decided.path,
-                failed: decided.verdict.is_known().then(|| decided.verdict.is_bad()),
+                fate: Fate::of(&decided.verdict),
                 destination: decided.destination,
                 protocol: decided.protocol,
             }));
@@ -186,25 +215,28 @@ impl Outages {
         {
             self.decided.pop();
             let key = (flow.index, flow.path);
-            let Some(failed) = flow.failed else {
-                if let Some(going) = self.going_on.get_mut(&key) {
-                    going.undecided += 1;
+            match flow.fate {
+                Fate::Good => {}
+                Fate::Unknown => {
+                    if let Some(going) = self.going_on.get_mut(&key) {
+                        going.undecided += 1;
+                    }
+                    continue;
                 }
-                continue;
-            };
-            if failed {
-                let good_ns = self.good.get(&key).copied().unwrap_or(0);
-                let going = self.going_on.entry(key).or_insert(Going {
-                    first: flow,
-                    good_ns,
-                    last_ns: flow.first_ns,
-                    lost: 0,
-                    undecided: 0,
-                });
-                going.last_ns = flow.first_ns;
-                going.lost += 1;
-                going.undecided = 0;
-                continue;
+                Fate::Filtered | Fate::Failed => {
+                    let good_ns = self.good.get(&key).copied().unwrap_or(0);
+                    let going = self.going_on.entry(key).or_insert(Going {
+                        first: flow,
+                        good_ns,
+                        last: flow,
+                        lost: 0,
+                        undecided: 0,
+                    });
+                    going.last = flow;
+                    going.lost += 1;
+                    going.undecided = 0;
+                    continue;
+                }
             }
             self.good.insert(key, flow.first_ns);
             if let Some(going) = self.going_on.remove(&key)
@@ -254,39 +286,41 @@ fn outage(known: &Known, going: Going, end: End, changes: &[RuleChange]) -> Outa
         End::Session(ns) => (
             None,
             Some(Open {
-                quiet_ns: ns.saturating_sub(going.last_ns),
+                quiet_ns: ns.saturating_sub(going.last.first_ns),
                 undecided: going.undecided,
             }),
         ),
     };
-    let asked = Asked {
+    let begin = Asked {
         known,
-        destination: going.first.destination,
-        protocol: going.first.protocol,
+        flow: going.first,
     };
-    let begin_ns = going.first.first_ns;
+    let end = Asked {
+        known,
+        flow: going.last,
+    };
+    let (begin_ns, last_lost_ns) = (going.first.first_ns, going.last.first_ns);
     Outage {
         service: known.name.clone(),
         path: going.first.path.to_owned(),
         begin_ns,
         end_ns,
         lost: going.lost,
-        last_lost_ns: going.last_ns,
+        last_lost_ns,
         open,
-        began_with: asked.between(going.good_ns, begin_ns, changes),
-        ended_with: end_ns.and_then(|end_ns| asked.between(going.last_ns, end_ns, changes)),
+        began_with: begin.between(going.good_ns, begin_ns, changes),
+        ended_with: end_ns.and_then(|end_ns| end.between(last_lost_ns, end_ns, changes)),
     }
 }
 
-/// What the flows of an outage asked for.
+/// A flow at an end of an outage, and what it asked for.
 #[derive(Clone, Copy, Debug)]
 struct Asked<'k> {
     known: &'k Known,
-    destination: SocketAddr,
-    protocol: u8,
+    flow: Flow,
 }
 
-/// How near a rule change is to a Service, from what is farthest.
+/// How near a rule change is to flows that failed, from what is farthest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Nearness {
     /// Sets, addresses, marks: they decide about Services by way of other rules, if at all.
@@ -295,7 +329,12 @@ enum Nearness {
     Other,
     /// It may have changed where packets to the Service go.
     Translation,
-    /// The same, and around it the rules were found to say something else of the Service.
+    /// The flows were dropped or refused, and it may have changed what drops and refuses.
+    Filter,
+    /// The same, and there are more or fewer rules than before.
+    FilterResized,
+    /// It may have changed where packets to the Service go, and around it the rules were found to say something else
+    /// of the Service.
     Altering,
 }
 
@@ -327,7 +366,7 @@ impl Asked<'_> {
 
     /// Rules of the other IP version say nothing of a flow.
     fn may_concern(&self, what: &What) -> bool {
-        let ipv6 = self.destination.is_ipv6();
+        let ipv6 = self.flow.destination.is_ipv6();
         match what {
             What::IptablesLegacy { family, .. } => (family == "IPv6") == ipv6,
             What::Nftables { tables, .. } => {
@@ -355,19 +394,22 @@ impl Asked<'_> {
         let alters = |&(after_ns, by_ns): &(u64, u64)| {
             change.time_ns > after_ns && begin_of(change) <= by_ns
         };
-        if !self.is_carried_by(&change.what) {
-            return aside_or_other(&change.what);
-        }
-        if self.known.altered.iter().any(alters) {
+        let carried = self.is_carried_by(&change.what);
+        if carried && self.known.altered.iter().any(alters) {
             Nearness::Altering
-        } else {
+        } else if carried {
             Nearness::Translation
+        } else {
+            match aside_or_other(&change.what) {
+                Nearness::Other if self.flow.fate == Fate::Filtered => filter(&change.what),
+                nearness => nearness,
+            }
         }
     }
 
     /// Is it of those rules that translate packets to the Service?
     fn is_carried_by(&self, what: &What) -> bool {
-        let ipv6 = self.destination.is_ipv6();
+        let ipv6 = self.flow.destination.is_ipv6();
         match what {
             What::IptablesLegacy { family, table, .. } => {
                 self.known.is_named_by("iptables-legacy")
@@ -386,14 +428,14 @@ impl Asked<'_> {
                 })
             }
             What::Ipvs(delta) => {
-                let (to, protocol) = (self.destination, u16::from(self.protocol));
+                let (to, protocol) = (self.flow.destination, u16::from(self.flow.protocol));
                 let server = server_name(to.ip(), to.port(), protocol);
                 self.known.is_named_by("ipvs")
                     && (delta.flushed > 0 || delta.servers.contains(&server))
             }
             What::Addresses { links } => {
                 let prefix = if ipv6 { 128 } else { 32 };
-                let address = format!("{}/{prefix}", self.destination.ip());
+                let address = format!("{}/{prefix}", self.flow.destination.ip());
                 let mut links = links.values().filter(|link| link.virtual_ips);
                 self.known.is_named_by("ipvs")
                     && links.any(|link| {
@@ -418,6 +460,23 @@ fn aside_or_other(what: &What) -> Nearness {
         Nearness::Aside
     } else {
         Nearness::Other
+    }
+}
+
+/// Of flows that rules dropped or refused: iptables' table nat does neither, nor does IPVS by rules.
+fn filter(what: &What) -> Nearness {
+    let resized = match what {
+        What::IptablesLegacy { table, .. } if table == "nat" => return Nearness::Other,
+        What::IptablesLegacy { before, after, .. } => before != after,
+        What::Nftables { tables, .. } => tables
+            .values()
+            .any(|delta| delta.rules_added != delta.rules_deleted),
+        What::Ipvs(_) | What::Addresses { .. } | What::Ipset { .. } => return Nearness::Other,
+    };
+    if resized {
+        Nearness::FilterResized
+    } else {
+        Nearness::Filter
     }
 }
 
@@ -503,12 +562,21 @@ mod tests {
     /// What stands between a good flow at 10 and failed ones from 100 on, and between the last of these at
     /// 300 and good ones from 400 on.
     fn at_ends(known: &Known, changes: &[RuleChange]) -> (Option<AtEnd>, Option<AtEnd>) {
+        at_ends_of(&Verdict::Leaked, known, changes)
+    }
+
+    /// The same, of flows that went wrong in this way.
+    fn at_ends_of(
+        verdict: &Verdict,
+        known: &Known,
+        changes: &[RuleChange],
+    ) -> (Option<AtEnd>, Option<AtEnd>) {
         let mut outages = Outages::default();
         for good in [10, 400] {
             outages.add(&flow(good, Verdict::Delivered));
         }
         for bad in [100, 200, 300] {
-            outages.add(&flow(bad, Verdict::Leaked));
+            outages.add(&flow(bad, verdict.clone()));
         }
         let mut over = outages.over(1_000, changes, |_| Some(known));
         let outage = over.pop().expect("an outage");
@@ -621,6 +689,64 @@ mod tests {
         let two = [change(40, 41, legacy("nat")), change(50, 51, legacy("nat"))];
         assert_eq!(name("iptables-legacy", &[], &two), 49);
         assert_eq!(name("iptables-legacy", &[(0, 41)], &two), 59);
+    }
+
+    #[test]
+    fn of_flows_that_rules_drop_or_refuse_a_filter_is_named() {
+        let dropped = |reason: &str| Verdict::Dropped {
+            reason: reason.to_owned(),
+            stage: "FORWARD hook".to_owned(),
+            by: None,
+        };
+        let rejected = |by| Verdict::Rejected {
+            by,
+            how: "port unreachable".to_owned(),
+        };
+        let name = |verdict: &Verdict, mode, altered: &[(u64, u64)], changes: &[RuleChange]| {
+            let (began, ended) = at_ends_of(verdict, &known(mode, altered), changes);
+            assert_eq!(ended, None);
+            began.expect("one").since_ns
+        };
+        let resized = |begin_ns, size| {
+            let mut change = change(begin_ns, begin_ns + 1, legacy("filter"));
+            if let What::IptablesLegacy { before, after, .. } = &mut change.what {
+                (*before, *after) = size;
+            }
+            change
+        };
+        // Somebody's rule; then kube-proxy writes all that it wrote before.
+        let changes = [
+            resized(50, (42, 43)),
+            resized(60, (43, 43)),
+            change(70, 71, legacy("nat")),
+        ];
+        let filtered = [
+            dropped("NETFILTER_DROP"),
+            rejected(Who::Node),
+            Verdict::AnswerDropped {
+                reason: "NETFILTER_DROP".to_owned(),
+                stage: "FORWARD hook".to_owned(),
+                by: None,
+            },
+        ];
+        for verdict in &filtered {
+            assert_eq!(name(verdict, "iptables-legacy", &[], &changes), 49);
+            assert_eq!(name(verdict, "iptables-legacy", &[], &changes[1..]), 39);
+            assert_eq!(name(verdict, "iptables-legacy", &[], &changes[2..]), 29);
+            // IPVS mode's own rules do not drop, and what is another mode's table nat does not.
+            assert_eq!(name(verdict, "ipvs", &[], &changes[1..]), 39);
+            // The Service has no endpoints any more since the last one.
+            assert_eq!(name(verdict, "iptables-legacy", &[(65, 80)], &changes), 29);
+            let firewall = [
+                change(50, 51, nft("inet firewall")),
+                change(60, 61, nft("ip kube-proxy")),
+            ];
+            assert_eq!(name(verdict, "nftables", &[], &firewall), 49);
+        }
+        let endpoint = Who::Endpoint("10.244.0.2:8080".parse().expect("an address"));
+        for verdict in [dropped("IP_INADDRERRORS"), rejected(endpoint)] {
+            assert_eq!(name(&verdict, "iptables-legacy", &[], &changes), 29);
+        }
     }
 
     #[test]

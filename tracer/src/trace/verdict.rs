@@ -185,7 +185,9 @@ impl Verdict {
             Self::Reset { by: Who::Client } => "the client gave up before it was answered",
             Self::Reset {
                 by: Who::Endpoint(_),
-            } => "the endpoint runs, and nobody listens on that port",
+            } => {
+                "the packet arrived, but nobody listens on that port of the endpoint, or a rule of its own resets"
+            }
             Self::Reset { .. } => {
                 "the node's own stack answered: the packet was not translated, or a rule rejects"
             }
