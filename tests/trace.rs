@@ -78,11 +78,41 @@ fn send_by(
         patience: Duration::from_millis(500),
         ..TrafficPlan::default()
     };
-    on_one_thread(async {
+    let result = on_one_thread(async {
         let prepared = traffic::prepare(&node.lab, cluster, &plan).await?;
         prepared.run(monotonic_ns() + 1_000_000).await
-    })
-    .expect("traffic")
+    });
+    until_closed(node);
+    result.expect("traffic")
+}
+
+/// Waits until the last packet of every connection has arrived: nobody has one that is open or being closed.
+fn until_closed(node: &TestNode) {
+    const LISTEN: &str = "0A";
+    const TIME_WAIT: &str = "06";
+    let lab = &node.lab;
+    let others = [lab.node(), lab.external(), lab.client_pod()];
+    let is_over = |list: &str| {
+        let lines = list.lines().skip(1);
+        let mut states = lines.filter_map(|line| line.split_ascii_whitespace().nth(3));
+        states.all(|state| state == LISTEN || state == TIME_WAIT)
+    };
+    let begin = Instant::now();
+    for ns in others.into_iter().chain(lab.server_pods()) {
+        loop {
+            let lists = ns.run(|| {
+                ["tcp", "tcp6"].map(|name| {
+                    let list = std::fs::read_to_string(format!("/proc/thread-self/net/{name}"));
+                    list.expect("the kernel lists its sockets")
+                })
+            });
+            if lists.expect("enters").iter().all(|list| is_over(list)) {
+                break;
+            }
+            assert!(begin.elapsed() < PATIENCE, "a connection never closes");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 pub(crate) fn options(choices: Vec<Choice>, tier: Tier) -> Options {
