@@ -10,7 +10,7 @@ use tracer_ebpf::path::{Origin, Path, Target};
 
 use super::changes::{ChangesError, Listening, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
-use super::flows::{Back, Decided, Flows, Key};
+use super::flows::{ALL_READ, Back, Decided, Flows, Key};
 use super::hints;
 use super::journey::{End, Journey};
 use super::outages::{Outage, Outages};
@@ -44,6 +44,8 @@ const OUTAGES: usize = 1000;
 const HELD: usize = 10_000;
 /// How long the rules must have been left alone before they are read again.
 const SETTLED: Duration = Duration::from_millis(500);
+/// When they are read again at the latest: somebody may change them all the time.
+const UNSETTLED: Duration = Duration::from_secs(2);
 
 /// Why a node cannot be traced.
 #[derive(Debug, thiserror::Error)]
@@ -198,6 +200,26 @@ enum Turn {
     Unplaced,
 }
 
+/// Rules have been changed since they were begun to be read.
+#[derive(Clone, Copy, Debug)]
+struct Changed {
+    first: Instant,
+    last: Instant,
+}
+
+impl Changed {
+    /// They are changed once more.
+    fn again(before: Option<Self>, now: Instant) -> Self {
+        let first = before.map_or(now, |before| before.first);
+        Self { first, last: now }
+    }
+
+    /// Is it time to read them?
+    fn is_due(&self, now: Instant) -> bool {
+        now.duration_since(self.last) >= SETTLED || now.duration_since(self.first) >= UNSETTLED
+    }
+}
+
 /// Probes at work.
 #[derive(Debug)]
 pub struct Session {
@@ -221,10 +243,13 @@ pub struct Session {
     timeline: Timeline,
     changes: Vec<RuleChange>,
     more_changes: u64,
-    changed: Option<Instant>,
+    changed: Option<Changed>,
     /// When rules were changed last (`CLOCK_MONOTONIC`, ns).
     changed_ns: u64,
     reading: Option<Receiver<Result<Found, TraceError>>>,
+    /// When the rules that are known, and those that are being read, were begun to be read (`CLOCK_MONOTONIC`, ns).
+    read_ns: u64,
+    reading_ns: u64,
     /// Records about packets to no Service: to an endpoint itself, or answers.
     others: u64,
     freed: FreedAtSockets,
@@ -306,6 +331,8 @@ impl Session {
             changed: None,
             changed_ns: started_ns,
             reading: None,
+            read_ns: started_ns,
+            reading_ns: started_ns,
             others: 0,
             freed: FreedAtSockets::default(),
             timeline: Timeline::default(),
@@ -359,7 +386,7 @@ impl Session {
         let told_ns = self.watcher.told_until_ns(monotonic_ns());
         for change in self.watcher.drain()? {
             if !change.is_refused() {
-                self.changed = Some(Instant::now());
+                self.changed = Some(Changed::again(self.changed, Instant::now()));
                 self.changed_ns = self.changed_ns.max(change.time_ns);
             }
             if self.changes.len() < CHANGES {
@@ -376,17 +403,18 @@ impl Session {
             self.hear(&heard, &mut events);
         }
         self.learn(&mut events)?;
-        let reading = self.is_outdated();
+        let outdated = self.is_outdated();
+        let read_ns = if outdated { self.read_ns } else { ALL_READ };
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
         let now_ns = monotonic_ns();
         let decided = self
             .flows
-            .decide(&self.directory, reading, now_ns, remembers);
+            .decide(&self.directory, read_ns, now_ns, remembers);
         self.count(decided, &mut events);
         let probes = &self.probes;
         let heard = |endpoint, protocol| probes.heard(endpoint, protocol);
         // By rules that were read before they changed, an endpoint is not dead.
-        let stuck = if reading {
+        let stuck = if outdated {
             self.stuck.pause();
             Vec::new()
         } else {
@@ -428,6 +456,7 @@ impl Session {
             };
             let local = addresses::of_node(&self.ns)?;
             self.directory.learn(&found, &local, self.changed_ns);
+            self.read_ns = self.reading_ns;
             self.directory.learn_bound(addresses::bound(&self.ns)?);
             self.reader.local = local.iter().copied().collect();
             self.tallies
@@ -446,12 +475,21 @@ impl Session {
             self.tell_held(events);
             return Ok(());
         }
-        if self.changed.is_some_and(|at| at.elapsed() >= SETTLED) {
-            self.changed = None;
-            self.directory.begin_to_read(self.changed_ns);
-            self.reading = Some(begin_to_read(&self.ns));
+        if self
+            .changed
+            .is_some_and(|changed| changed.is_due(Instant::now()))
+        {
+            self.read_again();
         }
         Ok(())
+    }
+
+    /// Begins to read the rules.
+    fn read_again(&mut self) {
+        self.changed = None;
+        self.directory.begin_to_read(self.changed_ns);
+        self.reading_ns = monotonic_ns();
+        self.reading = Some(begin_to_read(&self.ns));
     }
 
     /// Takes in what the probes told.
@@ -592,11 +630,10 @@ impl Session {
         self.watcher.stop();
         let mut events = self.poll()?;
         // Rules that changed a moment ago are read before the last flows are judged by them.
-        if self.changed.take().is_some() && self.reading.is_none() {
-            self.directory.begin_to_read(self.changed_ns);
-            self.reading = Some(begin_to_read(&self.ns));
-        }
-        while self.reading.is_some() {
+        while self.is_outdated() {
+            if self.reading.is_none() {
+                self.read_again();
+            }
             self.learn(&mut events)?;
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -680,5 +717,30 @@ fn watch(directory: &Directory, local: Vec<IpAddr>, options: &Options, may_absor
         detail: options.detail,
         sample: options.sample,
         empty: false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_that_change_all_the_time_are_read_in_between() {
+        let begin = Instant::now();
+        let mut changed = None;
+        let due_ms: Vec<u64> = (0..=20)
+            .map(|number| number * 100)
+            .filter(|ms| {
+                let now = begin + Duration::from_millis(*ms);
+                let this = Changed::again(changed, now);
+                changed = Some(this);
+                this.is_due(now)
+            })
+            .collect();
+        assert_eq!(due_ms, [2000]);
+        // And those that are left alone before that.
+        let once = Changed::again(None, begin);
+        assert!(!once.is_due(begin + SETTLED / 2));
+        assert!(once.is_due(begin + SETTLED));
     }
 }
