@@ -27,10 +27,10 @@ use tests::truth::{
 };
 use tests::verdicts::{
     a_flow_that_is_no_longer_tracked_is_told, a_flow_to_a_dead_endpoint_is_stuck,
-    a_flow_whose_entry_is_deleted_goes_on, a_stranger_that_answers_is_told,
-    an_answer_that_this_node_drops_is_told, an_established_flow_to_a_dead_endpoint_is_stuck,
-    an_external_ip_of_another_machine_is_hijacked, prepared_faults_are_told,
-    what_a_socket_took_is_no_drop, what_the_node_refuses_is_counted_once,
+    a_flow_whose_entry_is_deleted_goes_on, a_stranger_is_told_while_rules_change_all_the_time,
+    a_stranger_that_answers_is_told, an_answer_that_this_node_drops_is_told,
+    an_established_flow_to_a_dead_endpoint_is_stuck, an_external_ip_of_another_machine_is_hijacked,
+    prepared_faults_are_told, what_a_socket_took_is_no_drop, what_the_node_refuses_is_counted_once,
 };
 use tests::{
     a_cell_accounts_for_everything, a_flush_loses_new_flows_and_a_control_run_none,
@@ -192,6 +192,11 @@ fn iptables_nft_stuck_flow() {
 #[test]
 fn nftables_stranger_answers() {
     a_stranger_that_answers_is_told(Mode::Nftables);
+}
+
+#[test]
+fn who_answers_is_told_while_rules_change_all_the_time() {
+    a_stranger_is_told_while_rules_change_all_the_time();
 }
 
 #[test]

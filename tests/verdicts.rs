@@ -500,40 +500,107 @@ pub fn what_ipvs_alone_remembers_is_stuck() {
 
 /// Somebody answers who is no endpoint: a rule of somebody else translates to it first.
 pub fn a_stranger_that_answers_is_told(mode: Mode) {
-    const SERVICE: usize = HEALTHY[1];
-    const STRANGER: u16 = 7777;
-    let node = TestNode::build(SERVICES, 1).expect("a laboratory");
-    on_one_thread(node.apply(mode)).expect("rules");
-    let vip = node.vip(SERVICE);
-    let address = endpoint_of(&node, SERVICE).ip();
-    let bind = || UdpSocket::bind((address, STRANGER)).ok();
-    let mut pods = node.lab.server_pods().iter();
-    let stranger = pods.find_map(|pod| pod.run(bind).expect("enters"));
-    let stranger = stranger.expect("one of them has the address");
-    let steal = format!(
-        "add table ip fault; add chain ip fault steal {{ type nat hook output priority -112; }}; \
-         add rule ip fault steal ip daddr {} udp dport {} dnat to {address}:{STRANGER}",
-        vip.ip(),
-        vip.port()
-    );
-    run(node.lab.node(), "nft", &[&steal]);
-    let session = Session::start(node.lab.node(), Options::default()).expect("attaches");
-    let bind = || UdpSocket::bind("0.0.0.0:0").expect("binds");
-    let client = node.lab.node().run(bind).expect("enters");
-    for socket in [&client, &stranger] {
-        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-    }
-    client.send_to(b"1\n", vip).expect("sends");
-    let (_, asker) = stranger.recv_from(&mut [0; 64]).expect("is asked");
-    stranger.send_to(b"2\n", asker).expect("answers");
-    client.recv(&mut [0; 64]).expect("an answer");
+    let stranger = Stranger::on_a_node(mode);
+    let session = Session::start(stranger.node.lab.node(), Options::default()).expect("attaches");
+    stranger.answers_once();
     let (_, summary) = session.finish().expect("ends");
     let [service] = summary.services.as_slice() else {
         panic!("{summary}");
     };
-    let by = SocketAddr::new(address, STRANGER);
+    let by = stranger.address;
     let told: Vec<_> = service.verdicts.iter().map(|one| &one.verdict).collect();
     assert_eq!(told, [&Verdict::Misdelivered { by }], "{summary}");
+}
+
+/// The same, while somebody changes the rules so often that they are never at rest.
+pub fn a_stranger_is_told_while_rules_change_all_the_time() {
+    let stranger = Stranger::on_a_node(Mode::Nftables);
+    let ns = stranger.node.lab.node();
+    run(
+        ns,
+        "nft",
+        &["add set ip kube-proxy seen { type ipv4_addr; }"],
+    );
+    let mut session = Session::start(ns, Options::default()).expect("attaches");
+    let mut changed = 0_u32;
+    let mut change = |session: &mut Session| {
+        changed += 1;
+        let element = std::net::Ipv4Addr::from(0x0a00_0000 + changed);
+        let add = format!("add element ip kube-proxy seen {{ {element} }}");
+        run(ns, "nft", &[&add]);
+        session.poll().expect("polls")
+    };
+    let is_change = |event: &Event| matches!(event, Event::RuleChange(_));
+    let begin = Instant::now();
+    while !change(&mut session).iter().any(is_change) {
+        assert!(
+            begin.elapsed() < PATIENCE,
+            "the changes were never heard of"
+        );
+    }
+    stranger.answers_once();
+    let verdict = loop {
+        assert!(begin.elapsed() < PATIENCE, "nothing was told in all that");
+        let told = change(&mut session)
+            .into_iter()
+            .find_map(|event| match event {
+                Event::Verdict(decided) => Some(decided.verdict),
+                _ => None,
+            });
+        if let Some(verdict) = told {
+            break verdict;
+        }
+    };
+    let by = stranger.address;
+    assert_eq!(verdict, Verdict::Misdelivered { by });
+}
+
+/// A node on which what is sent to a Service goes to somebody who is no endpoint.
+struct Stranger {
+    node: TestNode,
+    socket: UdpSocket,
+    address: SocketAddr,
+    vip: SocketAddr,
+}
+
+impl Stranger {
+    fn on_a_node(mode: Mode) -> Self {
+        const SERVICE: usize = HEALTHY[1];
+        const PORT: u16 = 7777;
+        let node = TestNode::build(SERVICES, 1).expect("a laboratory");
+        on_one_thread(node.apply(mode)).expect("rules");
+        let vip = node.vip(SERVICE);
+        let address = SocketAddr::new(endpoint_of(&node, SERVICE).ip(), PORT);
+        let bind = || UdpSocket::bind(address).ok();
+        let mut pods = node.lab.server_pods().iter();
+        let socket = pods.find_map(|pod| pod.run(bind).expect("enters"));
+        let socket = socket.expect("one of them has the address");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let steal = format!(
+            "add table ip fault; add chain ip fault steal {{ type nat hook output priority -112; }}; \
+             add rule ip fault steal ip daddr {} udp dport {} dnat to {address}",
+            vip.ip(),
+            vip.port()
+        );
+        run(node.lab.node(), "nft", &[&steal]);
+        Self {
+            node,
+            socket,
+            address,
+            vip,
+        }
+    }
+
+    /// A client on the node asks the Service, and has an answer.
+    fn answers_once(&self) {
+        let bind = || UdpSocket::bind("0.0.0.0:0").expect("binds");
+        let client = self.node.lab.node().run(bind).expect("enters");
+        client.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        client.send_to(b"1\n", self.vip).expect("sends");
+        let (_, asker) = self.socket.recv_from(&mut [0; 64]).expect("is asked");
+        self.socket.send_to(b"2\n", asker).expect("answers");
+        client.recv(&mut [0; 64]).expect("an answer");
+    }
 }
 
 /// A client that goes on sending from one port to an endpoint that is gone: conntrack remembers it.

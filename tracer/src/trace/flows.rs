@@ -22,6 +22,8 @@ const GRACE_NS: u64 = 100_000_000;
 const REMEMBERED_NS: u64 = 60_000_000_000;
 /// The most flows that are remembered; beyond, the oldest is forgotten, and counted.
 const MOST: usize = 1 << 18;
+/// The directory knows all that the rules say.
+pub const ALL_READ: u64 = u64::MAX;
 /// Answers that came before their flow's first packet was told: on another CPU that can happen.
 const EARLY: usize = 1024;
 
@@ -144,6 +146,8 @@ pub struct Flows {
     in_grace: Waiting,
     open: Waiting,
     unread: Waiting,
+    /// What the rules said of packets before was known (`CLOCK_MONOTONIC`, ns).
+    read_ns: u64,
     /// Decided, and remembered.
     decided: Waiting,
     /// Whose clients use their ports again.
@@ -278,25 +282,27 @@ impl Flows {
         true
     }
 
-    /// The flows of which it is known by now what became of them. `reading`: rules have changed that the
-    /// directory does not know yet. `remembers` tells whether somebody other than conntrack remembers that a flow
-    /// goes to a former endpoint.
+    /// The flows of which it is known by now what became of them. What the rules say of packets before `read_ns`
+    /// (`CLOCK_MONOTONIC`) is known to the directory; of later ones it may not be. `remembers` tells whether
+    /// somebody other than conntrack remembers that a flow goes to a former endpoint.
     pub fn decide(
         &mut self,
         directory: &Directory,
-        reading: bool,
+        read_ns: u64,
         now_ns: u64,
         mut remembers: impl FnMut(&Key, SocketAddr) -> bool,
     ) -> Vec<Decided> {
         let mut due = std::mem::take(&mut self.touched);
-        if !reading {
+        if read_ns > self.read_ns {
             due.append(&mut self.unread);
         }
+        // It goes back to when the rules were read once they have changed.
+        self.read_ns = read_ns;
         take_older(&mut self.in_grace, now_ns, GRACE_NS, &mut due);
         take_older(&mut self.open, now_ns, PATIENCE_NS, &mut due);
-        let mut decided = self.end_those_over(directory, reading, now_ns, &mut remembers);
+        let mut decided = self.end_those_over(directory, read_ns, now_ns, &mut remembers);
         for (first_ns, key) in due {
-            let looked = self.look_at(key, first_ns, directory, reading, now_ns, &mut remembers);
+            let looked = self.look_at(key, first_ns, directory, read_ns, now_ns, &mut remembers);
             decided.extend(looked);
         }
         let mut old = Waiting::new();
@@ -311,13 +317,13 @@ impl Flows {
     fn end_those_over(
         &mut self,
         directory: &Directory,
-        reading: bool,
+        read_ns: u64,
         now_ns: u64,
         mut remembers: impl FnMut(&Key, SocketAddr) -> bool,
     ) -> Vec<Decided> {
         let mut decided = Vec::new();
         for (key, mut flow) in std::mem::take(&mut self.over) {
-            let verdict = match flow.judge(directory, reading, now_ns, 0, |to| remembers(&key, to))
+            let verdict = match flow.judge(directory, read_ns, now_ns, 0, |to| remembers(&key, to))
             {
                 Judged::Is(verdict) => verdict,
                 Judged::InGrace => flow.dropped().unwrap_or(Verdict::Undecided),
@@ -336,7 +342,7 @@ impl Flows {
         key: Key,
         first_ns: u64,
         directory: &Directory,
-        reading: bool,
+        read_ns: u64,
         now_ns: u64,
         mut remembers: impl FnMut(&Key, SocketAddr) -> bool,
     ) -> Option<Decided> {
@@ -344,7 +350,7 @@ impl Flows {
         if flow.first_ns != first_ns {
             return None;
         }
-        let verdict = match flow.judge(directory, reading, now_ns, PATIENCE_NS, |to| {
+        let verdict = match flow.judge(directory, read_ns, now_ns, PATIENCE_NS, |to| {
             remembers(&key, to)
         }) {
             Judged::Is(verdict) => verdict,
@@ -403,15 +409,15 @@ impl Flows {
         earliest.chain(over).min().unwrap_or(now_ns)
     }
 
-    /// The session ends: of what is still open, what is old enough is unanswered. `reading`: as for [`Flows::decide`].
+    /// The session ends: of what is still open, what is old enough is unanswered. `read_ns`: as for [`Flows::decide`].
     pub fn finish(
         &mut self,
         directory: &Directory,
-        reading: bool,
+        read_ns: u64,
         now_ns: u64,
         mut remembers: impl FnMut(&Key, SocketAddr) -> bool,
     ) -> Vec<Decided> {
-        let mut decided = self.decide(directory, reading, now_ns, &mut remembers);
+        let mut decided = self.decide(directory, read_ns, now_ns, &mut remembers);
         let open = [&mut self.in_grace, &mut self.open, &mut self.unread].map(std::mem::take);
         for (first_ns, key) in open.into_iter().flatten() {
             let Some(flow) = self.known.get_mut(&key) else {
@@ -420,7 +426,7 @@ impl Flows {
             if flow.first_ns != first_ns || flow.verdict.is_some() {
                 continue;
             }
-            let verdict = match flow.judge(directory, reading, now_ns, PATIENCE_AT_END_NS, |to| {
+            let verdict = match flow.judge(directory, read_ns, now_ns, PATIENCE_AT_END_NS, |to| {
                 remembers(&key, to)
             }) {
                 Judged::Is(verdict) => verdict,
@@ -476,7 +482,7 @@ impl Flow {
     fn judge(
         &self,
         directory: &Directory,
-        reading: bool,
+        read_ns: u64,
         now_ns: u64,
         patience_ns: u64,
         mut remembers: impl FnMut(SocketAddr) -> bool,
@@ -494,7 +500,7 @@ impl Flow {
             Some((Back::Answer(by), _)) if serves(by, self.first_ns) => {
                 return Judged::Is(Verdict::Delivered);
             }
-            Some((Back::Answer(_), _)) if reading => return Judged::Unread,
+            Some((Back::Answer(_), at_ns)) if at_ns >= read_ns => return Judged::Unread,
             Some((Back::Answer(by), _)) => return Judged::Is(Verdict::Misdelivered { by }),
             None => {}
         }
@@ -513,7 +519,7 @@ impl Flow {
                 Some(network) => Verdict::Hijacked { network },
                 None => Verdict::Absorbed,
             }),
-            (_, Some(_)) if reading => Judged::Unread,
+            (_, Some(_)) if self.last_ns >= read_ns => Judged::Unread,
             (_, Some(endpoint)) if self.known && directory.served(self.index, endpoint) => {
                 Judged::Is(Verdict::Stuck { endpoint })
             }
@@ -626,9 +632,9 @@ mod tests {
         let (mut flows, directory) = (Flows::default(), directory());
         assert!(flows.first(key(1), 0, &journey(10, ENDPOINT, End::Sent), false, None));
         assert!(!flows.first(key(1), 0, &journey(20, ENDPOINT, End::Sent), false, None));
-        assert!(flows.decide(&directory, false, 30, nobody).is_empty());
+        assert!(flows.decide(&directory, ALL_READ, 30, nobody).is_empty());
         flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), 40);
-        let decided = flows.decide(&directory, false, 50, nobody);
+        let decided = flows.decide(&directory, ALL_READ, 50, nobody);
         assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
         assert_eq!(decided[0].after_ns, Some(30));
         assert!(flows.known.is_empty());
@@ -639,7 +645,7 @@ mod tests {
         // It was answered: what comes now is a later one.
         assert_eq!(flows.is_repeated(&key(2)), Some(false));
         assert_eq!(
-            verdicts(&flows.decide(&directory, false, 70, nobody)),
+            verdicts(&flows.decide(&directory, ALL_READ, 70, nobody)),
             [&Verdict::Delivered]
         );
     }
@@ -651,14 +657,14 @@ mod tests {
         assert_eq!(flows.is_repeated(&key(1)), Some(true));
         assert!(
             flows
-                .decide(&directory, false, PATIENCE_NS - 1, nobody)
+                .decide(&directory, ALL_READ, PATIENCE_NS - 1, nobody)
                 .is_empty()
         );
         let silent = Verdict::Unanswered { stray: None };
-        let decided = flows.decide(&directory, false, PATIENCE_NS, nobody);
+        let decided = flows.decide(&directory, ALL_READ, PATIENCE_NS, nobody);
         assert_eq!(verdicts(&decided), [&silent]);
         flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), PATIENCE_NS + 1);
-        let decided = flows.decide(&directory, false, PATIENCE_NS + 2, nobody);
+        let decided = flows.decide(&directory, ALL_READ, PATIENCE_NS + 2, nobody);
         assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
         assert_eq!(decided[0].corrects.as_deref(), Some(&silent));
         // At the end, what is too young stays undecided.
@@ -670,7 +676,7 @@ mod tests {
             false,
             None,
         );
-        let decided = flows.finish(&directory, false, PATIENCE_AT_END_NS, nobody);
+        let decided = flows.finish(&directory, ALL_READ, PATIENCE_AT_END_NS, nobody);
         assert_eq!(verdicts(&decided), [&silent, &Verdict::Undecided]);
     }
 
@@ -686,10 +692,22 @@ mod tests {
             None,
         );
         flows.came_back(key(1), Back::Answer(socket(stranger)), 20);
-        assert!(flows.decide(&directory, true, 30, nobody).is_empty());
-        let decided = flows.decide(&directory, false, 40, nobody);
+        assert!(flows.decide(&directory, 0, 30, nobody).is_empty());
+        let decided = flows.decide(&directory, ALL_READ, 40, nobody);
         let by = socket(stranger);
         assert_eq!(verdicts(&decided), [&Verdict::Misdelivered { by }]);
+        // Rules that change all the time are read in between, and tell of what came before.
+        for port in [11, 12] {
+            let at_ns = 100 * u64::from(port);
+            let journey = journey(at_ns, stranger, End::Elsewhere);
+            flows.first(key(port), 0, &journey, false, None);
+            flows.came_back(key(port), Back::Answer(socket(stranger)), at_ns + 1);
+        }
+        assert!(flows.decide(&directory, 1_100, 1_300, nobody).is_empty());
+        let decided = flows.decide(&directory, 1_200, 1_300, nobody);
+        assert_eq!(decided.len(), 1);
+        assert_eq!(decided[0].source, key(11).source);
+        assert_eq!(flows.decide(&directory, 1_300, 1_300, nobody).len(), 1);
         // An endpoint that went after the flow began was one; later it is none.
         directory.learn(&Found::default(), &[], 100);
         for (port, time_ns, wanted) in [
@@ -711,7 +729,7 @@ mod tests {
             );
             flows.came_back(key(port), Back::Answer(socket(ENDPOINT)), 200);
             assert_eq!(
-                verdicts(&flows.decide(&directory, false, 210, nobody)),
+                verdicts(&flows.decide(&directory, ALL_READ, 210, nobody)),
                 [&wanted]
             );
         }
@@ -730,7 +748,7 @@ mod tests {
         );
         let endpoint = socket(ENDPOINT);
         assert_eq!(
-            verdicts(&flows.decide(&directory, false, 210, nobody)),
+            verdicts(&flows.decide(&directory, ALL_READ, 210, nobody)),
             [&Verdict::Stuck { endpoint }]
         );
         // Not remembered: a rule of somebody else sent it there.
@@ -743,7 +761,7 @@ mod tests {
         );
         let stray = Some(endpoint);
         assert_eq!(
-            verdicts(&flows.decide(&directory, false, 200 + PATIENCE_NS, nobody)),
+            verdicts(&flows.decide(&directory, ALL_READ, 200 + PATIENCE_NS, nobody)),
             [&Verdict::Unanswered { stray }]
         );
     }
@@ -775,8 +793,12 @@ mod tests {
             false,
             None,
         );
-        assert!(flows.decide(&directory, false, 210, remembers).is_empty());
-        let decided = flows.decide(&directory, false, 200 + PATIENCE_NS, remembers);
+        assert!(
+            flows
+                .decide(&directory, ALL_READ, 210, remembers)
+                .is_empty()
+        );
+        let decided = flows.decide(&directory, ALL_READ, 200 + PATIENCE_NS, remembers);
         let unanswered = |stray| Verdict::Unanswered { stray: Some(stray) };
         assert_eq!(
             verdicts(&decided),
@@ -797,7 +819,7 @@ mod tests {
             flows.first(key(port), 0, &journey(0, "192.0.2.7:22", end), false, None);
         }
         assert_eq!(
-            verdicts(&flows.decide(&directory, false, 1, nobody)),
+            verdicts(&flows.decide(&directory, ALL_READ, 1, nobody)),
             [&Verdict::Hijacked { network }, &Verdict::Absorbed]
         );
     }
@@ -819,18 +841,18 @@ mod tests {
                 None,
             );
         }
-        assert!(flows.decide(&directory, false, 1, nobody).is_empty());
+        assert!(flows.decide(&directory, ALL_READ, 1, nobody).is_empty());
         let by = Who::Node;
         flows.came_back(key(2), Back::Error(by, "port unreachable"), 2);
         let how = "port unreachable";
         assert_eq!(
-            verdicts(&flows.decide(&directory, false, 3, nobody)),
+            verdicts(&flows.decide(&directory, ALL_READ, 3, nobody)),
             [&Verdict::Rejected {
                 by,
                 how: how.to_owned()
             }]
         );
-        let decided = flows.decide(&directory, false, GRACE_NS, nobody);
+        let decided = flows.decide(&directory, ALL_READ, GRACE_NS, nobody);
         assert!(matches!(decided[0].verdict, Verdict::Dropped { .. }));
         assert_eq!(decided.len(), 1);
     }
@@ -846,11 +868,11 @@ mod tests {
         assert!(!flows.answer_dropped(key(1), &end), "of no flow");
         flows.first(key(1), 0, &journey(0, ENDPOINT, End::Sent), false, None);
         assert!(flows.answer_dropped(key(1), &end));
-        assert!(flows.decide(&directory, false, 1, nobody).is_empty());
-        let decided = flows.decide(&directory, false, GRACE_NS, nobody);
+        assert!(flows.decide(&directory, ALL_READ, 1, nobody).is_empty());
+        let decided = flows.decide(&directory, ALL_READ, GRACE_NS, nobody);
         assert_eq!(decided[0].verdict.word(), "answer-dropped");
         flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), GRACE_NS + 1);
-        let decided = flows.decide(&directory, false, GRACE_NS + 2, nobody);
+        let decided = flows.decide(&directory, ALL_READ, GRACE_NS + 2, nobody);
         assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
         assert!(decided[0].corrects.is_some());
         assert!(!flows.answer_dropped(key(1), &end), "a later one");
@@ -862,13 +884,13 @@ mod tests {
         flows.first(key(1), 0, &journey(0, ENDPOINT, End::Sent), false, Some(1));
         let by = Who::Beyond(socket(ENDPOINT).ip());
         assert!(flows.came_back(key(1), Back::Error(by, "host unreachable"), 1));
-        let decided = flows.decide(&directory, false, 2, nobody);
+        let decided = flows.decide(&directory, ALL_READ, 2, nobody);
         assert_eq!(decided[0].verdict.word(), "rejected");
         // Its SYN once more.
         flows.first(key(1), 0, &journey(3, ENDPOINT, End::Sent), true, Some(1));
         assert!(!flows.came_back(key(1), Back::Error(by, "host unreachable"), 4));
         assert!(flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), 5));
-        let decided = flows.decide(&directory, false, 6, nobody);
+        let decided = flows.decide(&directory, ALL_READ, 6, nobody);
         assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
         assert!(decided[0].corrects.is_some());
     }
@@ -889,7 +911,7 @@ mod tests {
         assert!(first(&mut flows, 4, 9));
         assert_eq!(flows.known_until_ns(5), 0);
         flows.came_back(key(1), Back::Answer(socket(ENDPOINT)), 5);
-        let decided = flows.decide(&directory, false, 6, nobody);
+        let decided = flows.decide(&directory, ALL_READ, 6, nobody);
         let wanted = [
             &Verdict::Unanswered { stray: None },
             &Verdict::Reset { by },
@@ -912,7 +934,7 @@ mod tests {
             ));
             flows.first(key, 0, &journey(number, ENDPOINT, End::Sent), false, None);
             if number % 1000 == 0 {
-                flows.decide(&directory, false, number, nobody);
+                flows.decide(&directory, ALL_READ, number, nobody);
             }
         }
         assert_eq!(flows.known.len(), MOST);

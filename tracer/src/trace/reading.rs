@@ -8,8 +8,10 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use super::changes::{ALL_SETS, RuleChange, What};
+use super::flows::ALL_READ;
 use super::session::TraceError;
 use crate::cluster::Family;
+use crate::kernel::clock::monotonic_ns;
 use crate::kernel::dump;
 use crate::kernel::netns::Netns;
 use crate::rules::services::{self, Found};
@@ -17,7 +19,7 @@ use crate::rules::services::{self, Found};
 /// How long the rules must have been left alone before they are read again.
 const SETTLED: Duration = Duration::from_millis(500);
 /// How long they are waited for to be left alone, at most.
-const RESTLESS: Duration = Duration::from_secs(5);
+const RESTLESS: Duration = Duration::from_secs(2);
 /// For each second of reading, so many pass without.
 const PAUSE: u32 = 9;
 /// The longest reading that a session's end is put off for.
@@ -56,7 +58,19 @@ pub(super) struct Reading {
     touched: Touched,
     /// When rules were changed last (`CLOCK_MONOTONIC`, ns).
     changed_ns: u64,
+    known: Since,
+    /// Of the rules that are being read.
+    next: Since,
     under_way: Option<Receiver<Result<Found, TraceError>>>,
+}
+
+/// Since when the rules have been what was read (`CLOCK_MONOTONIC`, ns).
+#[derive(Clone, Copy, Debug, Default)]
+struct Since {
+    /// When they were changed last before that.
+    changed_ns: u64,
+    /// When they were begun to be read.
+    read_ns: u64,
 }
 
 /// When to read again.
@@ -75,6 +89,10 @@ impl Reading {
     /// Reads the rules for the first time.
     pub(super) fn first(ns: &Netns) -> Result<Self, TraceError> {
         let began = Instant::now();
+        let known = Since {
+            changed_ns: 0,
+            read_ns: monotonic_ns(),
+        };
         let found = read(ns)?;
         let mut pace = Pace {
             changed: None,
@@ -89,6 +107,8 @@ impl Reading {
             pace,
             touched: Touched::Nothing,
             changed_ns: 0,
+            known,
+            next: known,
             under_way: None,
         })
     }
@@ -98,9 +118,18 @@ impl Reading {
         &self.found
     }
 
-    /// When they were changed last (`CLOCK_MONOTONIC`, ns); 0: not since the session began.
+    /// Since which change they have said so (`CLOCK_MONOTONIC`, ns); 0: since before the session began.
     pub(super) const fn changed_ns(&self) -> u64 {
-        self.changed_ns
+        self.known.changed_ns
+    }
+
+    /// Up to when it is known what they said (`CLOCK_MONOTONIC`, ns): see [`Flows::decide`](super::flows::Flows::decide).
+    pub(super) const fn known_ns(&self) -> u64 {
+        if self.is_outdated() {
+            self.known.read_ns
+        } else {
+            ALL_READ
+        }
     }
 
     /// Do they say something else, perhaps, than what was read?
@@ -158,7 +187,12 @@ impl Reading {
 
     fn begin(&mut self) -> Turn {
         self.pace.begin(Instant::now());
+        self.next = Since {
+            changed_ns: self.changed_ns,
+            read_ns: monotonic_ns(),
+        };
         if std::mem::replace(&mut self.touched, Touched::Nothing) == Touched::Addresses {
+            self.known = self.next;
             return Turn::Read;
         }
         let (tell, reading) = channel();
@@ -186,6 +220,7 @@ impl Reading {
         match result {
             Ok(found) => {
                 self.found = found;
+                self.known = self.next;
                 Turn::Read
             }
             Err(why) => {
@@ -356,12 +391,15 @@ mod tests {
             },
             touched: Touched::Nothing,
             changed_ns: 7,
+            known: Since::default(),
+            next: Since::default(),
             under_way: Some(under_way),
         };
         assert!(matches!(reading.poll(), Turn::Nothing) && reading.is_outdated());
         tell.send(Err(TraceError::NoServices)).expect("is heard");
         assert!(matches!(reading.poll(), Turn::Failed(_)));
         assert!(reading.is_outdated() && !reading.is_under_way());
+        assert_eq!((reading.known_ns(), reading.changed_ns()), (0, 0));
         assert!(reading.pace.earliest >= now + RETRY);
         reading.pace.took = AT_END;
         assert!(matches!(reading.begin_at_end(), Turn::Failed(_)));
@@ -370,6 +408,7 @@ mod tests {
         reading.touched = Touched::Addresses;
         reading.pace.took = Duration::ZERO;
         assert!(matches!(reading.begin_at_end(), Turn::Read));
+        assert_eq!((reading.known_ns(), reading.changed_ns()), (ALL_READ, 7));
         assert!(!reading.is_outdated());
     }
 
@@ -395,15 +434,15 @@ mod tests {
         assert!(!pace.is_due(at(20_499)));
         assert!(pace.is_due(at(20_500)));
         // Somebody changes them all the time.
-        for ms in (20_000..=25_000).step_by(100) {
+        for ms in (20_000..=22_000).step_by(100) {
             pace.change(at(ms));
         }
-        assert!(!pace.is_due(at(24_999)));
-        assert!(pace.is_due(at(25_000)));
-        pace.begin(at(25_000));
-        pace.end(at(25_010));
-        pace.retry(at(25_010));
-        assert!(!pace.is_due(at(30_009)));
-        assert!(pace.is_due(at(30_010)));
+        assert!(!pace.is_due(at(21_999)));
+        assert!(pace.is_due(at(22_000)));
+        pace.begin(at(22_000));
+        pace.end(at(22_010));
+        pace.retry(at(22_010));
+        assert!(!pace.is_due(at(27_009)));
+        assert!(pace.is_due(at(27_010)));
     }
 }

@@ -386,17 +386,18 @@ impl Session {
         }
         let turn = self.reading.poll();
         self.learn(turn, &mut events)?;
-        let reading = self.reading.is_outdated();
+        let outdated = self.reading.is_outdated();
+        let read_ns = self.reading.known_ns();
         let now_ns = self.now_ns();
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
         let decided = self
             .flows
-            .decide(&self.directory, reading, now_ns, remembers);
+            .decide(&self.directory, read_ns, now_ns, remembers);
         self.count(decided, &mut events);
         let probes = &self.probes;
         let heard = |endpoint, protocol| probes.heard(endpoint, protocol);
         // By rules that were read before they changed, an endpoint is not dead.
-        let stuck = if reading {
+        let stuck = if outdated {
             self.stuck.pause();
             Vec::new()
         } else {
@@ -622,11 +623,11 @@ impl Session {
         self.watcher.stop();
         let mut events = self.poll()?;
         self.learn_at_end(&mut events)?;
-        let outdated = self.reading.is_outdated();
+        let read_ns = self.reading.known_ns();
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
         let decided = self
             .flows
-            .finish(&self.directory, outdated, ended_ns, remembers);
+            .finish(&self.directory, read_ns, ended_ns, remembers);
         self.count(decided, &mut events);
         let outages = std::mem::take(&mut self.outages);
         let known = |index| self.directory.get(index);
