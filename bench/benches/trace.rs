@@ -13,7 +13,7 @@ use tracer::probe::tier::Heard;
 use tracer::record::evidence::Reasons;
 use tracer::rules::services::{Found, FoundService, Frontend, FrontendKind};
 use tracer::trace::directory::Directory;
-use tracer::trace::flows::Flows;
+use tracer::trace::flows::{ALL_READ, Flows};
 use tracer::trace::packets::{Reader, Told};
 use tracer::trace::session::Event;
 use tracer::trace::tally::Tally;
@@ -75,6 +75,7 @@ impl Collector {
                 reasons: Reasons::of_this_kernel(detail).expect("the kernel has BTF"),
                 detail,
                 local: HashSet::new(),
+                settled: true,
             },
             flows: Flows::default(),
             tallies: vec![Tally::default(); directory.services().len()],
@@ -115,7 +116,7 @@ impl Collector {
         let now_ns = records.last().map_or(0, |record| record.time);
         // Nothing goes to a former endpoint here.
         let nobody = |_: &_, _| false;
-        for decided in self.flows.decide(&self.directory, false, now_ns, nobody) {
+        for decided in self.flows.decide(&self.directory, ALL_READ, now_ns, nobody) {
             self.tallies[decided.index].decide(&decided);
             events.push(Event::Verdict(decided));
         }
