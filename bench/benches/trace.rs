@@ -75,6 +75,7 @@ impl Collector {
                 reasons: Reasons::of_this_kernel(detail).expect("the kernel has BTF"),
                 detail,
                 local: HashSet::new(),
+                settled: true,
             },
             flows: Flows::default(),
             tallies: vec![Tally::default(); directory.services().len()],

@@ -15,7 +15,7 @@ const CTA_TIMEOUT: u16 = 7;
 const CTA_FILTER: u16 = 25;
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 const CTA_FILTER_REPLY_FLAGS: u16 = 2;
-/// `CTA_FILTER_F_CTA_IP_SRC` (net/netfilter/nf_conntrack_netlink.c).
+/// `CTA_FILTER_F_CTA_IP_SRC` (`net/netfilter/nf_conntrack_netlink.c`).
 const FILTER_SOURCE: u32 = 1 << 0;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;

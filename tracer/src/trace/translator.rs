@@ -1,7 +1,7 @@
 //! Whose rules translated a packet, where rules of more than one mode name its Service.
 //!
 //! The tables of nat, of iptables and of nftables alike, are called from within one hook of the kernel
-//! (`nf_nat_inet_fn`, net/netfilter/nf_nat_core.c): no boundary lies between them, and the first that binds the
+//! (`nf_nat_inet_fn`, `net/netfilter/nf_nat_core.c`): no boundary lies between them, and the first that binds the
 //! connection has it. So it is known where only one mode's rules name the endpoint, where IPVS sent the packet on, and
 //! where it is told in which table or chain nat bound the connection ([`Detail::Functions`]); else it is unknown.
 //!
