@@ -690,6 +690,7 @@ pub(crate) fn trace() -> Trace {
                     lost: 0,
                 },
                 outages: Vec::new(),
+                outages_left_out: 0,
                 rule_changes: vec![
                     change(2_100_000_000, 8, 0, 51),
                     change(3_000_000_001, 9, 51, 0),

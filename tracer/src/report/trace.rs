@@ -11,12 +11,15 @@ use crate::record::run::{Bin, Clock, Histogram, PacketState};
 use crate::rules::Mode;
 use crate::trace::changes::RuleChange;
 use crate::trace::journey::{place, time_on_node};
+use crate::trace::outages::Outage;
 use crate::trace::run::{Kept, KeptJourney, TraceRun};
 use crate::trace::summary::{Health, PathSummary, ServiceSummary, Summary};
 use crate::trace::verdict::Verdict;
 
 /// Services, rule changes and journeys that are told one by one in text; a page has room for more.
 const MOST: usize = 50;
+/// Services and outages of which it is told one by one what went wrong: one fault can hit thousands at once.
+pub const WORST: usize = 10;
 
 /// A trace as it was read back.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,11 +61,11 @@ pub fn session(summary: &Summary) -> Vec<Block> {
         blocks.push(Block::Lines(lines.collect()));
     }
     if !summary.outages.is_empty() {
-        let lines = summary.outages.iter().take(MOST);
-        let lines = lines.map(|outage| (Tone::Plain, outage.to_string()));
+        let lines = outages(summary, WORST).into_iter();
+        let lines = lines.map(|line| (Tone::Plain, line));
         blocks.push(Block::Lines(lines.collect()));
     }
-    let troubles = troubles(summary, MOST);
+    let troubles = troubles(summary, WORST);
     if !troubles.is_empty() {
         blocks.push(Block::Lines(troubles));
     }
@@ -327,81 +330,219 @@ fn listed<T: fmt::Display>(counts: impl Iterator<Item = (T, u64)>) -> String {
     said.join(", ")
 }
 
+/// What went wrong with one Service or several, in numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Trouble {
+    /// New flows that did not go well, by a word.
+    flows: BTreeMap<&'static str, u64>,
+    /// Established flows that are stuck.
+    stuck: u64,
+    /// Packets of established flows that were dropped, answers, and those of which nobody knows what they were.
+    drops: u64,
+    /// Established flows whose conntrack entry was gone.
+    picked_up: u64,
+    /// Packets of established flows that conntrack does not track.
+    untracked: u64,
+}
+
+impl Trouble {
+    fn of(service: &ServiceSummary) -> Self {
+        let sum = |counts: &mut dyn Iterator<Item = u64>| counts.fold(0, u64::saturating_add);
+        let mut flows: BTreeMap<&'static str, u64> = BTreeMap::new();
+        for count in service.verdicts.iter().filter(|c| !c.verdict.is_good()) {
+            let flows = flows.entry(count.verdict.word()).or_default();
+            *flows = flows.saturating_add(count.count);
+        }
+        let drops = service.later_drops.iter().chain(&service.answer_drops);
+        let mut drops = drops.chain(&service.unplaced_drops).map(|one| one.count);
+        Self {
+            flows,
+            stuck: sum(&mut service.stuck.values().copied()),
+            drops: sum(&mut drops),
+            picked_up: service.picked_up,
+            untracked: service.untracked,
+        }
+    }
+
+    fn and(mut self, other: &Self) -> Self {
+        for (word, count) in &other.flows {
+            let flows = self.flows.entry(word).or_default();
+            *flows = flows.saturating_add(*count);
+        }
+        self.stuck = self.stuck.saturating_add(other.stuck);
+        self.drops = self.drops.saturating_add(other.drops);
+        self.picked_up = self.picked_up.saturating_add(other.picked_up);
+        self.untracked = self.untracked.saturating_add(other.untracked);
+        self
+    }
+
+    /// Flows and packets.
+    fn size(&self) -> u64 {
+        let others = [self.stuck, self.drops, self.picked_up, self.untracked];
+        let all = self.flows.values().copied().chain(others);
+        all.fold(0, u64::saturating_add)
+    }
+}
+
+impl fmt::Display for Trouble {
+    /// `12,345 new flows (12,000 leaked, 345 dropped), 3 established flows stuck`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts = Vec::new();
+        let flows = self
+            .flows
+            .values()
+            .fold(0, |sum: u64, n| sum.saturating_add(*n));
+        if flows > 0 {
+            let number = units::plural(flows, "new flow", "new flows");
+            let words = listed(self.flows.iter().map(|(word, count)| (*word, *count)));
+            parts.push(format!("{number} ({words})"));
+        }
+        let others = [
+            (
+                self.stuck,
+                "established flow stuck",
+                "established flows stuck",
+            ),
+            (self.drops, "other packet dropped", "other packets dropped"),
+            (
+                self.picked_up,
+                "established flow picked up by conntrack",
+                "established flows picked up by conntrack",
+            ),
+            (
+                self.untracked,
+                "packet of established flows not tracked",
+                "packets of established flows not tracked",
+            ),
+        ];
+        let others = others.iter().filter(|(count, ..)| *count > 0);
+        parts.extend(others.map(|(count, one, many)| units::plural(*count, one, many)));
+        f.write_str(&parts.join(", "))
+    }
+}
+
+/// What went wrong with a Service, a line for each kind of packet.
+fn of_service(service: &ServiceSummary) -> Vec<String> {
+    let mut lines = Vec::new();
+    let new = bad_flows(service);
+    if !new.is_empty() {
+        let flows = units::count(service.flows);
+        lines.push(format!("{}: of {flows} new flows {new}", service.name));
+    }
+    for (endpoint, flows) in &service.stuck {
+        let flows = units::plural(*flows, "established flow is", "established flows are");
+        lines.push(format!(
+            "{}: {flows} stuck on the dead endpoint {endpoint}",
+            service.name
+        ));
+    }
+    let later = later_drops(service);
+    if !later.is_empty() {
+        lines.push(format!("{}: of established flows {later}", service.name));
+    }
+    if service.picked_up > 0 {
+        let flows = units::plural(
+            service.picked_up,
+            "established flow was",
+            "established flows were",
+        );
+        lines.push(format!(
+            "{}: {flows} picked up by conntrack, whose entry was gone",
+            service.name
+        ));
+    }
+    if service.untracked > 0 {
+        let packets = units::plural(
+            service.untracked,
+            "packet of established flows was",
+            "packets of established flows were",
+        );
+        lines.push(format!(
+            "{}: {packets} not tracked by conntrack, and so not translated: the rules that have it track are gone, or \
+             it takes them for invalid (net.netfilter.nf_conntrack_log_invalid=6 tells why)",
+            service.name
+        ));
+    }
+    let answers = answer_drops(service);
+    if !answers.is_empty() {
+        lines.push(format!(
+            "{}: of answers to new flows {answers}",
+            service.name
+        ));
+    }
+    let unplaced = unplaced_drops(service);
+    if !unplaced.is_empty() {
+        lines.push(format!(
+            "{}: of new or established flows, which is unknown, {unplaced}",
+            service.name
+        ));
+    }
+    lines
+}
+
+/// The outages that lost most flows, at most so many, and the others in one line; all of them in their order if there
+/// are no more.
+pub fn outages(summary: &Summary, most: usize) -> Vec<String> {
+    let mut all: Vec<&Outage> = summary.outages.iter().collect();
+    if all.len() > most {
+        all.sort_by_key(|outage| std::cmp::Reverse(outage.lost));
+    }
+    let (told, others) = all.split_at(all.len().min(most));
+    let mut lines: Vec<String> = told.iter().map(ToString::to_string).collect();
+    if !others.is_empty() || summary.outages_left_out > 0 {
+        let lost = others.iter().map(|outage| outage.lost);
+        lines.push(other_outages(
+            others.len() as u64,
+            lost.fold(0, u64::saturating_add),
+            summary.outages_left_out,
+        ));
+    }
+    lines
+}
+
+/// `and 2,990 other outages, 12,345 new flows lost; --output json and -o have all`.
+pub fn other_outages(number: u64, lost: u64, left_out: u64) -> String {
+    let number = units::plural(number, "other outage", "other outages");
+    let lost = units::plural(lost, "new flow", "new flows");
+    let kept = match left_out {
+        0 => "--output json and -o have all".to_owned(),
+        more => format!(
+            "{} more came later and are only counted",
+            units::count(more)
+        ),
+    };
+    format!("and {number}, {lost} lost; {kept}")
+}
+
 /// Any stuck flow, for its advice.
 const STUCK: Verdict = Verdict::Stuck {
     endpoint: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
 };
 
-/// What went wrong with at most so many Services, and what to look at.
+/// What went wrong, of at most so many Services one by one, those that lost most first, of the others in one line; and
+/// what to look at.
 pub fn troubles(summary: &Summary, most: usize) -> Vec<(Tone, String)> {
-    let bad = |service: &&ServiceSummary| {
-        service.verdicts.iter().any(|c| !c.verdict.is_good())
-            || service.dropped_later() > 0
-            || !service.unplaced_drops.is_empty()
-            || !service.answer_drops.is_empty()
-            || service.picked_up > 0
-            || service.untracked > 0
-            || !service.stuck.is_empty()
-    };
-    let mut lines = Vec::new();
-    for service in summary.services.iter().filter(bad).take(most) {
-        let new = bad_flows(service);
-        if !new.is_empty() {
-            let flows = units::count(service.flows);
-            let line = format!("{}: of {flows} new flows {new}", service.name);
-            lines.push((Tone::Plain, line));
-        }
-        for (endpoint, flows) in &service.stuck {
-            let flows = units::plural(*flows, "established flow is", "established flows are");
-            let line = format!(
-                "{}: {flows} stuck on the dead endpoint {endpoint}",
-                service.name
-            );
-            lines.push((Tone::Plain, line));
-        }
-        let later = later_drops(service);
-        if !later.is_empty() {
-            let line = format!("{}: of established flows {later}", service.name);
-            lines.push((Tone::Plain, line));
-        }
-        if service.picked_up > 0 {
-            let flows = units::plural(
-                service.picked_up,
-                "established flow was",
-                "established flows were",
-            );
-            let line = format!(
-                "{}: {flows} picked up by conntrack, whose entry was gone",
-                service.name
-            );
-            lines.push((Tone::Plain, line));
-        }
-        if service.untracked > 0 {
-            let packets = units::plural(
-                service.untracked,
-                "packet of established flows was",
-                "packets of established flows were",
-            );
-            let line = format!(
-                "{}: {packets} not tracked by conntrack, and so not translated: the rules that have it track are gone, \
-                 or it takes them for invalid (net.netfilter.nf_conntrack_log_invalid=6 tells why)",
-                service.name
-            );
-            lines.push((Tone::Plain, line));
-        }
-        let answers = answer_drops(service);
-        if !answers.is_empty() {
-            let line = format!("{}: of answers to new flows {answers}", service.name);
-            lines.push((Tone::Plain, line));
-        }
-        let unplaced = unplaced_drops(service);
-        if !unplaced.is_empty() {
-            let line = format!(
-                "{}: of new or established flows, which is unknown, {unplaced}",
-                service.name
-            );
-            lines.push((Tone::Plain, line));
-        }
+    let mut bad: Vec<(&ServiceSummary, Trouble)> = summary
+        .services
+        .iter()
+        .map(|service| (service, Trouble::of(service)))
+        .filter(|(_, trouble)| *trouble != Trouble::default())
+        .collect();
+    // Stable: of those that lost as many, who had more flows is first.
+    bad.sort_by_key(|(_, trouble)| std::cmp::Reverse(trouble.size()));
+    let (told, others) = bad.split_at(bad.len().min(most));
+    let mut lines: Vec<(Tone, String)> = Vec::new();
+    for (service, _) in told {
+        let told = of_service(service).into_iter();
+        lines.extend(told.map(|line| (Tone::Plain, line)));
+    }
+    if !others.is_empty() {
+        let sum = others
+            .iter()
+            .fold(Trouble::default(), |sum, (_, trouble)| sum.and(trouble));
+        let number = units::plural(others.len() as u64, "other Service", "other Services");
+        let line = format!("and {number}, {sum}; --output json and -o have all");
+        lines.push((Tone::Plain, line));
     }
     let services = summary.services.iter();
     let stuck = summary
@@ -741,6 +882,63 @@ mod tests {
         for two in periods.windows(2) {
             assert_eq!(two[0].to_ns, two[1].from_ns);
         }
+    }
+
+    #[test]
+    fn one_fault_of_many_services_is_a_few_lines() {
+        let mut summary = sample::trace().run.summary;
+        let one = summary.services[0].clone();
+        let outage = Outage {
+            service: String::new(),
+            path: "pod→ClusterIP".to_owned(),
+            begin_ns: 1,
+            end_ns: Some(2),
+            lost: 0,
+            last_lost_ns: 1,
+            open: None,
+            began_with: None,
+            ended_with: None,
+        };
+        let numbered = |n: u64| ServiceSummary {
+            name: format!("shop/web-{n}:http"),
+            verdicts: one
+                .verdicts
+                .iter()
+                .cloned()
+                .map(|mut count| {
+                    count.count = 10 + n;
+                    count
+                })
+                .collect(),
+            ..one.clone()
+        };
+        summary.services = (0..3000).map(numbered).collect();
+        summary.outages = (0..3000)
+            .map(|n| Outage {
+                service: format!("shop/web-{n}:http"),
+                lost: 10 + n,
+                ..outage.clone()
+            })
+            .collect();
+        let lines = troubles(&summary, WORST);
+        // Two lines each: what is wrong, and of later packets.
+        let told = lines.iter().filter(|(tone, _)| *tone == Tone::Plain);
+        let told: Vec<&str> = told.map(|(_, line)| line.as_str()).collect();
+        assert_eq!(told.len(), 2 * WORST + 1, "{told:#?}");
+        assert!(told[0].starts_with("shop/web-2999:http: "), "{told:#?}");
+        insta::assert_snapshot!(told[told.len() - 1], @"and 2,990 other Services, 4,498,455 new flows (4,498,455 leaked), 5,980 other packets dropped; --output json and -o have all");
+        let told = outages(&summary, WORST);
+        assert_eq!(told.len(), WORST + 1);
+        assert!(told[0].starts_with("shop/web-2999:http "), "{told:#?}");
+        insta::assert_snapshot!(told[WORST], @"and 2,990 other outages, 4,498,455 new flows lost; --output json and -o have all");
+        summary.outages_left_out = 7;
+        insta::assert_snapshot!(outages(&summary, WORST)[WORST], @"and 2,990 other outages, 4,498,455 new flows lost; 7 more came later and are only counted");
+        assert!(summary.to_string().lines().count() < 200);
+        // Few are told in their order.
+        summary.outages.truncate(2);
+        summary.outages_left_out = 0;
+        let told = outages(&summary, WORST);
+        assert!(told.len() == 2 && told[0].starts_with("shop/web-0:http "));
     }
 
     #[test]

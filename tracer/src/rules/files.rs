@@ -8,9 +8,9 @@ use std::net::IpAddr;
 use super::{RuleSet, Step, Sysctl, ipvs};
 use crate::cluster::Family;
 
-/// What `load.sh` says where kube-proxy's counters cannot be made, without which `iptables-restore`
-/// refuses the rules that count.
-const NO_NFACCT: &str = "{ echo 'the rules count with nfacct: install the package nfacct, or render with --no-nfacct' >&2; exit 1; }";
+/// What a script says where kube-proxy's counters cannot be made, without which `iptables-restore` refuses the rules
+/// that count.
+const NO_NFACCT: &str = "{ echo 'the kernel makes no counters of nfacct, with which the rules count: render with --no-nfacct' >&2; exit 1; }";
 
 /// One file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +47,47 @@ pub(super) fn address_batch(bound: &[IpAddr], addresses: &[IpAddr]) -> String {
     text
 }
 
+impl Step {
+    /// The program that does it, and what to do where that is not installed; `None`: the shell does.
+    fn needs(&self) -> Option<(String, &'static str)> {
+        Some(match self {
+            Self::Sysctl(_) => return None,
+            Self::Accounting(_) => (
+                "nfacct".to_owned(),
+                "the rules count with it: install the package nfacct, or render with --no-nfacct",
+            ),
+            Self::Iptables {
+                family, backend, ..
+            } => (
+                format!("{}-restore", backend.tool(*family)),
+                "install the package iptables",
+            ),
+            Self::Servers { .. } => ("ipvsadm".to_owned(), "install the package ipvsadm"),
+            Self::Sets { .. } => ("ipset".to_owned(), "install the package ipset"),
+            Self::Addresses { .. } => ("ip".to_owned(), "install the package iproute2"),
+            Self::Nft { .. } => ("nft".to_owned(), "install the package nftables"),
+        })
+    }
+}
+
+/// The begin of a script that does these steps: it ends if a program is missing, before anything is changed.
+pub(super) fn needs(steps: &[Step]) -> String {
+    let mut text = String::new();
+    let mut known = HashSet::new();
+    for (program, remedy) in steps.iter().filter_map(Step::needs) {
+        if !known.insert(program.clone()) {
+            continue;
+        }
+        // Writing into a String cannot fail.
+        let _ = writeln!(
+            text,
+            "command -v {program} > /dev/null || {{ echo 'nothing is loaded: {program} is not installed; {remedy}' >&2; \
+             exit 1; }}"
+        );
+    }
+    text
+}
+
 impl RuleSet {
     /// Each step's text under its name, and `load.sh`, which loads them in kube-proxy's order.
     pub fn files(&self) -> Vec<RuleFile> {
@@ -55,6 +96,7 @@ impl RuleSet {
             "#!/bin/sh\n# Loads the rules beside this file, in kube-proxy's order.\nset -e\n\
              cd \"$(dirname \"$0\")\"\n",
         );
+        script.push_str(&needs(&self.steps));
         let mut bound: Option<&[IpAddr]> = None;
         for step in &self.steps {
             let file = match step {
@@ -173,6 +215,69 @@ pub(super) fn address_listing(addresses: &[IpAddr]) -> String {
 mod tests {
     use super::*;
     use crate::rules::Mode;
+
+    /// Whatever is missing is named before the first change, with what to do.
+    #[test]
+    fn a_script_asks_for_its_programs_first() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let made = dir.path().join("made");
+        let sysctl = Step::Sysctl(Sysctl {
+            path: "net/ipv4/ip_forward",
+            value: "1",
+            needed_for: None,
+        });
+        let counter = Step::Accounting("ct_state_invalid_dropped_pkts");
+        let set = RuleSet {
+            mode: Mode::IptablesLegacy,
+            steps: vec![sysctl, counter.clone(), counter],
+        };
+        let run = |programs: &[&str], script: &str| {
+            let path = dir.path().join("bin");
+            let _ = std::fs::remove_dir_all(&path);
+            std::fs::create_dir(&path).expect("made");
+            for program in programs {
+                let file = path.join(program);
+                std::fs::write(&file, "#!/bin/sh\n").expect("written");
+                let rights = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+                std::fs::set_permissions(&file, rights).expect("set");
+            }
+            // What it would change is a file here.
+            let script = script.replace(
+                "/proc/sys/net/ipv4/ip_forward",
+                made.to_str().expect("UTF-8"),
+            );
+            let script = script
+                .replace("cat >", "/bin/cat >")
+                .replace("sh <<", "/bin/sh <<");
+            let mut command = std::process::Command::new("/bin/sh");
+            command.args(["-c", &script]).env("PATH", &path);
+            let output = command.output().expect("runs");
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            (
+                output.status.code(),
+                said,
+                std::fs::remove_file(&made).is_ok(),
+            )
+        };
+        let files = set.files();
+        let load = files.iter().find(|file| file.name == "load.sh");
+        let load = load
+            .expect("is there")
+            .text
+            .replace("cd \"$(dirname \"$0\")\"\n", "");
+        for script in [load, set.script()] {
+            let (code, said, changed) = run(&[], &script);
+            assert_eq!((code, changed), (Some(1), false), "{said}");
+            assert_eq!(
+                said,
+                "nothing is loaded: nfacct is not installed; the rules count with it: install the package nfacct, or \
+                 render with --no-nfacct\n"
+            );
+            let (code, said, changed) = run(&["nfacct"], &script);
+            assert_eq!((code, changed), (Some(0), true), "{said}");
+        }
+        assert_eq!(needs(&[]), "");
+    }
 
     #[test]
     fn steps_of_one_kind_have_files_of_their_own() {

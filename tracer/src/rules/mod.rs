@@ -260,7 +260,7 @@ impl RuleSet {
 
     /// Every step as the commands an operator could run, for people to read.
     pub fn script(&self) -> String {
-        let mut script = String::new();
+        let mut script = files::needs(&self.steps);
         let mut heredoc = |command: &str, text: &str| {
             // Writing into a String cannot fail, here and below.
             let _ = write!(script, "{command} <<'END'\n{text}END\n");

@@ -341,7 +341,8 @@ fn is_first(record: &Record, carried: Option<u8>) -> Option<bool> {
     if matches!(record.state, state::NEW | state::UNTRACKED) && goes_on(record) {
         return Some(false);
     }
-    if record.kind == kind::FIRST || record.state != state::UNKNOWN {
+    let seen = !matches!(record.state, state::UNKNOWN | state::UNTRACKED);
+    if record.kind == kind::FIRST || seen {
         return Some(record.kind == kind::FIRST || record.state == state::NEW);
     }
     if carried? != record.protocol {
@@ -452,6 +453,21 @@ mod tests {
                 };
                 assert_eq!(is_first(&record, None), Some(first));
             }
+        }
+        // Behind the last hook it is known that nothing tracks it; that says no more of its flow.
+        for (protocol, flags, first) in [
+            (protocol::TCP, tcp::SYN, Some(true)),
+            (protocol::TCP, tcp::ACK, Some(false)),
+            (protocol::UDP, 0, None),
+        ] {
+            let record = Record {
+                kind: kind::DROP,
+                state: state::UNTRACKED,
+                protocol,
+                flags,
+                ..Record::ZERO
+            };
+            assert_eq!(is_first(&record, Some(protocol)), first);
         }
         for (seen, first) in [(state::NEW, true), (state::ESTABLISHED, false)] {
             let record = Record {

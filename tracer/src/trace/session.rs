@@ -37,7 +37,7 @@ const SPARE: u32 = 16 << 10;
 /// Rule changes that a summary tells one by one; the others are counted.
 const CHANGES: usize = 10_000;
 /// Outages that a summary holds at most.
-const OUTAGES: usize = 1000;
+const OUTAGES: usize = 10_000;
 /// Packets at most that wait for the rules to be read.
 const HELD: usize = 10_000;
 
@@ -221,6 +221,7 @@ pub struct Session {
     remembered: stuck::Remembered,
     outages: Outages,
     ended_outages: Vec<Outage>,
+    more_outages: u64,
     directory: Directory,
     tallies: Vec<Tally>,
     timeline: Timeline,
@@ -293,6 +294,7 @@ impl Session {
             remembered: stuck::Remembered::default(),
             outages: Outages::default(),
             ended_outages: Vec::new(),
+            more_outages: 0,
             hints: hints::mixed(found)
                 .into_iter()
                 .chain(hints::unmatched(&options.choices, found))
@@ -599,6 +601,7 @@ impl Session {
 
     fn end_outages(&mut self, outages: Vec<Outage>, events: &mut Vec<Event>) {
         let room = OUTAGES.saturating_sub(self.ended_outages.len());
+        self.more_outages += outages.len().saturating_sub(room) as u64;
         self.ended_outages
             .extend(outages.iter().take(room).cloned());
         events.extend(outages.into_iter().map(Event::Outage));
@@ -658,6 +661,7 @@ impl Session {
             rule_changes_left_out: self.more_changes,
             listening: self.watcher.listening(),
             outages: self.ended_outages,
+            outages_left_out: self.more_outages,
             probes: Health::new(stats, self.others, self.freed, self.flows.forgotten(), cost),
         };
         let summary = Summary::new(&self.directory, &self.tallies, rest);

@@ -293,8 +293,11 @@ pub struct Summary {
     pub rule_changes_left_out: u64,
     /// How they were heard of.
     pub listening: Listening,
-    /// Outages, in the order in which they ended: the first 1000.
+    /// Outages, in the order in which they ended: the first 10,000.
     pub outages: Vec<Outage>,
+    /// Later ones, of which only the number is kept.
+    #[serde(default)]
+    pub outages_left_out: u64,
     /// How the probes did.
     pub probes: Health,
 }
@@ -311,6 +314,7 @@ pub(super) struct Rest {
     pub(super) rule_changes_left_out: u64,
     pub(super) listening: Listening,
     pub(super) outages: Vec<Outage>,
+    pub(super) outages_left_out: u64,
     pub(super) probes: Health,
 }
 
@@ -385,6 +389,7 @@ impl Summary {
             rule_changes_left_out: rest.rule_changes_left_out,
             listening: rest.listening,
             outages: rest.outages,
+            outages_left_out: rest.outages_left_out,
             probes: rest.probes,
         }
     }

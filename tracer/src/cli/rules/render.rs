@@ -19,14 +19,16 @@ use super::{ClusterArgs, read_cluster};
     Files: iptables.save and ip6tables.save (iptables-restore --noflush), nft-ip.txt and \
     nft-ip6.txt (nft -f),\n\
     ipset.save (ipset restore), ipvsadm.save (ipvsadm -R), ip-addr.batch (ip -batch), and load.sh, \
-    which loads them\nin kube-proxy's order.")]
+    which loads them\nin kube-proxy's order. It names a program that is not installed before it changes anything; in iptables \
+    mode\nit makes the counters of nfacct that the rules count with, for which it needs the package nfacct (see\n--no-nfacct).")]
 pub(super) struct Args {
     #[command(flatten)]
     cluster: ClusterArgs,
     /// Write only what kube-proxy would send to go from this older state of the cluster.
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
-    /// The kernel has no nfacct: kube-proxy then leaves out what counts with it.
+    /// Leave out what counts with nfacct, as kube-proxy does where the kernel has none; needed as well where its
+    /// program (package nfacct) is not installed.
     #[arg(long)]
     no_nfacct: bool,
     /// Folder to write to; without it, a shell script goes to standard output.

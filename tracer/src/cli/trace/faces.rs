@@ -16,6 +16,7 @@ use tracer::trace::run::TraceEnvironment;
 use tracer::trace::session::{Event, Session};
 use tracer::trace::summary::Summary;
 
+use super::crowd::Crowd;
 use super::live::Live;
 use super::{Args, Output, text};
 use crate::cli::{bench, environment, exit};
@@ -27,6 +28,7 @@ pub(super) struct Faces {
     clock: Clock,
     started_ns: u64,
     live: Option<Live>,
+    crowd: Crowd,
     encoder: Encoder,
     recorder: Option<Recorder>,
     environment: TraceEnvironment,
@@ -57,6 +59,7 @@ impl Faces {
             clock,
             started_ns: session.started_ns(),
             live: (plain_table && std::io::stdout().is_terminal()).then(live),
+            crowd: Crowd::default(),
             encoder: Encoder::new(clock, offset_ns),
             recorder: args.dir.as_ref().map(|dir| {
                 let (recorder, began) = Recorder::start(dir, args.keep);
@@ -84,13 +87,34 @@ impl Faces {
 
     /// Tells what happened.
     pub(super) fn tell(&mut self, events: &[Event]) -> Result<(), exit::Stdout> {
+        let now_ns = clock::monotonic_ns();
+        self.tell_until(events, now_ns, now_ns)
+    }
+
+    /// The same of the last events: nothing is left to be told later.
+    pub(super) fn tell_last(&mut self, events: &[Event]) -> Result<(), exit::Stdout> {
+        self.tell_until(events, clock::monotonic_ns(), u64::MAX)
+    }
+
+    fn tell_until(
+        &mut self,
+        events: &[Event],
+        now_ns: u64,
+        until_ns: u64,
+    ) -> Result<(), exit::Stdout> {
         let mut out = Vec::new();
-        for event in events {
-            match self.output {
-                Output::Text => self.text(&mut out, event),
-                Output::Json => self.json(&mut out, event),
-                Output::Pcapng => out.extend(self.packet(event)),
+        match self.output {
+            Output::Text => {
+                for event in self.crowd.part(events, now_ns) {
+                    self.text(&mut out, event);
+                }
+                let at = self.since(now_ns);
+                for others in self.crowd.others(until_ns) {
+                    out.extend(format!("{at}  {others}\n").into_bytes());
+                }
             }
+            Output::Json => events.iter().for_each(|event| self.json(&mut out, event)),
+            Output::Pcapng => out.extend(events.iter().flat_map(|event| self.packet(event))),
         }
         if out.is_empty() {
             return Ok(());

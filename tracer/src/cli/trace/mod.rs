@@ -1,5 +1,6 @@
 //! `svcpath trace`: a live node, watched.
 
+mod crowd;
 mod faces;
 mod live;
 mod text;
@@ -303,7 +304,7 @@ async fn trace(args: &Args, ns: &Netns, options: Options) -> anyhow::Result<Exit
     let (events, summary) = session.finish()?;
     faces.record(&events);
     let shown = watched.and_then(|status| {
-        faces.tell(&events)?;
+        faces.tell_last(&events)?;
         faces.end(&summary)?;
         Ok(status)
     });
