@@ -31,7 +31,7 @@ use tracer_ebpf::record::{
 };
 
 use crate::details::{self, TABLE_NAME};
-use crate::journey::{Here, begin_whole, enter, slot_for, step, table, under_way};
+use crate::journey::{Here, begin_whole, enter, give_up, slot_for, step, table, under_way};
 use crate::kernel::{NET_INUM, NETNS, came_in_parts};
 
 /// The first stage of each hook, a byte a hook.
@@ -318,14 +318,6 @@ unsafe fn go(table: *mut Table, slot: *mut Slot, skb: *const u8, at: At, stage: 
         ipv4: at.ipv4,
     };
     unsafe { step(table, slot, skb, here) }
-}
-
-#[inline(always)]
-unsafe fn give_up(table: *mut Table, slot: *mut Slot) {
-    unsafe {
-        (*table).stats.unpaired += 1;
-        (*slot).skb = 0;
-    }
 }
 
 /// Is this stage one of the hook's?

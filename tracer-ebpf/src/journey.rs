@@ -347,6 +347,15 @@ pub(crate) unsafe fn step(table: *mut Table, slot: *mut Slot, skb: *const u8, he
     }
 }
 
+/// A packet is not where its last probe says: nothing more is said of it.
+#[inline(always)]
+pub(crate) unsafe fn give_up(table: *mut Table, slot: *mut Slot) {
+    unsafe {
+        (*table).stats.unpaired += 1;
+        (*slot).skb = 0;
+    }
+}
+
 /// The packet has passed the last hook: is it what will leave?
 #[inline(always)]
 unsafe fn may_be_cut(table: *mut Table, slot: *mut Slot, skb: *const u8, here: Here) {

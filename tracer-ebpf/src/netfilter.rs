@@ -9,7 +9,7 @@ use core::ffi::c_void;
 use aya_ebpf::Global;
 use tracer_ebpf::record::{IPV4, Slot, Table};
 
-use crate::journey::{Here, enter, step, table, under_way};
+use crate::journey::{Here, enter, give_up, step, table, under_way};
 
 // What a boundary is; set when it is loaded.
 #[unsafe(no_mangle)]
@@ -70,8 +70,7 @@ unsafe fn pass(table: *mut Table, slot: *mut Slot, skb: *const u8) {
         if u32::from((*slot).boundary) == PREVIOUS.load() {
             step(table, slot, skb, here());
         } else {
-            (*table).stats.unpaired += 1;
-            (*slot).skb = 0;
+            give_up(table, slot);
         }
     }
 }
