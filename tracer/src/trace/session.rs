@@ -665,6 +665,7 @@ impl Session {
             probes: Health::new(stats, self.others, self.freed, self.flows.forgotten(), cost),
         };
         let summary = Summary::new(&self.directory, &self.tallies, rest);
+        events.sort_by_key(Event::time_ns);
         Ok((events, summary))
     }
 }
