@@ -250,6 +250,8 @@ pub struct Session {
     /// When the rules that are known, and those that are being read, were begun to be read (`CLOCK_MONOTONIC`, ns).
     read_ns: u64,
     reading_ns: u64,
+    /// What the rules say of packets before is known: no change that began before is unread (`CLOCK_MONOTONIC`, ns).
+    sure_ns: u64,
     /// Records about packets to no Service: to an endpoint itself, or answers.
     others: u64,
     freed: FreedAtSockets,
@@ -333,6 +335,7 @@ impl Session {
             reading: None,
             read_ns: started_ns,
             reading_ns: started_ns,
+            sure_ns: started_ns,
             others: 0,
             freed: FreedAtSockets::default(),
             timeline: Timeline::default(),
@@ -396,6 +399,7 @@ impl Session {
             }
             events.push(Event::RuleChange(change));
         }
+        self.be_sure_until(told_ns);
         let heard = self.probes.hear()?;
         // Most become an event, and events are large to move.
         events.reserve(heard.len());
@@ -403,13 +407,14 @@ impl Session {
             self.hear(&heard, &mut events);
         }
         self.learn(&mut events)?;
+        self.be_sure_until(told_ns);
+        self.tell_held(&mut events);
         let outdated = self.is_outdated();
-        let read_ns = if outdated { self.read_ns } else { ALL_READ };
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
         let now_ns = monotonic_ns();
         let decided = self
             .flows
-            .decide(&self.directory, read_ns, now_ns, remembers);
+            .decide(&self.directory, self.sure_ns, now_ns, remembers);
         self.count(decided, &mut events);
         let probes = &self.probes;
         let heard = |endpoint, protocol| probes.heard(endpoint, protocol);
@@ -440,6 +445,16 @@ impl Session {
         self.changed.is_some() || self.reading.is_some()
     }
 
+    /// Every change that began before `told_ns` (`CLOCK_MONOTONIC`) has been told: one may be under way, and the rules
+    /// say something else since.
+    const fn be_sure_until(&mut self, told_ns: u64) {
+        self.sure_ns = if self.is_outdated() {
+            self.read_ns
+        } else {
+            told_ns
+        };
+    }
+
     /// Has what was asked to be read again, in the background, been read?
     fn learn(&mut self, events: &mut Vec<Event>) -> Result<(), TraceError> {
         if let Some(reading) = &self.reading {
@@ -451,7 +466,6 @@ impl Session {
             };
             self.reading = None;
             let Some(found) = found else {
-                self.tell_held(events);
                 return Ok(());
             };
             let local = addresses::of_node(&self.ns)?;
@@ -472,7 +486,6 @@ impl Session {
                 there: there(true),
                 gone: there(false),
             });
-            self.tell_held(events);
             return Ok(());
         }
         if self
@@ -533,7 +546,7 @@ impl Session {
                     Turn::Repeated
                 };
                 // The rules that are about to be read may say that it went to an endpoint.
-                let open = journey.end == End::Elsewhere && self.is_outdated();
+                let open = journey.end == End::Elsewhere && heard.record.time >= self.sure_ns;
                 if open && self.held.len() < HELD {
                     self.held.push((turn, heard.clone()));
                 } else {
@@ -596,9 +609,14 @@ impl Session {
         events.push(Event::Journey(journey));
     }
 
-    /// Tells of the packets that waited for the rules.
+    /// Tells of the packets that waited for the rules, and wait no more.
     fn tell_held(&mut self, events: &mut Vec<Event>) {
-        for (turn, heard) in std::mem::take(&mut self.held) {
+        let sure_ns = self.sure_ns;
+        let known = self
+            .held
+            .extract_if(.., |(_, heard)| heard.record.time < sure_ns);
+        let known: Vec<_> = known.collect();
+        for (turn, heard) in known {
             if let Told::Journey { index, journey, .. } = self.reader.read(&heard, &self.directory)
             {
                 self.tell(turn, index, *journey, events);
@@ -637,6 +655,8 @@ impl Session {
             self.learn(&mut events)?;
             std::thread::sleep(Duration::from_millis(1));
         }
+        self.sure_ns = ALL_READ;
+        self.tell_held(&mut events);
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
         let decided = self
             .flows
@@ -644,6 +664,8 @@ impl Session {
         self.count(decided, &mut events);
         let outages = std::mem::take(&mut self.outages);
         let known = |index| self.directory.get(index);
+        // What takes long to be told of, as ipset's, was told after what came later.
+        self.changes.sort_by_key(|change| change.time_ns);
         let (over, going_on) = outages.finish(monotonic_ns(), &self.changes, known);
         self.end_outages(over, &mut events);
         self.end_outages(going_on, &mut events);
