@@ -13,7 +13,7 @@ use tracer::probe::tier::Heard;
 use tracer::record::evidence::Reasons;
 use tracer::rules::services::{Found, FoundService, Frontend, FrontendKind};
 use tracer::trace::directory::Directory;
-use tracer::trace::flows::Flows;
+use tracer::trace::flows::{ALL_READ, Flows};
 use tracer::trace::packets::{Reader, Told};
 use tracer::trace::session::Event;
 use tracer::trace::tally::Tally;
@@ -115,7 +115,7 @@ impl Collector {
         let now_ns = records.last().map_or(0, |record| record.time);
         // Nothing goes to a former endpoint here.
         let nobody = |_: &_, _| false;
-        for decided in self.flows.decide(&self.directory, false, now_ns, nobody) {
+        for decided in self.flows.decide(&self.directory, ALL_READ, now_ns, nobody) {
             self.tallies[decided.index].decide(&decided);
             events.push(Event::Verdict(decided));
         }

@@ -753,11 +753,14 @@ mod tests {
             change(70, 71, nft("ip filter")),
         ];
         assert_eq!(name(strayed, "nftables", &[], &thief), 39);
-        for change in &mut thief[..1] {
-            if let What::Nftables { tables, .. } = &mut change.what {
-                tables.values_mut().for_each(|delta| delta.rules_added = 1);
-            }
-        }
+        let added = Delta {
+            rules_added: 1,
+            ..Delta::default()
+        };
+        thief[0].what = What::Nftables {
+            generation: Some(7),
+            tables: [("ip thief".to_owned(), added)].into(),
+        };
         assert_eq!(name(strayed, "nftables", &[], &thief), 49);
     }
 
