@@ -160,8 +160,8 @@ impl Verdict {
                  policy or a rule that matches the endpoint as source (nft list ruleset, iptables-save)"
             }
             Self::Leaked => {
-                "the rules for this address are missing: compare them with the cluster (svcpath rules check --live) \
-                 and see who changed them last"
+                "the rules for this address are missing, or do not serve this client (source ranges): compare them with \
+                 the cluster (svcpath rules check --live) and see who changed them last"
             }
             Self::Misdelivered { .. } => {
                 "a rule of somebody else translates first, or, if the Service's own address answered, none did and a \
