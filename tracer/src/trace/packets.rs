@@ -157,8 +157,7 @@ impl Reader {
     fn was_first(&self, record: &Record) -> bool {
         let carried = dissect(&record.header.0).map(|headers| headers.protocol);
         let first = match record.state {
-            state::NEW => !goes_on(record),
-            state::UNTRACKED => !resets(record),
+            state::NEW | state::UNTRACKED => !goes_on(record),
             _ => false,
         };
         self.is_at_socket(record) && first && carried == Some(record.protocol)
@@ -322,8 +321,9 @@ fn title_of(path: u8) -> &'static str {
 /// for that, which makes a new flow whatever conntrack knows. `carried` is the protocol of the packet itself, which
 /// may be an ICMP error about one of the flow.
 fn is_first(record: &Record, carried: Option<u8>) -> Option<bool> {
-    // Conntrack makes an entry of what it finds under way (nf_conntrack_tcp_loose), which opens no flow.
-    if record.state == state::NEW && goes_on(record) {
+    // Conntrack makes an entry of what it finds under way (nf_conntrack_tcp_loose), or finds it invalid and gives it none:
+    // neither opens a flow.
+    if matches!(record.state, state::NEW | state::UNTRACKED) && goes_on(record) {
         return Some(false);
     }
     if record.kind == kind::FIRST || record.state != state::UNKNOWN {
@@ -343,15 +343,6 @@ const fn goes_on(record: &Record) -> bool {
     match record.protocol {
         protocol::TCP => record.flags & (tcp::SYN | tcp::ACK | tcp::RST) != tcp::SYN,
         protocol::SCTP => record.flags != sctp::INIT,
-        _ => false,
-    }
-}
-
-/// Does it end one?
-const fn resets(record: &Record) -> bool {
-    match record.protocol {
-        protocol::TCP => record.flags & tcp::RST != 0,
-        protocol::SCTP => record.flags == sctp::ABORT,
         _ => false,
     }
 }
@@ -430,17 +421,22 @@ mod tests {
         assert_eq!(dropped(protocol::TCP, 3, Some(protocol::ICMP)), Some(false));
         // Whose headers cannot be read.
         assert_eq!(dropped(protocol::TCP, tcp::SYN, None), None);
-        // Conntrack takes for new what it finds under way.
+        // Conntrack takes for new what it finds under way, or for invalid.
         for (flags, first) in [(tcp::SYN, true), (tcp::ACK, false)] {
-            for kind in [kind::FIRST, kind::DROP] {
+            let seen = [
+                (state::NEW, kind::FIRST),
+                (state::NEW, kind::DROP),
+                (state::UNTRACKED, kind::FIRST),
+            ];
+            for (state, kind) in seen {
                 let record = Record {
                     kind,
-                    state: state::NEW,
+                    state,
                     protocol: protocol::TCP,
                     flags,
                     ..Record::ZERO
                 };
-                assert_eq!(is_first(&record, None), Some(first));
+                assert_eq!(is_first(&record, None), Some(first), "{state} {kind}");
             }
         }
         for (seen, first) in [(state::NEW, true), (state::ESTABLISHED, false)] {
