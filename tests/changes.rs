@@ -507,3 +507,32 @@ pub fn rules_are_read_again_after_a_legacy_flush() {
     assert_eq!(summary.rule_changes.len(), 1);
     assert!(summary.listening.probes.is_some() && summary.listening.lost == 0);
 }
+
+/// What ipset did is told once its process has paused: after what came later. A trace has both in the order of time.
+pub fn changes_are_in_the_order_of_time() {
+    let node = crate::trace::node(Mode::IptablesLegacy);
+    let ns = node.lab.node();
+    let mut session = Session::start(ns, Options::default()).expect("attaches");
+    ask(ns, "ipset", &["create", "S", "hash:ip"]);
+    ask(
+        ns,
+        "iptables-legacy",
+        &["-A", "FORWARD", "-s", "192.0.2.99"],
+    );
+    let begin = Instant::now();
+    let mut told = 0;
+    while told < 2 {
+        assert!(begin.elapsed() < PATIENCE, "only {told} were told");
+        let events = session.poll().expect("polls").into_iter();
+        told += events
+            .filter(|event| matches!(event, Event::RuleChange(_)))
+            .count();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (_, summary) = session.finish().expect("ends");
+    let [ipset, iptables] = &summary.rule_changes[..] else {
+        panic!("{summary}");
+    };
+    assert!(ipset.time_ns < iptables.time_ns, "{summary}");
+    assert!(matches!(ipset.what, What::Ipset { .. }), "{summary}");
+}

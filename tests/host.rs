@@ -260,6 +260,11 @@ fn iptables_legacy_trace_of_a_flush() {
 }
 
 #[test]
+fn rule_changes_are_in_the_order_of_time() {
+    tests::changes::changes_are_in_the_order_of_time();
+}
+
+#[test]
 fn iptables_nft_trace_is_kept() {
     a_trace_is_kept_and_read_back(Mode::IptablesNft);
 }

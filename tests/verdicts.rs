@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use tracer::cluster::Family;
@@ -496,6 +498,71 @@ pub fn what_ipvs_alone_remembers_is_stuck() {
     socket.send_to(b"3\n", vip).expect("sends");
     socket.recv(&mut [0; 64]).expect("an answer");
     told(Verdict::Delivered);
+}
+
+/// A long change of IPVS is told when it is over; meanwhile it has endpoints already that no rules named when they were
+/// read last, and who answers is one.
+pub fn a_server_is_an_endpoint_before_its_change_is_over() {
+    const SERVICE: usize = 1;
+    /// As long as kube-proxy writes some hundred Services.
+    const LONG: Duration = Duration::from_millis(500);
+    let node = TestNode::build(SERVICES, 1).expect("a laboratory");
+    on_one_thread(node.apply(Mode::Ipvs)).expect("rules");
+    let (vip, before, after) = (
+        node.vip(SERVICE),
+        endpoint_of(&node, SERVICE),
+        endpoint_of(&node, 3),
+    );
+    let (other, its_own) = (node.vip(3), endpoint_of(&node, 3));
+    let ns = node.lab.node();
+    let mut session = Session::start(ns, Options::default()).expect("attaches");
+    let mut restore = ns
+        .command("ipvsadm")
+        .arg("-R")
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("runs");
+    let mut lines = restore.stdin.take().expect("is piped");
+    let instead = format!("-a -u {vip} -r {after} -m\n-e -u {vip} -r {before} -m -w 0\n");
+    lines.write_all(instead.as_bytes()).expect("is read");
+    let mut sockets = Vec::new();
+    let mut decided = Vec::new();
+    let mut poll = |session: &mut Session| {
+        let events = session.poll().expect("polls").into_iter();
+        let verdicts = events.filter_map(|event| match event {
+            Event::Verdict(decided) => Some(decided),
+            _ => None,
+        });
+        decided.extend(verdicts);
+        decided.len()
+    };
+    let begin = Instant::now();
+    for weight in (1..=2).cycle() {
+        let line = format!("-e -u {other} -r {its_own} -m -w {weight}\n");
+        lines.write_all(line.as_bytes()).expect("is read");
+        let bind = || UdpSocket::bind("0.0.0.0:0").expect("binds");
+        let socket = ns.run(bind).expect("enters");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        socket.send_to(b"1\n", vip).expect("sends");
+        socket.recv(&mut [0; 64]).expect("an answer");
+        sockets.push(socket);
+        poll(&mut session);
+        if begin.elapsed() >= LONG {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(lines);
+    assert!(restore.wait().expect("ends").success());
+    let begin = Instant::now();
+    while poll(&mut session) < sockets.len() {
+        assert!(begin.elapsed() < PATIENCE, "some were never told");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(decided.iter().any(|one| one.headed == Some(after)));
+    for one in decided {
+        assert_eq!(one.verdict, Verdict::Delivered, "{one}");
+    }
 }
 
 /// Somebody answers who is no endpoint: a rule of somebody else translates to it first.

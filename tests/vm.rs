@@ -153,6 +153,11 @@ fn ipvs_stuck_flow() {
 }
 
 #[test]
+fn ipvs_under_way() {
+    tests::verdicts::a_server_is_an_endpoint_before_its_change_is_over();
+}
+
+#[test]
 fn ipvs_hijack() {
     tests::verdicts::an_external_ip_of_another_machine_is_hijacked(Mode::Ipvs, Tier::Hooks);
 }

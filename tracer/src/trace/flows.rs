@@ -22,6 +22,8 @@ const GRACE_NS: u64 = 100_000_000;
 const REMEMBERED_NS: u64 = 60_000_000_000;
 /// The most flows that are remembered; beyond, the oldest is forgotten, and counted.
 const MOST: usize = 1 << 18;
+/// The kernel's reason for what its rules drop, without its prefix.
+const NETFILTER_DROP: &str = "NETFILTER_DROP";
 /// The directory knows all that the rules say.
 pub const ALL_READ: u64 = u64::MAX;
 /// Answers that came before their flow's first packet was told: on another CPU that can happen.
@@ -92,6 +94,9 @@ pub struct Decided {
     /// From its first packet to what came back, ns; absent if nothing did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub after_ns: Option<u64>,
+    /// Did rules of this node drop its first packet or its answer, be it with an ICMP error?
+    #[serde(skip)]
+    pub filtered: bool,
     /// What had been said of it before, if this corrects it: an answer came late.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub corrects: Option<Box<Verdict>>,
@@ -552,6 +557,14 @@ impl Flow {
         }
     }
 
+    /// Did rules of this node drop its first packet or its answer?
+    fn is_filtered(&self) -> bool {
+        [Some(&self.end), self.lost_answer.as_ref()]
+            .into_iter()
+            .flatten()
+            .any(|end| matches!(end, End::Dropped { reason, .. } if reason == NETFILTER_DROP))
+    }
+
     /// Writes the verdict down; `None` if the same was said before.
     fn decide(
         &mut self,
@@ -574,6 +587,7 @@ impl Flow {
             destination: key.destination,
             path: self.path,
             headed: self.headed,
+            filtered: self.is_filtered(),
             first_ns: self.first_ns,
             after_ns: self
                 .back

@@ -73,8 +73,8 @@ impl End {
         Some(match self {
             Self::Sent | Self::Delivered => return None,
             Self::Leaked => {
-                "the rules for this address are missing: compare them with the cluster (svcpath rules check --live) \
-                 and see who changed them last"
+                "the rules for this address are missing, or do not serve this client (source ranges): compare them with \
+                 the cluster (svcpath rules check --live) and see who changed them last"
             }
             Self::Untranslated => {
                 "a process of the node listens on the Service's port, or the node has the address bound \

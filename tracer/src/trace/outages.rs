@@ -4,8 +4,9 @@
 //! A change can stand at an end if it was not over when the last flow before went by, and had begun when
 //! the first one after did: it may have been under way, for a large table is long in coming. Of several
 //! those are named first around which the rules were found to say something else of the Service than before,
-//! then those that carry its translation; but if a rule dropped or refused the flows, then those of other
-//! tables, of these first what made them larger or smaller: kube-proxy writes all its rules at every sync.
+//! then those that carry its translation; but if a rule dropped or refused the flows, or they went astray, then those
+//! of tables that may do that, of these first what made them larger or smaller: kube-proxy writes all its rules at
+//! every sync.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
@@ -13,16 +14,14 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use super::changes::{RuleChange, What, server_name};
+use super::changes::{Delta, RuleChange, What, server_name};
 use super::directory::Known;
 use super::flows::Decided;
-use super::verdict::{Verdict, Who};
+use super::verdict::Verdict;
 
 /// Flows that fail one after another make an outage from here on: one in three that fails, because one of
 /// three endpoints is dead, is none.
 const FLOWS: u64 = 3;
-/// The kernel's reason for what its rules drop.
-const NETFILTER_DROP: &str = "NETFILTER_DROP";
 
 /// An outage that is over, or was going on when the session ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,23 +153,21 @@ enum Fate {
     Good,
     /// This node's rules dropped or refused it, or its answer.
     Filtered,
+    /// It went to somebody who is no endpoint.
+    Strayed,
     Failed,
     /// It will not be known.
     Unknown,
 }
 
 impl Fate {
-    fn of(verdict: &Verdict) -> Self {
-        match verdict {
-            Verdict::Dropped { reason, .. } | Verdict::AnswerDropped { reason, .. }
-                if reason == NETFILTER_DROP =>
-            {
-                Self::Filtered
-            }
-            Verdict::Rejected { by: Who::Node, .. } => Self::Filtered,
+    const fn of(decided: &Decided) -> Self {
+        match &decided.verdict {
             verdict if verdict.is_good() => Self::Good,
-            verdict if verdict.is_known() => Self::Failed,
-            _ => Self::Unknown,
+            verdict if !verdict.is_known() => Self::Unknown,
+            _ if decided.filtered => Self::Filtered,
+            Verdict::Misdelivered { .. } | Verdict::Unanswered { stray: Some(_) } => Self::Strayed,
+            _ => Self::Failed,
         }
     }
 }
@@ -194,7 +191,7 @@ impl Outages {
                 first_ns: decided.first_ns,
                 index: decided.index,
                 path: decided.path,
-                fate: Fate::of(&decided.verdict),
+                fate: Fate::of(decided),
                 destination: decided.destination,
                 protocol: decided.protocol,
             }));
@@ -223,7 +220,7 @@ impl Outages {
                     }
                     continue;
                 }
-                Fate::Filtered | Fate::Failed => {
+                Fate::Filtered | Fate::Strayed | Fate::Failed => {
                     let good_ns = self.good.get(&key).copied().unwrap_or(0);
                     let going = self.going_on.entry(key).or_insert(Going {
                         first: flow,
@@ -329,10 +326,10 @@ enum Nearness {
     Other,
     /// It may have changed where packets to the Service go.
     Translation,
-    /// The flows were dropped or refused, and it may have changed what drops and refuses.
-    Filter,
+    /// The flows were dropped or refused, or went astray, and it may have changed what does so.
+    Doer,
     /// The same, and there are more or fewer rules than before.
-    FilterResized,
+    DoerResized,
     /// It may have changed where packets to the Service go, and around it the rules were found to say something else
     /// of the Service.
     Altering,
@@ -396,14 +393,13 @@ impl Asked<'_> {
         };
         let carried = self.is_carried_by(&change.what);
         if carried && self.known.altered.iter().any(alters) {
-            Nearness::Altering
-        } else if carried {
-            Nearness::Translation
-        } else {
-            match aside_or_other(&change.what) {
-                Nearness::Other if self.flow.fate == Fate::Filtered => filter(&change.what),
-                nearness => nearness,
-            }
+            return Nearness::Altering;
+        }
+        match (self.flow.fate, carried) {
+            (Fate::Filtered, false) if may_filter(&change.what) => doer(&change.what),
+            (Fate::Strayed, _) if may_translate(&change.what) => doer(&change.what),
+            (_, true) => Nearness::Translation,
+            (_, false) => aside_or_other(&change.what),
         }
     }
 
@@ -463,20 +459,45 @@ fn aside_or_other(what: &What) -> Nearness {
     }
 }
 
-/// Of flows that rules dropped or refused: iptables' table nat does neither, nor does IPVS by rules.
-fn filter(what: &What) -> Nearness {
+/// May these rules drop and refuse? iptables' table nat does neither, nor does IPVS by rules.
+fn may_filter(what: &What) -> bool {
+    match what {
+        What::IptablesLegacy { table, .. } => !["nat", "mangle"].contains(&table.as_str()),
+        What::Nftables { tables, .. } => any_but(tables, &[" mangle"]),
+        What::Ipvs(_) | What::Addresses { .. } | What::Ipset { .. } => false,
+    }
+}
+
+/// May these rules translate? nftables' tables have names of any kind, but those of iptables-nft.
+fn may_translate(what: &What) -> bool {
+    match what {
+        What::IptablesLegacy { table, .. } => table == "nat",
+        What::Nftables { tables, .. } => {
+            any_but(tables, &[" filter", " mangle", " raw", " security"])
+        }
+        What::Ipvs(_) | What::Addresses { .. } | What::Ipset { .. } => false,
+    }
+}
+
+/// Is there a table whose name ends otherwise, or has the announcement been lost?
+fn any_but(tables: &BTreeMap<String, Delta>, ends: &[&str]) -> bool {
+    let is_other = |table: &String| !ends.iter().any(|end| table.ends_with(end));
+    tables.is_empty() || tables.keys().any(is_other)
+}
+
+/// Of what may have done it, what has more or fewer rules than before is nearer.
+fn doer(what: &What) -> Nearness {
     let resized = match what {
-        What::IptablesLegacy { table, .. } if table == "nat" => return Nearness::Other,
         What::IptablesLegacy { before, after, .. } => before != after,
         What::Nftables { tables, .. } => tables
             .values()
             .any(|delta| delta.rules_added != delta.rules_deleted),
-        What::Ipvs(_) | What::Addresses { .. } | What::Ipset { .. } => return Nearness::Other,
+        What::Ipvs(_) | What::Addresses { .. } | What::Ipset { .. } => false,
     };
     if resized {
-        Nearness::FilterResized
+        Nearness::DoerResized
     } else {
-        Nearness::Filter
+        Nearness::Doer
     }
 }
 
@@ -493,8 +514,8 @@ fn before_slash(name: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::changes::{Actor, Delta, SetDelta};
-    use crate::trace::verdict::Verdict;
+    use crate::trace::changes::{Actor, SetDelta};
+    use crate::trace::verdict::Who;
 
     fn flow(first_ns: u64, verdict: Verdict) -> Decided {
         Decided {
@@ -508,6 +529,7 @@ mod tests {
             headed: None,
             first_ns,
             after_ns: None,
+            filtered: false,
             corrects: None,
             verdict,
         }
@@ -562,12 +584,12 @@ mod tests {
     /// What stands between a good flow at 10 and failed ones from 100 on, and between the last of these at
     /// 300 and good ones from 400 on.
     fn at_ends(known: &Known, changes: &[RuleChange]) -> (Option<AtEnd>, Option<AtEnd>) {
-        at_ends_of(&Verdict::Leaked, known, changes)
+        at_ends_of((&Verdict::Leaked, false), known, changes)
     }
 
-    /// The same, of flows that went wrong in this way.
+    /// The same, of flows that went wrong in this way, and whether rules dropped them.
     fn at_ends_of(
-        verdict: &Verdict,
+        (verdict, filtered): (&Verdict, bool),
         known: &Known,
         changes: &[RuleChange],
     ) -> (Option<AtEnd>, Option<AtEnd>) {
@@ -576,7 +598,10 @@ mod tests {
             outages.add(&flow(good, Verdict::Delivered));
         }
         for bad in [100, 200, 300] {
-            outages.add(&flow(bad, verdict.clone()));
+            outages.add(&Decided {
+                filtered,
+                ..flow(bad, verdict.clone())
+            });
         }
         let mut over = outages.over(1_000, changes, |_| Some(known));
         let outage = over.pop().expect("an outage");
@@ -693,20 +718,21 @@ mod tests {
 
     #[test]
     fn of_flows_that_rules_drop_or_refuse_a_filter_is_named() {
-        let dropped = |reason: &str| Verdict::Dropped {
-            reason: reason.to_owned(),
+        let rejected = Verdict::Rejected {
+            by: Who::Node,
+            how: "port unreachable".to_owned(),
+        };
+        let dropped = Verdict::Dropped {
+            reason: "NETFILTER_DROP".to_owned(),
             stage: "FORWARD hook".to_owned(),
             by: None,
         };
-        let rejected = |by| Verdict::Rejected {
-            by,
-            how: "port unreachable".to_owned(),
-        };
-        let name = |verdict: &Verdict, mode, altered: &[(u64, u64)], changes: &[RuleChange]| {
-            let (began, ended) = at_ends_of(verdict, &known(mode, altered), changes);
-            assert_eq!(ended, None);
-            began.expect("one").since_ns
-        };
+        let name =
+            |lost: (&Verdict, bool), mode, altered: &[(u64, u64)], changes: &[RuleChange]| {
+                let (began, ended) = at_ends_of(lost, &known(mode, altered), changes);
+                assert_eq!(ended, None);
+                began.expect("one").since_ns
+            };
         let resized = |begin_ns, size| {
             let mut change = change(begin_ns, begin_ns + 1, legacy("filter"));
             if let What::IptablesLegacy { before, after, .. } = &mut change.what {
@@ -720,33 +746,45 @@ mod tests {
             resized(60, (43, 43)),
             change(70, 71, legacy("nat")),
         ];
-        let filtered = [
-            dropped("NETFILTER_DROP"),
-            rejected(Who::Node),
-            Verdict::AnswerDropped {
-                reason: "NETFILTER_DROP".to_owned(),
-                stage: "FORWARD hook".to_owned(),
-                by: None,
-            },
-        ];
-        for verdict in &filtered {
-            assert_eq!(name(verdict, "iptables-legacy", &[], &changes), 49);
-            assert_eq!(name(verdict, "iptables-legacy", &[], &changes[1..]), 39);
-            assert_eq!(name(verdict, "iptables-legacy", &[], &changes[2..]), 29);
-            // IPVS mode's own rules do not drop, and what is another mode's table nat does not.
-            assert_eq!(name(verdict, "ipvs", &[], &changes[1..]), 39);
+        for verdict in [&dropped, &rejected] {
+            let lost = (verdict, true);
+            assert_eq!(name(lost, "iptables-legacy", &[], &changes), 49);
+            assert_eq!(name(lost, "iptables-legacy", &[], &changes[1..]), 39);
+            assert_eq!(name(lost, "iptables-legacy", &[], &changes[2..]), 29);
+            // What is another mode's table nat does not drop.
+            assert_eq!(name(lost, "ipvs", &[], &changes[1..]), 39);
             // The Service has no endpoints any more since the last one.
-            assert_eq!(name(verdict, "iptables-legacy", &[(65, 80)], &changes), 29);
+            assert_eq!(name(lost, "iptables-legacy", &[(65, 80)], &changes), 29);
             let firewall = [
                 change(50, 51, nft("inet firewall")),
                 change(60, 61, nft("ip kube-proxy")),
             ];
-            assert_eq!(name(verdict, "nftables", &[], &firewall), 49);
+            assert_eq!(name(lost, "nftables", &[], &firewall), 49);
         }
-        let endpoint = Who::Endpoint("10.244.0.2:8080".parse().expect("an address"));
-        for verdict in [dropped("IP_INADDRERRORS"), rejected(endpoint)] {
-            assert_eq!(name(&verdict, "iptables-legacy", &[], &changes), 29);
-        }
+        // What the node's own stack refuses, no rule has dropped.
+        let by_stack = (&rejected, false);
+        assert_eq!(name(by_stack, "iptables-legacy", &[], &changes), 29);
+        // Who answers is no endpoint: somebody's rule translates first.
+        let strayed = Verdict::Misdelivered {
+            by: "10.244.0.9:8081".parse().expect("an address"),
+        };
+        let strayed = (&strayed, false);
+        assert_eq!(name(strayed, "iptables-legacy", &[], &changes), 29);
+        let mut thief = [
+            change(50, 51, nft("ip thief")),
+            change(60, 61, nft("ip kube-proxy")),
+            change(70, 71, nft("ip filter")),
+        ];
+        assert_eq!(name(strayed, "nftables", &[], &thief), 39);
+        let added = Delta {
+            rules_added: 1,
+            ..Delta::default()
+        };
+        thief[0].what = What::Nftables {
+            generation: Some(7),
+            tables: [("ip thief".to_owned(), added)].into(),
+        };
+        assert_eq!(name(strayed, "nftables", &[], &thief), 49);
     }
 
     #[test]

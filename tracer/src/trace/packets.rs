@@ -451,7 +451,7 @@ mod tests {
                     flags,
                     ..Record::ZERO
                 };
-                assert_eq!(is_first(&record, None), Some(first));
+                assert_eq!(is_first(&record, None), Some(first), "{state} {kind}");
             }
         }
         // Behind the last hook it is known that nothing tracks it; that says no more of its flow.

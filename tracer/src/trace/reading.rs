@@ -8,7 +8,6 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use super::changes::{ALL_SETS, RuleChange, What};
-use super::flows::ALL_READ;
 use super::session::TraceError;
 use crate::cluster::Family;
 use crate::kernel::clock::monotonic_ns;
@@ -124,11 +123,12 @@ impl Reading {
     }
 
     /// Up to when it is known what they said (`CLOCK_MONOTONIC`, ns): see [`Flows::decide`](super::flows::Flows::decide).
-    pub(super) const fn known_ns(&self) -> u64 {
+    /// Every change that began before `told_ns` has been told: one may be under way, and they say something else since.
+    pub(super) const fn known_ns(&self, told_ns: u64) -> u64 {
         if self.is_outdated() {
             self.known.read_ns
         } else {
-            ALL_READ
+            told_ns
         }
     }
 
@@ -399,7 +399,7 @@ mod tests {
         tell.send(Err(TraceError::NoServices)).expect("is heard");
         assert!(matches!(reading.poll(), Turn::Failed(_)));
         assert!(reading.is_outdated() && !reading.is_under_way());
-        assert_eq!((reading.known_ns(), reading.changed_ns()), (0, 0));
+        assert_eq!((reading.known_ns(9), reading.changed_ns()), (0, 0));
         assert!(reading.pace.earliest >= now + RETRY);
         reading.pace.took = AT_END;
         assert!(matches!(reading.begin_at_end(), Turn::Failed(_)));
@@ -408,7 +408,7 @@ mod tests {
         reading.touched = Touched::Addresses;
         reading.pace.took = Duration::ZERO;
         assert!(matches!(reading.begin_at_end(), Turn::Read));
-        assert_eq!((reading.known_ns(), reading.changed_ns()), (ALL_READ, 7));
+        assert_eq!((reading.known_ns(9), reading.changed_ns()), (9, 7));
         assert!(!reading.is_outdated());
     }
 

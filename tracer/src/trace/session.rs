@@ -9,7 +9,7 @@ use tracer_ebpf::path::{Origin, Path, Target};
 
 use super::changes::{ChangesError, Listening, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
-use super::flows::{Back, Decided, Flows, Key};
+use super::flows::{ALL_READ, Back, Decided, Flows, Key};
 use super::hints;
 use super::journey::{End, Journey};
 use super::outages::{Outage, Outages};
@@ -228,6 +228,8 @@ pub struct Session {
     changes: Vec<RuleChange>,
     more_changes: u64,
     reading: Reading,
+    /// What the rules say of packets before is known: no change that began before is unread (`CLOCK_MONOTONIC`, ns).
+    sure_ns: u64,
     /// Records about packets to no Service: to an endpoint itself, or answers.
     others: u64,
     freed: FreedAtSockets,
@@ -312,6 +314,7 @@ impl Session {
             changes: Vec::new(),
             more_changes: 0,
             reading,
+            sure_ns: started_ns,
             others: 0,
             freed: FreedAtSockets::default(),
             timeline: Timeline::default(),
@@ -379,6 +382,7 @@ impl Session {
             }
             events.push(Event::RuleChange(change));
         }
+        self.sure_ns = self.reading.known_ns(told_ns);
         let heard = self.probes.hear()?;
         // Most become an event, and events are large to move.
         events.reserve(heard.len());
@@ -388,13 +392,14 @@ impl Session {
         }
         let turn = self.reading.poll();
         self.learn(turn, &mut events)?;
+        self.sure_ns = self.reading.known_ns(told_ns);
+        self.tell_held(&mut events);
         let outdated = self.reading.is_outdated();
-        let read_ns = self.reading.known_ns();
         let now_ns = self.now_ns();
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
         let decided = self
             .flows
-            .decide(&self.directory, read_ns, now_ns, remembers);
+            .decide(&self.directory, self.sure_ns, now_ns, remembers);
         self.count(decided, &mut events);
         let probes = &self.probes;
         let heard = |endpoint, protocol| probes.heard(endpoint, protocol);
@@ -436,14 +441,12 @@ impl Session {
                     there: there(true),
                     gone: there(false),
                 });
-                self.tell_held(events);
             }
             reading::Turn::Failed(why) => {
                 events.push(Event::Unread {
                     time_ns: monotonic_ns(),
                     why,
                 });
-                self.tell_held(events);
             }
         }
         Ok(())
@@ -525,7 +528,7 @@ impl Session {
                     Turn::Repeated
                 };
                 // The rules that are about to be read may say that it went to an endpoint.
-                let open = journey.end == End::Elsewhere && self.reading.is_outdated();
+                let open = journey.end == End::Elsewhere && heard.record.time >= self.sure_ns;
                 if open && self.held.len() < HELD {
                     self.held.push((turn, heard.clone()));
                 } else {
@@ -589,9 +592,14 @@ impl Session {
         events.push(Event::Journey(journey));
     }
 
-    /// Tells of the packets that waited for the rules.
+    /// Tells of the packets that waited for the rules, and wait no more.
     fn tell_held(&mut self, events: &mut Vec<Event>) {
-        for (turn, heard) in std::mem::take(&mut self.held) {
+        let sure_ns = self.sure_ns;
+        let known = self
+            .held
+            .extract_if(.., |(_, heard)| heard.record.time < sure_ns);
+        let known: Vec<_> = known.collect();
+        for (turn, heard) in known {
             if let Told::Journey { index, journey, .. } = self.reader.read(&heard, &self.directory)
             {
                 self.tell(turn, index, *journey, events);
@@ -626,7 +634,10 @@ impl Session {
         self.watcher.stop();
         let mut events = self.poll()?;
         self.learn_at_end(&mut events)?;
-        let read_ns = self.reading.known_ns();
+        let read_ns = self.reading.known_ns(ALL_READ);
+        // Nobody waits for what will not be read.
+        self.sure_ns = ALL_READ;
+        self.tell_held(&mut events);
         let remembers = |key: &Key, to| self.remembered.holds(&self.ns, &self.directory, key, to);
         let decided = self
             .flows
@@ -634,6 +645,8 @@ impl Session {
         self.count(decided, &mut events);
         let outages = std::mem::take(&mut self.outages);
         let known = |index| self.directory.get(index);
+        // What takes long to be told of, as ipset's, was told after what came later.
+        self.changes.sort_by_key(|change| change.time_ns);
         let (over, going_on) = outages.finish(ended_ns, &self.changes, known);
         self.end_outages(over, &mut events);
         self.end_outages(going_on, &mut events);

@@ -109,6 +109,7 @@ mod tests {
             headed: journey.headed,
             first_ns,
             after_ns: None,
+            filtered: false,
             corrects: None,
             verdict: Verdict::Leaked,
         }

@@ -160,12 +160,13 @@ impl Verdict {
                  policy or a rule that matches the endpoint as source (nft list ruleset, iptables-save)"
             }
             Self::Leaked => {
-                "the rules for this address are missing: compare them with the cluster (svcpath rules check --live) \
-                 and see who changed them last"
+                "the rules for this address are missing, or do not serve this client (source ranges): compare them with \
+                 the cluster (svcpath rules check --live) and see who changed them last"
             }
             Self::Misdelivered { .. } => {
-                "a rule of somebody else translates first, or the address is bound on this node (kube-ipvs0, a \
-                 hostPort): compare the rules with the cluster (svcpath rules check --live)"
+                "a rule of somebody else translates first, or, if the Service's own address answered, none did and a \
+                 socket of this node took it (a hostPort, an address on kube-ipvs0, who holds the NodePort open): \
+                 compare the rules with the cluster (svcpath rules check --live)"
             }
             Self::Stuck { .. } => {
                 "delete the entry (conntrack -D --orig-dst ADDRESS; what IPVS remembers, in ipvsadm -Lnc, goes with its \
