@@ -12,6 +12,7 @@ use tracer::scenario::cost::CostError;
 use tracer::scenario::job::PartError;
 use tracer::scenario::matrix::MatrixError;
 use tracer::scenario::node::NodeError;
+use tracer::trace::reading::ReadingError;
 use tracer::trace::session::TraceError;
 
 /// Something failed.
@@ -112,7 +113,9 @@ fn code_of_cost(error: &CostError) -> Option<u8> {
 fn code_of_trace(error: &TraceError) -> Option<u8> {
     match error {
         TraceError::NoSuchService { .. } => Some(USAGE),
-        TraceError::Dump(error) if error.is_not_permitted() => Some(NOT_PERMITTED),
+        TraceError::Rules(ReadingError::Dump(error)) if error.is_not_permitted() => {
+            Some(NOT_PERMITTED)
+        }
         TraceError::Btf(_) | TraceError::Probe(ProbeError::Btf(_) | ProbeError::Program(_)) => {
             Some(KERNEL_LACKS)
         }

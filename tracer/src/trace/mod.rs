@@ -1,9 +1,9 @@
 //! A live node, watched: whose packets pass, where they go, what each stage costs, who changes the
 //! rules. Reads and attaches probes; changes nothing.
 //!
-//! [`directory`] knows Services by their addresses, [`changes`] hears of rule changes, [`session`]
-//! joins both with what the probes tell of each [`journey`], [`flows`] finds out what became of each
-//! ([`verdict`]), and [`summary`] is what a session found.
+//! [`changes`] hears of rule changes, [`reading`] reads the rules, again after them, [`directory`] knows
+//! Services by their addresses, [`session`] joins these with what the probes tell of each [`journey`], [`flows`]
+//! finds out what became of each ([`verdict`]), and [`summary`] is what a session found.
 
 pub mod changes;
 pub mod directory;
@@ -14,7 +14,7 @@ pub mod met;
 pub mod outages;
 pub mod packets;
 pub mod pcapng;
-mod reading;
+pub mod reading;
 pub mod run;
 pub mod session;
 pub mod stuck;

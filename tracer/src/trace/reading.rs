@@ -8,11 +8,11 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use super::changes::{ALL_SETS, RuleChange, What};
-use super::session::TraceError;
 use crate::cluster::Family;
 use crate::kernel::clock::monotonic_ns;
-use crate::kernel::dump;
+use crate::kernel::dump::{self, DumpError};
 use crate::kernel::netns::Netns;
+use crate::rules::dump::Unreadable;
 use crate::rules::services::{self, Found};
 
 /// How long the rules must have been left alone before they are read again.
@@ -25,6 +25,17 @@ const PAUSE: u32 = 9;
 const AT_END: Duration = Duration::from_secs(2);
 /// How long after a reading that failed another one is tried, at least.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// Why the rules cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadingError {
+    /// They cannot be listed.
+    #[error(transparent)]
+    Dump(#[from] DumpError),
+    /// They cannot be understood.
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
+}
 
 /// What a rule change can have changed of what is known of Services.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,7 +71,7 @@ pub(super) struct Reading {
     known: Since,
     /// Of the rules that are being read.
     next: Since,
-    under_way: Option<Receiver<Result<Found, TraceError>>>,
+    under_way: Option<Receiver<Result<Found, ReadingError>>>,
 }
 
 /// Since when the rules have been what was read (`CLOCK_MONOTONIC`, ns).
@@ -86,7 +97,7 @@ struct Pace {
 
 impl Reading {
     /// Reads the rules for the first time.
-    pub(super) fn first(ns: &Netns) -> Result<Self, TraceError> {
+    pub(super) fn first(ns: &Netns) -> Result<Self, ReadingError> {
         let began = Instant::now();
         let known = Since {
             changed_ns: 0,
@@ -260,7 +271,7 @@ impl Pace {
     }
 }
 
-fn read(ns: &Netns) -> Result<Found, TraceError> {
+fn read(ns: &Netns) -> Result<Found, ReadingError> {
     Ok(services::read(&dump::dump(ns)?)?)
 }
 
@@ -310,6 +321,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::rules::dump::{Source, Texts};
     use crate::trace::changes::{Actor, AddressDelta, Delta, SetDelta};
 
     fn change(what: What) -> RuleChange {
@@ -396,7 +408,15 @@ mod tests {
             under_way: Some(under_way),
         };
         assert!(matches!(reading.poll(), Turn::Nothing) && reading.is_outdated());
-        tell.send(Err(TraceError::NoServices)).expect("is heard");
+        let unreadable = services::read(&Texts {
+            servers: Some(Source {
+                origin: "ipvsadm -Sn".to_owned(),
+                text: "what is this".to_owned(),
+            }),
+            ..Texts::default()
+        })
+        .expect_err("nobody understands it");
+        tell.send(Err(unreadable.into())).expect("is heard");
         assert!(matches!(reading.poll(), Turn::Failed(_)));
         assert!(reading.is_outdated() && !reading.is_under_way());
         assert_eq!((reading.known_ns(9), reading.changed_ns()), (0, 0));

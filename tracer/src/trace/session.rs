@@ -14,7 +14,7 @@ use super::hints;
 use super::journey::{End, Journey};
 use super::outages::{Outage, Outages};
 use super::packets::{Reader, Told};
-use super::reading::{self, Reading};
+use super::reading::{self, Reading, ReadingError};
 use super::stuck::{self, Stuck};
 use super::summary::{FreedAtSockets, Health, Rest, Summary};
 use super::tally::Tally;
@@ -23,14 +23,12 @@ use crate::cluster::{Cidr, Family};
 use crate::kernel::addresses::{self, AddressError};
 use crate::kernel::btf::BtfError;
 use crate::kernel::clock::monotonic_ns;
-use crate::kernel::dump::DumpError;
 use crate::kernel::netns::{Netns, NetnsError};
 use crate::probe::catalogue::Detail;
 use crate::probe::tier::{Heard, ProbeError, Probes, Tier, Watch};
 use crate::record::evidence::Reasons;
 use crate::record::times;
 use crate::rules::Mode;
-use crate::rules::dump::Unreadable;
 
 /// Room for Services that come while a session lasts, as addresses and endpoints of each family.
 const SPARE: u32 = 16 << 10;
@@ -50,12 +48,9 @@ pub enum TraceError {
     /// The node's addresses.
     #[error(transparent)]
     Addresses(#[from] AddressError),
-    /// Its rules cannot be listed.
-    #[error(transparent)]
-    Dump(#[from] DumpError),
     /// Its rules cannot be read.
     #[error(transparent)]
-    Unreadable(#[from] Unreadable),
+    Rules(#[from] ReadingError),
     /// There is nothing to trace.
     #[error(
         "no rules of kube-proxy are in this network namespace: name the node's with --netns (that of kube-proxy is \
