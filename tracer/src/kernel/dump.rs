@@ -11,6 +11,7 @@ use super::tool::{self, ToolError};
 use crate::cluster::Family;
 use crate::rules::Backend;
 use crate::rules::dump::{FamilyTexts, Source, Texts};
+use crate::rules::services::NftTable;
 
 /// Why a node's rules cannot be listed.
 #[derive(Debug, thiserror::Error)]
@@ -74,9 +75,12 @@ fn dump_family(ns: &Netns, family: Family, tables: &Source) -> Result<FamilyText
             .iptables
             .push(ask(ns, &save_tool(Backend::Legacy, family), &[])?);
     }
-    texts
-        .iptables
-        .push(ask(ns, &save_tool(Backend::Nft, family), &[])?);
+    // Where nobody has used iptables-nft, its package may be missing.
+    if has_tables_of_iptables(tables, family) {
+        texts
+            .iptables
+            .push(ask(ns, &save_tool(Backend::Nft, family), &[])?);
+    }
     let table = format!("table {} kube-proxy", family.nft());
     texts.nft = Some(if tables.text.lines().any(|line| line == table) {
         ask(ns, "nft", &["list", "table", family.nft(), "kube-proxy"])?
@@ -101,6 +105,15 @@ fn list_tables(ns: &Netns) -> Result<Source, NftError> {
     })
 }
 
+/// Are there tables that iptables-nft makes?
+fn has_tables_of_iptables(tables: &Source, family: Family) -> bool {
+    let ours = NftTable::IPTABLES.map(|name| format!("table {} {name}", family.nft()));
+    tables
+        .text
+        .lines()
+        .any(|line| ours.iter().any(|our| our == line))
+}
+
 fn save_tool(backend: Backend, family: Family) -> String {
     format!("{}-save", backend.tool(family))
 }
@@ -122,4 +135,28 @@ fn ask(ns: &Netns, program: &str, args: &[&str]) -> Result<Source, ToolError> {
         origin.push_str(arg);
     }
     Ok(Source { origin, text })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_of_iptables_are_known_by_family_and_name() {
+        let tables = |text: &str| Source {
+            origin: String::new(),
+            text: text.to_owned(),
+        };
+        let has =
+            |text: &str| Family::ALL.map(|family| has_tables_of_iptables(&tables(text), family));
+        assert_eq!(has("table ip nat\n"), [true, false]);
+        assert_eq!(
+            has("table ip kube-proxy\ntable ip6 filter\n"),
+            [false, true]
+        );
+        assert_eq!(
+            has("table inet filter\ntable ip nat-of-mine\n"),
+            [false, false]
+        );
+    }
 }

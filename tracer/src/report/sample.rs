@@ -696,6 +696,7 @@ pub(crate) fn trace() -> Trace {
                     change(3_000_000_001, 9, 51, 0),
                 ],
                 rule_changes_left_out: 0,
+                outdated_ns: 0,
                 probes: Health {
                     journeys: 1602,
                     transmitted: 1590,

@@ -78,10 +78,23 @@ pub fn session(summary: &Summary) -> Vec<Block> {
         units::plural(summary.listening.lost, "record", "records")
     );
     let health = health(&summary.probes).into_iter().chain([heard]);
+    let health = health.chain(unread(summary));
     blocks.push(Block::Lines(
         health.map(|line| (Tone::Quiet, line)).collect(),
     ));
     blocks
+}
+
+/// For how long it was not known what the rules said.
+fn unread(summary: &Summary) -> Option<String> {
+    (summary.outdated_ns > 0).then(|| {
+        format!(
+            "rules had changed and were not yet read again for {} of {}: flows to Services that are new since then are \
+             not told",
+            units::time_u64(summary.outdated_ns),
+            units::time_u64(summary.duration_ns)
+        )
+    })
 }
 
 /// What a trace says that was read back.
@@ -430,9 +443,9 @@ fn of_service(service: &ServiceSummary) -> Vec<String> {
         lines.push(format!("{}: of {flows} new flows {new}", service.name));
     }
     for (endpoint, flows) in &service.stuck {
-        let flows = units::plural(*flows, "established flow is", "established flows are");
+        let flows = units::plural(*flows, "established flow was", "established flows were");
         lines.push(format!(
-            "{}: {flows} stuck on the dead endpoint {endpoint}",
+            "{}: {flows} stuck on the former endpoint {endpoint}",
             service.name
         ));
     }

@@ -276,9 +276,13 @@ impl Flows {
             }
             return false;
         };
-        // Clients go on after many an error (RFC 1122, section 4.2.3.9), and may be answered yet.
-        let goes_on = matches!(flow.back, Some((Back::Error(..), _)))
-            && matches!(back, Back::Answer(_) | Back::Reset(_));
+        // Clients go on after many an error (RFC 1122, section 4.2.3.9), and may be answered yet. They reset what answers
+        // for a connection before this one, from the same port, and send their SYN again (RFC 9293, section 3.5.2).
+        let goes_on = matches!(
+            flow.back,
+            Some((Back::Error(..) | Back::Reset(Who::Client), _))
+        ) && matches!(back, Back::Answer(_) | Back::Reset(_))
+            && flow.back.is_none_or(|(before, _)| before != back);
         if flow.back.is_some() && !goes_on {
             return false;
         }
@@ -907,6 +911,15 @@ mod tests {
         let decided = flows.decide(&directory, ALL_READ, 6, nobody);
         assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
         assert!(decided[0].corrects.is_some());
+        // The server answered for a connection before; the client resets that, and sends its SYN again.
+        flows.first(key(2), 0, &journey(10, ENDPOINT, End::Sent), true, Some(2));
+        assert!(flows.came_back(key(2), Back::Reset(Who::Client), 11));
+        let decided = flows.decide(&directory, ALL_READ, 12, nobody);
+        assert_eq!(decided[0].verdict.word(), "reset");
+        assert!(!flows.came_back(key(2), Back::Reset(Who::Client), 13));
+        assert!(flows.came_back(key(2), Back::Answer(socket(ENDPOINT)), 14));
+        let decided = flows.decide(&directory, ALL_READ, 15, nobody);
+        assert_eq!(verdicts(&decided), [&Verdict::Delivered]);
     }
 
     #[test]

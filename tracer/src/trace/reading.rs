@@ -1,7 +1,7 @@
 //! The node's rules, read again after they have changed: which change makes it worth it, when, and how often.
 //!
 //! Reading is not free for the node: the kernel and `nft` take 20 s of a CPU to list the nftables rules of 30,000
-//! Services, and iptables' tools one. So what the rules say is read at most a tenth of the time, and not at all after
+//! Services, and iptables' tools one. So rules that take long are read at most a tenth of the time, and none after
 //! changes that tell nothing of Services.
 
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
@@ -19,8 +19,10 @@ use crate::rules::services::{self, Found};
 const SETTLED: Duration = Duration::from_millis(500);
 /// How long they are waited for to be left alone, at most.
 const RESTLESS: Duration = Duration::from_secs(2);
-/// For each second of reading, so many pass without.
+/// For each second of reading, so many pass without,
 const PAUSE: u32 = 9;
+/// less this: what takes 0.2 s may follow upon itself as fast as rules change.
+const FREE: Duration = Duration::from_secs(2);
 /// The longest reading that a session's end is put off for.
 const AT_END: Duration = Duration::from_secs(2);
 /// How long after a reading that failed another one is tried, at least.
@@ -69,6 +71,9 @@ pub(super) struct Reading {
     /// When rules were changed last (`CLOCK_MONOTONIC`, ns).
     changed_ns: u64,
     known: Since,
+    /// Since when they may say something else than what was read (`CLOCK_MONOTONIC`, ns), and for how long they did before.
+    outdated_since_ns: Option<u64>,
+    outdated_ns: u64,
     /// Of the rules that are being read.
     next: Since,
     under_way: Option<Receiver<Result<Found, ReadingError>>>,
@@ -118,6 +123,8 @@ impl Reading {
             touched: Touched::Nothing,
             changed_ns: 0,
             known,
+            outdated_since_ns: None,
+            outdated_ns: 0,
             next: known,
             under_way: None,
         })
@@ -157,6 +164,23 @@ impl Reading {
         self.touched = self.touched.max(touched);
         self.changed_ns = self.changed_ns.max(change.time_ns);
         self.pace.change(Instant::now());
+        self.outdated_since_ns.get_or_insert(change.time_ns);
+    }
+
+    /// For how long in all, until now, they may have said something else than what was read, ns.
+    pub(super) fn outdated_ns(&self, now_ns: u64) -> u64 {
+        let since_ns = self.outdated_since_ns.unwrap_or(now_ns);
+        self.outdated_ns
+            .saturating_add(now_ns.saturating_sub(since_ns))
+    }
+
+    /// What they said when they were begun to be read is known.
+    fn know(&mut self) {
+        self.known = self.next;
+        if !self.is_outdated() {
+            self.outdated_ns = self.outdated_ns(monotonic_ns());
+            self.outdated_since_ns = None;
+        }
     }
 
     /// Begins to read if it is time, and tells what came of it.
@@ -203,7 +227,7 @@ impl Reading {
             read_ns: monotonic_ns(),
         };
         if std::mem::replace(&mut self.touched, Touched::Nothing) == Touched::Addresses {
-            self.known = self.next;
+            self.know();
             return Turn::Read;
         }
         let (tell, reading) = channel();
@@ -231,7 +255,7 @@ impl Reading {
         match result {
             Ok(found) => {
                 self.found = found;
-                self.known = self.next;
+                self.know();
                 Turn::Read
             }
             Err(why) => {
@@ -262,7 +286,7 @@ impl Pace {
 
     fn end(&mut self, now: Instant) {
         self.took = now - self.began;
-        self.earliest = now + self.took * PAUSE;
+        self.earliest = now + (self.took * PAUSE).saturating_sub(FREE);
     }
 
     fn retry(&mut self, now: Instant) {
@@ -404,6 +428,8 @@ mod tests {
             touched: Touched::Nothing,
             changed_ns: 7,
             known: Since::default(),
+            outdated_since_ns: Some(5),
+            outdated_ns: 2,
             next: Since::default(),
             under_way: Some(under_way),
         };
@@ -420,6 +446,7 @@ mod tests {
         assert!(matches!(reading.poll(), Turn::Failed(_)));
         assert!(reading.is_outdated() && !reading.is_under_way());
         assert_eq!((reading.known_ns(9), reading.changed_ns()), (0, 0));
+        assert_eq!(reading.outdated_ns(9), 6);
         assert!(reading.pace.earliest >= now + RETRY);
         reading.pace.took = AT_END;
         assert!(matches!(reading.begin_at_end(), Turn::Failed(_)));
@@ -429,11 +456,13 @@ mod tests {
         reading.pace.took = Duration::ZERO;
         assert!(matches!(reading.begin_at_end(), Turn::Read));
         assert_eq!((reading.known_ns(9), reading.changed_ns()), (9, 7));
+        let outdated_ns = reading.outdated_ns(0);
+        assert!(outdated_ns > 2 && outdated_ns == reading.outdated_ns(u64::MAX));
         assert!(!reading.is_outdated());
     }
 
     #[test]
-    fn rules_are_read_when_they_are_left_alone_but_a_tenth_of_the_time() {
+    fn rules_are_read_when_they_are_left_alone_but_not_all_the_time() {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
         let mut pace = Pace {
@@ -442,12 +471,12 @@ mod tests {
             took: Duration::ZERO,
             earliest: start,
         };
-        // It took a second: nothing for nine.
+        // It took a second: nothing for seven.
         pace.end(at(1000));
         assert!(!pace.is_due(at(20_000)));
         pace.change(at(1100));
-        assert!(!pace.is_due(at(9999)));
-        assert!(pace.is_due(at(10_000)));
+        assert!(!pace.is_due(at(7999)));
+        assert!(pace.is_due(at(8000)));
         pace.begin(at(10_000));
         pace.end(at(10_010));
         pace.change(at(20_000));

@@ -449,18 +449,24 @@ impl Session {
 
     /// Rules that changed a moment ago are read before the last flows are judged by them.
     fn learn_at_end(&mut self, events: &mut Vec<Event>) -> Result<(), TraceError> {
-        for begin in [false, true] {
-            if begin {
-                let turn = self.reading.begin_at_end();
-                self.learn(turn, events)?;
+        let mut begun = false;
+        loop {
+            let turn = if self.reading.is_under_way() {
+                self.reading.poll_at_end()
+            } else if begun {
+                return Ok(());
+            } else {
+                begun = true;
+                self.reading.begin_at_end()
+            };
+            // What could not be read once is not tried again.
+            let failed = matches!(turn, reading::Turn::Failed(_));
+            self.learn(turn, events)?;
+            if failed {
+                return Ok(());
             }
-            while self.reading.is_under_way() {
-                let turn = self.reading.poll_at_end();
-                self.learn(turn, events)?;
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            std::thread::sleep(Duration::from_millis(1));
         }
-        Ok(())
     }
 
     /// Has everybody know what was read.
@@ -667,6 +673,7 @@ impl Session {
             paths: stages,
             rule_changes: self.changes,
             rule_changes_left_out: self.more_changes,
+            outdated_ns: self.reading.outdated_ns(ended_ns),
             listening: self.watcher.listening(),
             outages: self.ended_outages,
             outages_left_out: self.more_outages,

@@ -71,7 +71,7 @@ pub struct ServiceSummary {
     pub stuck: BTreeMap<SocketAddr, u64>,
     /// From a flow's first packet to its first answer, both on this node, ns.
     pub answered: Histogram,
-    /// First packets' time on the node, ns.
+    /// The time on the node of first packets that it did not drop, ns.
     pub node: Histogram,
 }
 
@@ -291,6 +291,10 @@ pub struct Summary {
     pub rule_changes: Vec<RuleChange>,
     /// Later rule changes, of which only the number is kept.
     pub rule_changes_left_out: u64,
+    /// For how long in all the rules had changed and were not read again, ns: what was sent to Services that had come
+    /// in that time is not told.
+    #[serde(default)]
+    pub outdated_ns: u64,
     /// How they were heard of.
     pub listening: Listening,
     /// Outages, in the order in which they ended: the first 10,000.
@@ -312,6 +316,7 @@ pub(super) struct Rest {
     pub(super) paths: BTreeMap<&'static str, PathTimes>,
     pub(super) rule_changes: Vec<RuleChange>,
     pub(super) rule_changes_left_out: u64,
+    pub(super) outdated_ns: u64,
     pub(super) listening: Listening,
     pub(super) outages: Vec<Outage>,
     pub(super) outages_left_out: u64,
@@ -387,6 +392,7 @@ impl Summary {
             timeline: rest.timeline,
             rule_changes: rest.rule_changes,
             rule_changes_left_out: rest.rule_changes_left_out,
+            outdated_ns: rest.outdated_ns,
             listening: rest.listening,
             outages: rest.outages,
             outages_left_out: rest.outages_left_out,

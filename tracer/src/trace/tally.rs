@@ -62,9 +62,9 @@ impl Tally {
         if let Some(by) = journey.translated_by {
             *self.translated.entry(by.name()).or_default() += 1;
         }
-        // What the node keeps for itself says nothing of the way to endpoints.
+        // What the node keeps for itself or drops says nothing of the way to endpoints.
         if let (false, Some(elapsed_ns)) = (
-            matches!(journey.end, End::Absorbed { .. }),
+            matches!(journey.end, End::Absorbed { .. } | End::Dropped { .. }),
             journey.elapsed_ns,
         ) {
             self.node.add(elapsed_ns);

@@ -26,6 +26,8 @@ pub enum Translator {
     OneOf(&'static str),
     /// Of several, nobody knows.
     Unknown,
+    /// Those of one mode named the Service, and have changed since: those of another may have come.
+    Outdated,
 }
 
 impl Translator {
@@ -33,7 +35,7 @@ impl Translator {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Only(mode) | Self::OneOf(mode) => mode,
-            Self::Unknown => "unknown",
+            Self::Unknown | Self::Outdated => "unknown",
         }
     }
 
@@ -49,7 +51,12 @@ impl Translator {
     ) -> Option<Self> {
         if known.by_mode.is_empty() {
             let named = known.endpoints.contains(&endpoint);
-            return named.then_some(Self::Only(known.mode));
+            let by = if settled {
+                Self::Only(known.mode)
+            } else {
+                Self::Outdated
+            };
+            return named.then_some(by);
         }
         let named = known
             .by_mode
@@ -157,6 +164,10 @@ mod tests {
         // While rules change, what was read of them proves nothing.
         let changing = Translator::of(&known, socket(LEFT), (true, false), &way, &[]);
         assert_eq!(changing, Some(Translator::Unknown));
+        let mut only = mixed("nftables");
+        only.by_mode.clear();
+        let changing = Translator::of(&only, socket(BOTH), (true, false), &way, &[]);
+        assert_eq!(changing, Some(Translator::Outdated));
     }
 
     #[test]

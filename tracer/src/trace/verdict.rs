@@ -161,7 +161,8 @@ impl Verdict {
             }
             Self::Leaked => {
                 "the rules for this address are missing, or do not serve this client (source ranges): compare them with \
-                 the cluster (svcpath rules check --live) and see who changed them last"
+                 the cluster (svcpath rules check --live) and see who changed them last; or a rule of somebody else \
+                 keeps conntrack from tracking it (NOTRACK)"
             }
             Self::Misdelivered { .. } => {
                 "a rule of somebody else translates first, or, if the Service's own address answered, none did and a \
@@ -169,9 +170,9 @@ impl Verdict {
                  compare the rules with the cluster (svcpath rules check --live)"
             }
             Self::Stuck { .. } => {
-                "delete the entry (conntrack -D --orig-dst ADDRESS; what IPVS remembers, in ipvsadm -Lnc, goes with its \
-                 real server: ipvsadm -d) and ask why kube-proxy has not: until then every packet of this flow keeps \
-                 it alive"
+                "delete the entry (conntrack -D --orig-dst ADDRESS --reply-src ENDPOINT; what IPVS remembers, in ipvsadm \
+                 -Lnc, goes with its real server: ipvsadm -d): kube-proxy deletes those of UDP, and until then every \
+                 packet of this flow keeps it alive"
             }
             Self::Hijacked { .. } => {
                 "every node in IPVS mode binds a Service's externalIPs and load balancer addresses on kube-ipvs0, \

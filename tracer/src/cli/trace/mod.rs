@@ -283,6 +283,11 @@ async fn trace(args: &Args, ns: &Netns, options: Options) -> anyhow::Result<Exit
     let mut stops = Stops {
         interrupt: signal(SignalKind::interrupt())?,
         terminate: signal(SignalKind::terminate())?,
+        hang_up: if ignores_hang_up() {
+            None
+        } else {
+            Some(signal(SignalKind::hangup())?)
+        },
     };
     let mut session = start(ns, options, &mut stops).await?;
     let mut faces = Faces::start(args, ns, &session)?;
@@ -390,6 +395,8 @@ fn pause(end_ns: Option<u64>) -> Duration {
 struct Stops {
     interrupt: Signals,
     terminate: Signals,
+    /// The terminal is gone; `None` if whoever started us wants that ignored (nohup).
+    hang_up: Option<Signals>,
 }
 
 impl Stops {
@@ -397,8 +404,25 @@ impl Stops {
         tokio::select! {
             _ = self.interrupt.recv() => Signal::SIGINT,
             _ = self.terminate.recv() => Signal::SIGTERM,
+            () = of_some(&mut self.hang_up) => Signal::SIGHUP,
         }
     }
+}
+
+/// The signal, if it is waited for at all.
+async fn of_some(signal: &mut Option<Signals>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Is SIGHUP, the first signal, ignored (`proc_pid_status(5)`, `SigIgn`)?
+fn ignores_hang_up() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 != 0)
 }
 
 /// A command's exit code as shells tell it; one that we ended ourselves, because time was up, is fine.

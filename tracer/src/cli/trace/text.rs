@@ -68,7 +68,7 @@ fn detail(journey: &Journey, index: usize) -> String {
 /// Whose rules translated it, if those of several modes could have.
 fn by(journey: &Journey) -> String {
     match journey.translated_by {
-        None | Some(Translator::Only(_)) => String::new(),
+        None | Some(Translator::Only(_) | Translator::Outdated) => String::new(),
         Some(Translator::OneOf(mode)) => format!(" by {mode}"),
         Some(Translator::Unknown) => " by which mode is unknown".to_owned(),
     }

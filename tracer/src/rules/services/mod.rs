@@ -87,7 +87,7 @@ pub struct NftTable {
 
 impl NftTable {
     /// The tables that iptables-nft has in its families.
-    const IPTABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
+    pub(crate) const IPTABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
 
     fn is_passed_by(&self, family: Family) -> bool {
         let own = Family::ALL.iter().any(|known| known.nft() == self.family);
