@@ -563,6 +563,7 @@ pub(crate) fn trace() -> Trace {
         modes: Vec::new(),
         translated: BTreeMap::new(),
         protocol: 6,
+        ipv6: false,
         endpoints: 3,
         there: true,
         flows: verdicts.iter().map(|count| count.count).sum(),

@@ -251,7 +251,7 @@ pub fn services(summary: &Summary, most: usize) -> Table {
     let row = |service: &ServiceSummary| {
         let gone = if service.there { "" } else { " (gone)" };
         vec![
-            format!("{}{gone}", service.name),
+            format!("{}{gone}", service.title()),
             service.mode().to_owned(),
             units::count(service.endpoints as u64),
             units::count(service.flows),
@@ -440,18 +440,18 @@ fn of_service(service: &ServiceSummary) -> Vec<String> {
     let new = bad_flows(service);
     if !new.is_empty() {
         let flows = units::count(service.flows);
-        lines.push(format!("{}: of {flows} new flows {new}", service.name));
+        lines.push(format!("{}: of {flows} new flows {new}", service.title()));
     }
     for (endpoint, flows) in &service.stuck {
         let flows = units::plural(*flows, "established flow was", "established flows were");
         lines.push(format!(
             "{}: {flows} stuck on the former endpoint {endpoint}",
-            service.name
+            service.title()
         ));
     }
     let later = later_drops(service);
     if !later.is_empty() {
-        lines.push(format!("{}: of established flows {later}", service.name));
+        lines.push(format!("{}: of established flows {later}", service.title()));
     }
     if service.picked_up > 0 {
         let flows = units::plural(
@@ -461,7 +461,7 @@ fn of_service(service: &ServiceSummary) -> Vec<String> {
         );
         lines.push(format!(
             "{}: {flows} picked up by conntrack, whose entry was gone",
-            service.name
+            service.title()
         ));
     }
     if service.untracked > 0 {
@@ -473,21 +473,21 @@ fn of_service(service: &ServiceSummary) -> Vec<String> {
         lines.push(format!(
             "{}: {packets} not tracked by conntrack, and so not translated: the rules that have it track are gone, or \
              it takes them for invalid (net.netfilter.nf_conntrack_log_invalid=6 tells why)",
-            service.name
+            service.title()
         ));
     }
     let answers = answer_drops(service);
     if !answers.is_empty() {
         lines.push(format!(
             "{}: of answers to new flows {answers}",
-            service.name
+            service.title()
         ));
     }
     let unplaced = unplaced_drops(service);
     if !unplaced.is_empty() {
         lines.push(format!(
             "{}: of new or established flows, which is unknown, {unplaced}",
-            service.name
+            service.title()
         ));
     }
     lines
@@ -903,6 +903,7 @@ mod tests {
         let one = summary.services[0].clone();
         let outage = Outage {
             service: String::new(),
+            ipv6: false,
             path: "pod→ClusterIP".to_owned(),
             begin_ns: 1,
             end_ns: Some(2),

@@ -25,6 +25,8 @@ pub struct Known {
     pub by_mode: BTreeMap<&'static str, BTreeSet<SocketAddr>>,
     /// IP protocol number.
     pub protocol: u8,
+    /// Is it of IPv6? What has addresses of both is here twice.
+    pub ipv6: bool,
     /// Where its packets may go, by any policy of any mode.
     pub endpoints: BTreeSet<SocketAddr>,
     /// Where its packets went before, and when the rules no longer said so (`CLOCK_MONOTONIC`, ns).
@@ -50,6 +52,17 @@ impl Known {
         self.endpoints.extend(&endpoints);
         self.by_mode.entry(mode).or_default().extend(endpoints);
     }
+}
+
+/// What a `ServicePort` is called where those of IPv4 and IPv6 stand side by side.
+pub fn titled(name: &str, ipv6: bool) -> String {
+    // Without a name it is called by its address.
+    let said = if ipv6 && !name.contains('[') {
+        " (IPv6)"
+    } else {
+        ""
+    };
+    format!("{name}{said}")
 }
 
 /// Which `ServicePorts` are watched.
@@ -192,6 +205,7 @@ impl Directory {
                     mode: service.mode,
                     by_mode: BTreeMap::new(),
                     protocol,
+                    ipv6,
                     endpoints: BTreeSet::new(),
                     former: BTreeMap::new(),
                     there: false,

@@ -15,7 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use super::changes::{Delta, RuleChange, What, server_name};
-use super::directory::Known;
+use super::directory::{Known, titled};
 use super::flows::Decided;
 use super::verdict::Verdict;
 
@@ -30,6 +30,9 @@ const FLOWS: u64 = 3;
 pub struct Outage {
     /// `ns/name:port`.
     pub service: String,
+    /// Was it one of its IPv6 addresses?
+    #[serde(default)]
+    pub ipv6: bool,
     /// `pod→ClusterIP`, ...
     pub path: String,
     /// When the first flow that failed began (`CLOCK_MONOTONIC`, ns).
@@ -80,7 +83,7 @@ impl std::fmt::Display for Outage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         use crate::report::units::{plural, time_u64};
         let lost = plural(self.lost, "new flow", "new flows");
-        write!(f, "{} {}: ", self.service, self.path)?;
+        write!(f, "{} {}: ", titled(&self.service, self.ipv6), self.path)?;
         let until_ns = self.end_ns.unwrap_or(self.last_lost_ns);
         let lasted = time_u64(until_ns.saturating_sub(self.begin_ns));
         let ended = self.end_ns.map_or("or more", |_| "ended");
@@ -299,6 +302,7 @@ fn outage(known: &Known, going: Going, end: End, changes: &[RuleChange]) -> Outa
     let (begin_ns, last_lost_ns) = (going.first.first_ns, going.last.first_ns);
     Outage {
         service: known.name.clone(),
+        ipv6: known.ipv6,
         path: going.first.path.to_owned(),
         begin_ns,
         end_ns,
@@ -541,6 +545,7 @@ mod tests {
             mode,
             by_mode: BTreeMap::new(),
             protocol: 6,
+            ipv6: false,
             endpoints: std::collections::BTreeSet::new(),
             former: BTreeMap::new(),
             there: true,

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tracer_ebpf::record::Stats;
 
 use super::changes::{Listening, RuleChange};
-use super::directory::Directory;
+use super::directory::{Directory, titled};
 use super::journey::End;
 use super::outages::Outage;
 use super::tally::Tally;
@@ -35,6 +35,9 @@ pub struct ServiceSummary {
     pub translated: BTreeMap<String, u64>,
     /// IP protocol number.
     pub protocol: u8,
+    /// Is it of IPv6? A `ServicePort` with addresses of both is told twice.
+    #[serde(default)]
+    pub ipv6: bool,
     /// Endpoints that the rules name.
     pub endpoints: usize,
     /// Did the rules still name it at the end?
@@ -76,6 +79,11 @@ pub struct ServiceSummary {
 }
 
 impl ServiceSummary {
+    /// What it is called where those of IPv4 and IPv6 stand side by side.
+    pub fn title(&self) -> String {
+        titled(&self.name, self.ipv6)
+    }
+
     /// New flows that are known to have gone wrong.
     pub fn wrong(&self) -> u64 {
         let bad = self.verdicts.iter().filter(|count| count.verdict.is_bad());
@@ -340,6 +348,7 @@ impl Summary {
                     .map(|(mode, flows)| ((*mode).to_owned(), *flows))
                     .collect(),
                 protocol: known.protocol,
+                ipv6: known.ipv6,
                 endpoints: known.endpoints.len(),
                 there: known.there,
                 flows: tally.flows,

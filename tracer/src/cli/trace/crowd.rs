@@ -125,6 +125,7 @@ mod tests {
     fn outage(lost: u64, end_ns: u64) -> Event {
         Event::Outage(Outage {
             service: "shop/web:http".to_owned(),
+            ipv6: false,
             path: "pod→ClusterIP".to_owned(),
             begin_ns: 0,
             end_ns: Some(end_ns),
