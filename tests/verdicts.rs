@@ -274,7 +274,7 @@ pub fn an_established_flow_to_a_dead_endpoint_is_stuck(mode: Mode) {
     assert_eq!((stuck.destination, stuck.endpoint), (vips[0], dead));
     let (_, summary) = session.finish().expect("ends");
     let text = summary.to_string();
-    assert!(text.contains("1 established flow is stuck"), "{text}");
+    assert!(text.contains("1 established flow was stuck"), "{text}");
 }
 
 /// A port of the other machine that is no Service's.

@@ -169,7 +169,8 @@ pub struct Journey {
     pub first: Option<bool>,
     /// Is it an answer, on its way back?
     pub answer: bool,
-    /// The sum of its stages, ns: its time on this node without the probes' own; `None` if it was not timed.
+    /// The sum of the stages that it passed, ns: its time on this node without the probes' own, up to the stage that
+    /// dropped it; `None` if it was not timed.
     pub elapsed_ns: Option<u64>,
     /// Who it came from at the end: another source if it was masqueraded; `None` if unknown.
     pub source_after: Option<SocketAddr>,
@@ -213,6 +214,14 @@ pub const fn place(first: Option<bool>, answer: bool) -> &'static str {
         Some(true) => "",
         Some(false) => ", established",
         None => ", new or established",
+    }
+}
+
+/// Where a packet's time was spent: how long it lay in the stage that dropped it is not known.
+pub const fn spent(end: &End) -> &'static str {
+    match end {
+        End::Dropped { .. } => "on the way to where it was dropped",
+        _ => "on this node",
     }
 }
 

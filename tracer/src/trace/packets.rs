@@ -159,16 +159,6 @@ impl Reader {
         }
     }
 
-    /// The packet's time on the node, ns. Nobody steps when it is dropped: what it lay waiting until then counts by the
-    /// clock, with the probes' own work in it.
-    fn elapsed_ns(&self, record: &Record) -> u64 {
-        if record.kind == kind::DROP && !self.is_at_socket(record) {
-            record.time.saturating_sub(record.started)
-        } else {
-            record.elapsed
-        }
-    }
-
     /// Has the packet, which its socket did not take, been told as the first of its flow when it came there?
     fn was_first(&self, record: &Record) -> bool {
         let carried = dissect(&record.header.0).map(|headers| headers.protocol);
@@ -271,7 +261,7 @@ impl Reader {
                 is_first(record, headers.map(|headers| headers.protocol))
             },
             answer: record.state == state::REPLY,
-            elapsed_ns: (record.started != 0).then(|| self.elapsed_ns(record)),
+            elapsed_ns: (record.started != 0).then_some(record.elapsed),
             source_after,
             stages,
             translated_by,

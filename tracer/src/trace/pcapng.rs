@@ -5,7 +5,7 @@
 //! what it asked for and what became of it. What else happens, such as a rule change, stands in the list at
 //! its own time as a packet that is a line of text, which it has as its comment too.
 
-use super::journey::{Journey, place, time_on_node};
+use super::journey::{Journey, place, spent, time_on_node};
 use crate::record::run::Clock;
 
 /// `LINKTYPE_RAW` (tcpdump.org/linktypes.html): packets begin with an IPv4 or IPv6 header.
@@ -100,9 +100,10 @@ impl Encoder {
         let captured = journey.header.len().min(length as usize);
         let later = place(journey.first, journey.answer);
         let comment = format!(
-            "{journey}: {}{later}, {} on this node",
+            "{journey}: {}{later}, {} {}",
             journey.end,
-            time_on_node(self.clock, journey.elapsed_ns)
+            time_on_node(self.clock, journey.elapsed_ns),
+            spent(&journey.end)
         );
         self.packet(
             journey.time_ns,

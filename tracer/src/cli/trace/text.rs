@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use tracer::record::run::Clock;
 use tracer::report::units;
 use tracer::report::write::printable;
-use tracer::trace::journey::{Journey, StageTime, place, time_on_node};
+use tracer::trace::journey::{Journey, StageTime, place, spent, time_on_node};
 use tracer::trace::met::Meeting;
 use tracer::trace::translator::Translator;
 
@@ -35,7 +35,8 @@ pub(super) fn journey(clock: Clock, at: &str, journey: &Journey) -> String {
             let _ = writeln!(text, "{:>41}· {}", "", printable(&met.to_string()));
         }
     }
-    let _ = writeln!(text, "      = {cost} on this node · {}{later}", journey.end);
+    let spent = spent(&journey.end);
+    let _ = writeln!(text, "      = {cost} {spent} · {}{later}", journey.end);
     text
 }
 
