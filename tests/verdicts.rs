@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Stdio;
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tracer::cluster::Family;
@@ -334,16 +336,39 @@ fn who_answers(ns: &Netns, to: SocketAddr) -> Option<u8> {
     ns.run(ask).expect("enters")
 }
 
-/// Accepts connections until the process ends, and says who it is.
-fn listen(ns: &Netns, name: u8) {
-    let listener = ns.run(|| TcpListener::bind(("0.0.0.0", SSH)).expect("binds"));
-    let listener = listener.expect("enters");
-    std::thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            // Whoever has gone does not want to know.
-            let _ = std::io::Write::write_all(&mut stream, &[name]);
+/// Somebody who accepts connections, and says who it is, until it is dropped: a socket that stays would keep its
+/// namespace, and with it the modules that rules there use.
+struct Greeter {
+    listener: Arc<TcpListener>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Greeter {
+    fn listen(ns: &Netns, name: u8) -> Self {
+        let listener = ns.run(|| TcpListener::bind(("0.0.0.0", SSH)).expect("binds"));
+        let listener = Arc::new(listener.expect("enters"));
+        let accepting = Arc::clone(&listener);
+        let thread = std::thread::spawn(move || {
+            while let Ok((mut stream, _)) = accepting.accept() {
+                // Whoever has gone does not want to know.
+                let _ = std::io::Write::write_all(&mut stream, &[name]);
+            }
+        });
+        Self {
+            listener,
+            thread: Some(thread),
         }
-    });
+    }
+}
+
+impl Drop for Greeter {
+    fn drop(&mut self) {
+        // Whoever accepts is told that nobody will come.
+        let ended = socket2::SockRef::from(&*self.listener).shutdown(Shutdown::Both);
+        if let (Ok(()), Some(thread)) = (ended, self.thread.take()) {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// A Service whose external IP is another machine's address. In IPVS mode everything that is sent there ends on
@@ -365,8 +390,8 @@ pub fn an_external_ip_of_another_machine_is_hijacked(mode: Mode, tier: Tier) {
         "ip",
         &back.split(' ').collect::<Vec<_>>(),
     );
-    listen(node.lab.external(), OTHER);
-    listen(node.lab.node(), NODE);
+    let _other = Greeter::listen(node.lab.external(), OTHER);
+    let _ours = Greeter::listen(node.lab.node(), NODE);
     let options = trace::options(Vec::new(), tier);
     let mut session = Session::start(node.lab.node(), options).expect("attaches");
     // Nothing is bound yet.
