@@ -424,6 +424,62 @@ pub fn a_flush_is_heard_and_what_it_breaks_is_seen() {
     );
 }
 
+/// Who comes is known before the rules are read again, and asked at once: every flow is told by name.
+pub fn a_service_that_comes_is_known_at_once(mode: Mode) {
+    const NEW: usize = 2;
+    let mut node = TestNode::build(3, 2).expect("a laboratory");
+    let new = node.cluster.services.pop().expect("three Services");
+    on_one_thread(node.apply(mode)).expect("rules");
+    let ns = node.lab.node();
+    let mut session = Session::start(ns, options(Vec::new(), Tier::Hooks)).expect("attaches");
+    node.cluster.services.push(new);
+    let vip = node.vip(NEW);
+    if mode == Mode::Ipvs {
+        let (address, vip) = (vip.ip().to_string(), vip.to_string());
+        run(ns, "ip", &["addr", "add", &address, "dev", "kube-ipvs0"]);
+        run(ns, "ipvsadm", &["-A", "-t", &vip, "-s", "rr"]);
+        for endpoint in &node.cluster.services[NEW].ports[0].endpoints {
+            let real = SocketAddr::new(endpoint.address, endpoint.port).to_string();
+            run(ns, "ipvsadm", &["-a", "-t", &vip, "-r", &real, "-m"]);
+        }
+        let entry = format!("{address},tcp:80");
+        run(ns, "ipset", &["add", "KUBE-CLUSTER-IP", &entry, "-exist"]);
+    } else {
+        on_one_thread(node.apply(mode)).expect("rules");
+    }
+    let begin = Instant::now();
+    while session.directory().asked(vip, 6).is_none() {
+        assert!(begin.elapsed() < PATIENCE, "it was never heard of");
+        let events = session.poll().expect("polls");
+        let read = events
+            .iter()
+            .any(|event| matches!(event, Event::Services { .. }));
+        assert!(!read, "the rules were read before");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let mut alone = node.cluster.clone();
+    alone.services.drain(..NEW);
+    let paths = Path::SERVICE.into_iter();
+    let paths = paths.filter(|path| path.target == Target::ClusterIp);
+    let result = send_by(&node, &alone, Family::V4, 10, 6, paths);
+    let (_, summary) = session.finish().expect("ends");
+    let told = summary.services.iter().filter(|service| service.flows > 0);
+    let [told] = told.collect::<Vec<_>>()[..] else {
+        panic!("{summary:#?}");
+    };
+    assert_eq!(told.flows, result.flows.len() as u64, "{summary:#?}");
+    let [verdict] = &told.verdicts[..] else {
+        panic!("{told:#?}");
+    };
+    assert_eq!(
+        (&verdict.verdict, verdict.count),
+        (&Verdict::Delivered, told.flows)
+    );
+    assert_eq!((told.mode.as_str(), told.endpoints), (mode.name(), 2));
+    let paths: Vec<&str> = summary.paths.iter().map(|path| &*path.path).collect();
+    assert_eq!(paths, ["host→ClusterIP", "pod→ClusterIP"]);
+}
+
 /// Services that were not asked for are not told of.
 pub fn only_what_is_chosen_is_traced() {
     let mode = Mode::Nftables;

@@ -173,6 +173,11 @@ fn ipvs_trace() {
 }
 
 #[test]
+fn ipvs_new_service() {
+    tests::trace::a_service_that_comes_is_known_at_once(Mode::Ipvs);
+}
+
+#[test]
 fn functions_two_modes_at_once() {
     let told = tests::trace::it_is_told_which_of_two_modes_translates;
     for left in [Mode::IptablesLegacy, Mode::IptablesNft] {

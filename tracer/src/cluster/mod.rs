@@ -26,6 +26,14 @@ pub enum Protocol {
 }
 
 impl Protocol {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
+    /// The one with this number in the IP header.
+    pub fn of_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|one| one.number() == number)
+    }
+
     /// Lower-case name, as kube-proxy writes it in rules.
     pub const fn name(self) -> &'static str {
         match self {

@@ -546,7 +546,7 @@ fn read_server(attributes: Attributes<'_>) -> Result<Option<Server>, NetlinkErro
     }
     let family = service.clone().find_u16(IPVS_SVC_ATTR_AF)?.ok_or(WITHOUT)?;
     let protocol = service.clone().find_u16(IPVS_SVC_ATTR_PROTOCOL)?;
-    let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+    let protocol = Protocol::ALL
         .into_iter()
         .find(|known| Some(u16::from(known.number())) == protocol)
         .ok_or(NetlinkError::Garbled(

@@ -380,6 +380,18 @@ impl Probes {
         fill(&mut self.programs, watch)
     }
 
+    /// Has the probes recognise these too: address, protocol number and what is there.
+    ///
+    /// # Errors
+    ///
+    /// A map refuses, or is full.
+    pub fn watch_targets(
+        &mut self,
+        targets: &[(SocketAddr, u8, Target)],
+    ) -> Result<(), ProbeError> {
+        fill_targets(&mut self.programs, targets, &HashSet::new())
+    }
+
     /// When a packet came from a former endpoint last (`CLOCK_MONOTONIC`, ns); `None` if none did since it is one.
     ///
     /// # Errors
@@ -630,11 +642,15 @@ fn fill_priorities(programs: &mut Programs) -> Result<(), ProbeError> {
     Ok(())
 }
 
-fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
+fn fill_targets(
+    programs: &mut Programs,
+    targets: &[(SocketAddr, u8, Target)],
+    former: &HashSet<(SocketAddr, u8)>,
+) -> Result<(), ProbeError> {
     let mut map: Array<_, Plain<[u8; PORT_BITS]>> = map_mut(programs, "PORTS")?;
     // What the probes themselves found to answer goes on.
     let mut ports = map.get(&0, 0).map_err(map_error("PORTS"))?.0;
-    for (address, _, target) in &watch.targets {
+    for (address, _, target) in targets {
         let port = usize::from(address.port());
         ports[port / 4] |= PORT_IS_DESTINATION << (port % 4 * 2);
         if *target == Target::Pod {
@@ -644,10 +660,10 @@ fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
     map.set(0, Plain(ports), 0).map_err(map_error("PORTS"))?;
 
     let (mut v4, mut v6) = (Vec::new(), Vec::new());
-    for (address, protocol, target) in &watch.targets {
+    for (address, protocol, target) in targets {
         let known = Known {
             target: *target as u32,
-            former: u32::from(watch.former.contains(&(*address, *protocol))),
+            former: u32::from(former.contains(&(*address, *protocol))),
             heard: 0,
         };
         match key_of(*address, *protocol) {
@@ -656,7 +672,11 @@ fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
         }
     }
     know_all(programs, "TARGETS4", v4)?;
-    know_all(programs, "TARGETS6", v6)?;
+    know_all(programs, "TARGETS6", v6)
+}
+
+fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
+    fill_targets(programs, &watch.targets, &watch.former)?;
     if let Some(absorbed) = &watch.absorbed {
         absorb(programs, absorbed)?;
     }

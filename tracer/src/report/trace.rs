@@ -87,10 +87,16 @@ pub fn session(summary: &Summary) -> Vec<Block> {
 
 /// For how long it was not known what the rules said.
 fn unread(summary: &Summary) -> Option<String> {
+    // Whole tables are replaced there, and nothing tells of a new Service but they.
+    let mut modes = summary.services.iter().map(|service| service.mode.as_str());
+    let meanwhile = if modes.any(|mode| mode.starts_with("iptables")) {
+        "flows to Services that were new then are not told"
+    } else {
+        "flows that need the new rules were decided later"
+    };
     (summary.outdated_ns > 0).then(|| {
         format!(
-            "rules had changed and were not yet read again for {} of {}: flows to Services that are new since then are \
-             not told",
+            "rules had changed and were not yet read again for {} of {}: {meanwhile}",
             units::time_u64(summary.outdated_ns),
             units::time_u64(summary.duration_ns)
         )

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use tracer_ebpf::path::Target;
 
+use crate::cluster::Family;
 use crate::kernel::addresses::{Attached, Bound};
 use crate::kernel::clock::monotonic_ns;
 use crate::rules::Mode;
@@ -122,7 +123,7 @@ pub struct Absorbed {
 pub struct Directory {
     choices: Vec<Choice>,
     services: Vec<Known>,
-    by_name: HashMap<(String, u8, bool), usize>,
+    by_name: HashMap<Identity, usize>,
     /// By virtual address, or the node's, port and protocol.
     frontends: HashMap<(SocketAddr, u8), (usize, Target)>,
     /// External and load balancer addresses that IPVS mode serves, by the rules as they are now: the first
@@ -130,10 +131,12 @@ pub struct Directory {
     external: HashMap<IpAddr, usize>,
     /// Those that the node has bound.
     absorbed: HashMap<IpAddr, Absorbed>,
-    /// The last change that was over when the rules were begun to be read that are known now, and those
-    /// that are being read (`CLOCK_MONOTONIC`, ns).
+    /// When the rules were begun to be read that are known now, and those that are being read (`CLOCK_MONOTONIC`, ns):
+    /// what was over by then, they say.
     known_ns: u64,
     reading_ns: u64,
+    /// Of which nothing has been read since they came.
+    expected: BTreeSet<usize>,
 }
 
 impl Directory {
@@ -145,10 +148,9 @@ impl Directory {
         }
     }
 
-    /// The rules are being read from now on; the last change before was over at `changed_ns`
-    /// (`CLOCK_MONOTONIC`).
-    pub const fn begin_to_read(&mut self, changed_ns: u64) {
-        self.reading_ns = changed_ns;
+    /// The rules are being read, as they are from this moment on (`CLOCK_MONOTONIC`, ns).
+    pub const fn begin_to_read(&mut self, read_ns: u64) {
+        self.reading_ns = read_ns;
     }
 
     /// Takes in what the rules say now; `local` are the node's addresses, which serve NodePorts.
@@ -166,12 +168,10 @@ impl Directory {
                 service.former.insert(endpoint, changed_ns);
             }
         }
-        let chosen = |service: &&FoundService| {
-            self.choices.is_empty() || self.choices.iter().any(|choice| choice.takes(service))
-        };
-        let chosen: Vec<&FoundService> = found.services.iter().filter(chosen).collect();
-        for service in chosen {
-            self.learn_one(service, local);
+        for service in &found.services {
+            if self.is_chosen(service) {
+                self.learn_one(service, local);
+            }
         }
         for service in &mut self.services {
             let Known {
@@ -184,35 +184,76 @@ impl Directory {
             let same = |(there, endpoints): &(bool, BTreeSet<SocketAddr>)| {
                 *there == known.there && *endpoints == known.endpoints
             };
-            if !before.get(index).is_some_and(same) {
+            if self.expected.contains(&index) || !before.get(index).is_some_and(same) {
                 known.altered.truncate(ALTERED - 1);
                 known.altered.push_front(around);
             }
         }
+        self.expected.clear();
         self.known_ns = self.reading_ns;
     }
 
-    fn learn_one(&mut self, service: &FoundService, local: &[IpAddr]) {
-        let name = name_of(service);
+    /// Takes in a frontend that came after the rules were read, which will tell more of it when they are read again.
+    /// What the probes have to recognise besides: an answer to it will be, whoever gives it.
+    pub fn expect(
+        &mut self,
+        service: &FoundService,
+        local: &[IpAddr],
+    ) -> Vec<(SocketAddr, u8, Target)> {
+        let known = self.by_name.get(&identity_of(service)).copied();
+        if known.is_none() && !self.is_chosen(service) {
+            return Vec::new();
+        }
+        let index = known.unwrap_or_else(|| self.index_of(service));
+        let known = &mut self.services[index];
+        if !known.there {
+            known.mode = service.mode;
+            known.there = true;
+            self.expected.insert(index);
+        }
         let protocol = service.protocol.number();
-        let ipv6 = service.family == crate::cluster::Family::V6;
-        let index = *self
-            .by_name
-            .entry((name.clone(), protocol, ipv6))
-            .or_insert_with(|| {
-                self.services.push(Known {
-                    name,
-                    mode: service.mode,
-                    by_mode: BTreeMap::new(),
-                    protocol,
-                    ipv6,
-                    endpoints: BTreeSet::new(),
-                    former: BTreeMap::new(),
-                    there: false,
-                    altered: VecDeque::new(),
-                });
-                self.services.len() - 1
-            });
+        let mut new = Vec::new();
+        for (socket, target) in sockets(service, local) {
+            let before = self.frontends.get(&(socket, protocol));
+            // Whoever has it by what was read keeps it until the rules are read again.
+            if before.is_none_or(|(owner, _)| *owner != index && !self.services[*owner].there) {
+                self.frontends.insert((socket, protocol), (index, target));
+                new.push((socket, protocol, target));
+            }
+        }
+        new
+    }
+
+    fn is_chosen(&self, service: &FoundService) -> bool {
+        self.choices.is_empty() || self.choices.iter().any(|choice| choice.takes(service))
+    }
+
+    /// Where this Service is, which is made if it is not known yet.
+    fn index_of(&mut self, service: &FoundService) -> usize {
+        let identity = identity_of(service);
+        if let Some(index) = self.by_name.get(&identity) {
+            return *index;
+        }
+        let (name, protocol, ipv6) = identity.clone();
+        self.services.push(Known {
+            name,
+            mode: service.mode,
+            by_mode: BTreeMap::new(),
+            protocol,
+            ipv6,
+            endpoints: BTreeSet::new(),
+            former: BTreeMap::new(),
+            there: false,
+            altered: VecDeque::new(),
+        });
+        let index = self.services.len() - 1;
+        self.by_name.insert(identity, index);
+        index
+    }
+
+    fn learn_one(&mut self, service: &FoundService, local: &[IpAddr]) {
+        let protocol = service.protocol.number();
+        let index = self.index_of(service);
         let known = &mut self.services[index];
         let endpoints = service.endpoints.iter().chain(&service.local_endpoints);
         let endpoints: BTreeSet<SocketAddr> = endpoints.copied().collect();
@@ -231,23 +272,9 @@ impl Directory {
                 self.external.entry(address).or_insert(index);
             }
         }
-        for frontend in &service.frontends {
-            let (addresses, target) = match frontend.address {
-                Some(address) => (vec![address], target_of(frontend.kind)),
-                None => (
-                    local
-                        .iter()
-                        .copied()
-                        .filter(|address| address.is_ipv6() == ipv6)
-                        .collect(),
-                    Target::NodePort,
-                ),
-            };
-            for address in addresses {
-                let socket = SocketAddr::new(address, frontend.port);
-                let owner = self.owner_of((socket, protocol), index);
-                self.frontends.insert((socket, protocol), (owner, target));
-            }
+        for (socket, target) in sockets(service, local) {
+            let owner = self.owner_of((socket, protocol), index);
+            self.frontends.insert((socket, protocol), (owner, target));
         }
     }
 
@@ -364,6 +391,34 @@ impl Directory {
     }
 }
 
+/// What tells a `ServicePort` from the others: its name, its protocol's number, and whether it is the IPv6 one.
+type Identity = (String, u8, bool);
+
+fn identity_of(service: &FoundService) -> Identity {
+    let ipv6 = service.family == Family::V6;
+    (name_of(service), service.protocol.number(), ipv6)
+}
+
+/// What clients of a Service send to; `local` are the node's addresses, which serve NodePorts.
+fn sockets(service: &FoundService, local: &[IpAddr]) -> impl Iterator<Item = (SocketAddr, Target)> {
+    let ipv6 = service.family == Family::V6;
+    let of_node = local
+        .iter()
+        .filter(move |address| address.is_ipv6() == ipv6);
+    service.frontends.iter().flat_map(move |frontend| {
+        let own = frontend.address.into_iter();
+        let none = frontend.address.is_none();
+        let of_node = of_node.clone().copied().filter(move |_| none);
+        let target = if none {
+            Target::NodePort
+        } else {
+            target_of(frontend.kind)
+        };
+        let socket = move |address| (SocketAddr::new(address, frontend.port), target);
+        own.chain(of_node).map(socket)
+    })
+}
+
 const fn target_of(kind: FrontendKind) -> Target {
     match kind {
         FrontendKind::ClusterIp => Target::ClusterIp,
@@ -390,7 +445,7 @@ pub(super) fn name_of(service: &FoundService) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::cluster::{Family, Protocol};
+    use crate::cluster::Protocol;
     use crate::rules::services::Frontend;
 
     fn service(name: &str, vip: &str, node_port: Option<u16>, endpoint: &str) -> FoundService {
@@ -578,6 +633,64 @@ pub(super) mod tests {
         directory.learn(&found(), &[], 0);
         assert!(directory.get(index).expect("known").there);
         assert_eq!(directory.services().len(), 3);
+    }
+
+    /// A Service comes, is asked, and is read of later.
+    #[test]
+    fn what_comes_is_known_by_its_frontend() {
+        let mut all = found();
+        let last = all.services.pop().expect("three");
+        let node: IpAddr = "192.0.2.1".parse().expect("an address");
+        let mut directory = Directory::new(Vec::new());
+        directory.learn(&all, &[node], 0);
+        let arriving = |frontend: Frontend| FoundService {
+            frontends: vec![frontend],
+            endpoints: Vec::new(),
+            ..last.clone()
+        };
+        let frontend = last.frontends[0];
+        let vip = SocketAddr::new(frontend.address.expect("a virtual IP"), frontend.port);
+        let protocol = last.protocol.number();
+        assert_eq!(
+            directory.expect(&arriving(frontend), &[node]),
+            [(vip, protocol, Target::ClusterIp)]
+        );
+        let index = directory.asked(vip, protocol).expect("known");
+        let known = directory.get(index).expect("known");
+        assert!(known.there && known.endpoints.is_empty() && known.altered.is_empty());
+        // Nothing new; then a port of the node.
+        assert!(directory.expect(&arriving(frontend), &[node]).is_empty());
+        let port = Frontend {
+            kind: FrontendKind::NodePort,
+            address: None,
+            port: 30099,
+            refusal: None,
+        };
+        let by_node = SocketAddr::new(node, 30099);
+        assert_eq!(
+            directory.expect(&arriving(port), &[node]),
+            [(by_node, protocol, Target::NodePort)]
+        );
+        assert_eq!(directory.asked(by_node, protocol), Some(index));
+        // What has an owner by the rules keeps it.
+        let taken = Frontend {
+            address: all.services[0].frontends[0].address,
+            port: all.services[0].frontends[0].port,
+            ..frontend
+        };
+        assert!(directory.expect(&arriving(taken), &[node]).is_empty());
+        directory.learn(&found(), &[node], 0);
+        let known = directory.get(index).expect("known");
+        assert!(known.there && known.altered.len() == 1 && !known.endpoints.is_empty());
+        // It goes, and somebody else comes in its place.
+        directory.learn(&all, &[node], 0);
+        let mut other = arriving(frontend);
+        other.name = Some("shop/other:http".to_owned());
+        assert_eq!(directory.expect(&other, &[node]).len(), 1);
+        assert_ne!(directory.asked(vip, protocol), Some(index));
+        let mut one = Directory::new(vec![Choice::Service("shop/web".to_owned())]);
+        one.learn(&all, &[node], 0);
+        assert!(one.expect(&other, &[node]).is_empty());
     }
 
     #[test]

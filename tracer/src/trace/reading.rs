@@ -1,13 +1,13 @@
 //! The node's rules, read again after they have changed: which change makes it worth it, when, and how often.
 //!
 //! Reading is not free for the node: the kernel and `nft` take 20 s of a CPU to list the nftables rules of 30,000
-//! Services, and iptables' tools one. So rules that take long are read at most a tenth of the time, and none after
-//! changes that tell nothing of Services.
+//! Services, and iptables' tools one. So rules are read at most some tenth of the time, and none after changes that
+//! tell nothing of Services. What is new and says so by itself ([`Arrival`]) is not waited for.
 
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
-use super::changes::{ALL_SETS, RuleChange, What};
+use super::changes::{ALL_SETS, Arrival, RuleChange, What};
 use crate::cluster::Family;
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::dump::{self, DumpError};
@@ -15,14 +15,18 @@ use crate::kernel::netns::Netns;
 use crate::rules::dump::Unreadable;
 use crate::rules::services::{self, Found};
 
-/// How long the rules must have been left alone before they are read again.
-const SETTLED: Duration = Duration::from_millis(500);
-/// How long they are waited for to be left alone, at most.
-const RESTLESS: Duration = Duration::from_secs(2);
+/// How long the rules must have been left alone before they are read again, by how long reading takes,
+const SETTLED: u32 = 2;
+/// at least (one transaction after the other is one change of kube-proxy's)
+const SOONEST: Duration = Duration::from_millis(50);
+/// and at most.
+const LATEST: Duration = Duration::from_millis(500);
+/// How long they are waited for to be left alone, at most, in times of that.
+const RESTLESS: u32 = 4;
 /// For each second of reading, so many pass without,
 const PAUSE: u32 = 9;
-/// less this: what takes 0.2 s may follow upon itself as fast as rules change.
-const FREE: Duration = Duration::from_secs(2);
+/// less what they are waited for anyway.
+const FREE: Duration = LATEST.saturating_mul(RESTLESS);
 /// The longest reading that a session's end is put off for.
 const AT_END: Duration = Duration::from_secs(2);
 /// How long after a reading that failed another one is tried, at least.
@@ -53,7 +57,7 @@ enum Touched {
 pub(super) enum Turn {
     /// Nothing new.
     Nothing,
-    /// The rules are read, as they have been since this change (`CLOCK_MONOTONIC`, ns).
+    /// The rules are read, as they are from now on (`CLOCK_MONOTONIC`, ns).
     Begins(u64),
     /// There is something to learn: see [`Reading::found`].
     Read,
@@ -77,6 +81,8 @@ pub(super) struct Reading {
     /// Of the rules that are being read.
     next: Since,
     under_way: Option<Receiver<Result<Found, ReadingError>>>,
+    /// What has come since the rules were read, and is not in what they said.
+    expected: Vec<Arrival>,
 }
 
 /// Since when the rules have been what was read (`CLOCK_MONOTONIC`, ns).
@@ -127,6 +133,7 @@ impl Reading {
             outdated_ns: 0,
             next: known,
             under_way: None,
+            expected: Vec::new(),
         })
     }
 
@@ -161,10 +168,32 @@ impl Reading {
         if change.is_refused() || touched == Touched::Nothing {
             return;
         }
+        if change.time_ns < self.next.read_ns {
+            // It was over when they were begun to be read: they say so already.
+            self.next.changed_ns = self.next.changed_ns.max(change.time_ns);
+        } else {
+            self.outdate(touched, change.time_ns);
+        }
+    }
+
+    /// Takes notice of Services that have come: the rules will say more of them, once they are read again.
+    pub(super) fn expect(&mut self, arrivals: Vec<Arrival>) {
+        for arrival in arrivals {
+            self.outdate(Touched::Rules, arrival.time_ns);
+            self.expected.push(arrival);
+        }
+    }
+
+    /// The Services that have come since the rules were begun to be read.
+    pub(super) fn expected(&self) -> &[Arrival] {
+        &self.expected
+    }
+
+    fn outdate(&mut self, touched: Touched, time_ns: u64) {
         self.touched = self.touched.max(touched);
-        self.changed_ns = self.changed_ns.max(change.time_ns);
+        self.changed_ns = self.changed_ns.max(time_ns);
         self.pace.change(Instant::now());
-        self.outdated_since_ns.get_or_insert(change.time_ns);
+        self.outdated_since_ns.get_or_insert(time_ns);
     }
 
     /// For how long in all, until now, they may have said something else than what was read, ns.
@@ -177,6 +206,8 @@ impl Reading {
     /// What they said when they were begun to be read is known.
     fn know(&mut self) {
         self.known = self.next;
+        let read_ns = self.known.read_ns;
+        self.expected.retain(|arrival| arrival.time_ns >= read_ns);
         if !self.is_outdated() {
             self.outdated_ns = self.outdated_ns(monotonic_ns());
             self.outdated_since_ns = None;
@@ -237,7 +268,7 @@ impl Reading {
             let _ = tell.send(read(&ns));
         });
         self.under_way = Some(reading);
-        Turn::Begins(self.changed_ns)
+        Turn::Begins(self.next.read_ns)
     }
 
     /// Has what is read in the background been read?
@@ -275,7 +306,8 @@ impl Pace {
 
     fn is_due(&self, now: Instant) -> bool {
         self.changed.is_some_and(|(first, last)| {
-            now >= self.earliest && (now - last >= SETTLED || now - first >= RESTLESS)
+            let settled = (self.took * SETTLED).clamp(SOONEST, LATEST);
+            now >= self.earliest && (now - last >= settled || now - first >= settled * RESTLESS)
         })
     }
 
@@ -432,6 +464,7 @@ mod tests {
             outdated_ns: 2,
             next: Since::default(),
             under_way: Some(under_way),
+            expected: Vec::new(),
         };
         assert!(matches!(reading.poll(), Turn::Nothing) && reading.is_outdated());
         let unreadable = services::read(&Texts {
@@ -451,6 +484,30 @@ mod tests {
         reading.pace.took = AT_END;
         assert!(matches!(reading.begin_at_end(), Turn::Failed(_)));
         assert!(!reading.is_under_way());
+        // What was over when they were begun to be read is no news; what came then is.
+        reading.next.read_ns = 4;
+        let change = |time_ns| RuleChange {
+            time_ns,
+            ..change(What::Nftables {
+                generation: None,
+                tables: BTreeMap::new(),
+            })
+        };
+        reading.pace.changed = None;
+        reading.hear(&change(3));
+        assert!(!reading.is_outdated());
+        reading.hear(&change(4));
+        assert!(reading.is_outdated());
+        let arrival = |time_ns| Arrival {
+            time_ns,
+            service: crate::trace::directory::tests::found().services.remove(0),
+        };
+        reading.expect(vec![arrival(6), arrival(7)]);
+        reading.next.read_ns = 7;
+        reading.know();
+        assert_eq!(reading.expected(), [arrival(7)]);
+        reading.known = Since::default();
+        reading.next = Since::default();
         // New addresses are learnt of without reading.
         reading.touched = Touched::Addresses;
         reading.pace.took = Duration::ZERO;
@@ -477,17 +534,30 @@ mod tests {
         pace.change(at(1100));
         assert!(!pace.is_due(at(7999)));
         assert!(pace.is_due(at(8000)));
-        pace.begin(at(10_000));
-        pace.end(at(10_010));
+        pace.begin(at(8000));
+        pace.end(at(9000));
         pace.change(at(20_000));
-        assert!(!pace.is_due(at(20_499)));
-        assert!(pace.is_due(at(20_500)));
+        pace.change(at(20_100));
+        assert!(!pace.is_due(at(20_599)));
+        assert!(pace.is_due(at(20_600)));
         // Somebody changes them all the time.
         for ms in (20_000..=22_000).step_by(100) {
             pace.change(at(ms));
         }
-        assert!(!pace.is_due(at(21_999)));
-        assert!(pace.is_due(at(22_000)));
+        // What takes little is read soon.
+        for (took, settled) in [(10, 50), (100, 200)] {
+            let mut pace = pace;
+            pace.begin(at(22_000));
+            pace.end(at(22_000 + took));
+            pace.change(at(23_000));
+            assert!(!pace.is_due(at(22_999 + settled)));
+            assert!(pace.is_due(at(23_000 + settled)));
+            for ms in (23_000..=23_000 + 4 * settled).step_by(10) {
+                pace.change(at(ms));
+            }
+            assert!(!pace.is_due(at(22_999 + 4 * settled)));
+            assert!(pace.is_due(at(23_000 + 4 * settled)));
+        }
         pace.begin(at(22_000));
         pace.end(at(22_010));
         pace.retry(at(22_010));

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tracer_ebpf::path::{Origin, Path, Target};
 
-use super::changes::{ChangesError, Listening, RuleChange, Watcher};
+use super::changes::{Arrival, ChangesError, Listening, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
 use super::flows::{ALL_READ, Back, Decided, Flows, Key};
 use super::hints;
@@ -367,6 +367,7 @@ impl Session {
     /// Takes in what happened since the last call, in the order of time.
     pub fn poll(&mut self) -> Result<Vec<Event>, TraceError> {
         let mut events = Vec::new();
+        self.expect_arrivals()?;
         let told_ns = self.watcher.told_until_ns(monotonic_ns());
         for change in self.watcher.drain()? {
             self.reading.hear(&change);
@@ -424,7 +425,7 @@ impl Session {
     fn learn(&mut self, turn: reading::Turn, events: &mut Vec<Event>) -> Result<(), TraceError> {
         match turn {
             reading::Turn::Nothing => {}
-            reading::Turn::Begins(changed_ns) => self.directory.begin_to_read(changed_ns),
+            reading::Turn::Begins(read_ns) => self.directory.begin_to_read(read_ns),
             reading::Turn::Read => {
                 self.learn_found()?;
                 let there = |there| {
@@ -480,6 +481,32 @@ impl Session {
             .resize(self.directory.services().len(), Tally::default());
         let watch = watch(&self.directory, local, &self.options, self.may_absorb);
         self.probes.watch_also(&watch)?;
+        // What came while they were read may be missing from what was read.
+        self.expect(self.reading.expected().to_vec())
+    }
+
+    /// Has everybody know of Services that have just come.
+    fn expect_arrivals(&mut self) -> Result<(), TraceError> {
+        let arrivals = self.watcher.drain_arrivals();
+        if !arrivals.is_empty() {
+            self.reading.expect(arrivals.clone());
+            self.expect(arrivals)?;
+        }
+        Ok(())
+    }
+
+    fn expect(&mut self, arrivals: Vec<Arrival>) -> Result<(), TraceError> {
+        let local: Vec<IpAddr> = self.reader.local.iter().copied().collect();
+        let mut new = Vec::new();
+        for arrival in arrivals {
+            new.extend(self.directory.expect(&arrival.service, &local));
+        }
+        if new.is_empty() {
+            return Ok(());
+        }
+        self.tallies
+            .resize(self.directory.services().len(), Tally::default());
+        self.probes.watch_targets(&new)?;
         Ok(())
     }
 

@@ -125,7 +125,7 @@ impl FromStr for To {
 
     fn from_str(s: &str) -> Result<Self, Usage> {
         let (socket, protocol) = s.split_once('/').unwrap_or((s, "tcp"));
-        let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+        let protocol = Protocol::ALL
             .into_iter()
             .find(|known| known.name().eq_ignore_ascii_case(protocol))
             .ok_or_else(|| Usage(format!("'{protocol}' is no protocol: use tcp, udp or sctp")))?;

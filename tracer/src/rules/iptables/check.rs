@@ -719,7 +719,7 @@ mod tests {
                 .collect();
             let mut hashes = HashMap::new();
             for service in &services {
-                for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+                for protocol in Protocol::ALL {
                     let hash = service_hash(service, protocol);
                     hashes.insert(hash.as_str().to_owned(), *service);
                 }

@@ -512,7 +512,7 @@ impl<'p> Plan<'p> {
         ] {
             self.push_set_rule(text, chain, set, direction, rest);
         }
-        for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+        for protocol in Protocol::ALL {
             let (set, local_set) = Role::of_node_ports(protocol);
             let chain = format!("KUBE-NODE-PORT -p {protocol}");
             let direction = match protocol {

@@ -251,7 +251,7 @@ impl Value {
     #[must_use]
     pub fn as_protocol(self) -> Self {
         match self {
-            Self::Number(number) => [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+            Self::Number(number) => Protocol::ALL
                 .into_iter()
                 .find(|protocol| u32::from(protocol.number()) == number)
                 .map_or(Self::Number(number), Self::Protocol),

@@ -113,7 +113,7 @@ fn name_and_rest<'r>(rule: &'r Rule<'_>) -> Option<(&'r str, &'r str)> {
 }
 
 fn protocol(protocol: IpProtocol) -> Option<Protocol> {
-    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+    Protocol::ALL
         .into_iter()
         .find(|known| known.number() == protocol.0)
 }
@@ -319,7 +319,7 @@ fn add_refusal(rule: &Rule<'_>, kind: FrontendKind, collector: &mut Collector) {
 /// The health check is of the whole Service, and its rule is named for one of its ports.
 fn add_health_check(name: &str, port: u16, collector: &mut Collector) {
     let mut any = false;
-    for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+    for protocol in Protocol::ALL {
         if let Some(service) = collector.services.get_mut(&(name.to_owned(), protocol)) {
             service.health_check_node_port = Some(port);
             any = true;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use super::{Collector, Foreign, Found, FrontendKind, Refusal, owner};
+use super::{Collector, Foreign, Found, FoundService, FrontendKind, Refusal, owner};
 use crate::cluster::{Family, Protocol, TrafficPolicy};
 use crate::rules::Mode;
 use crate::rules::ipvs::{Entry, Role, ServerKey, Servers, Sets, VirtualServer};
@@ -111,6 +111,22 @@ impl Roles {
             _ => {}
         }
     }
+}
+
+/// The Service that an entry of a set of kube-proxy's stands for, with this frontend alone; `None` for sets that
+/// hold something else. Its virtual server is there before: kube-proxy makes that first.
+pub(crate) fn of_entry(family: Family, role: Role, entry: Entry) -> Option<FoundService> {
+    let mut roles = Roles::default();
+    roles.add(family, role, entry);
+    let places = roles.kinds.into_iter();
+    let places =
+        places.map(|((address, protocol, port), kind)| (kind, Some(address), protocol, port));
+    let ports = roles.node_ports.into_iter().chain(roles.local_node_ports);
+    let ports = ports.map(|(_, protocol, port)| (FrontendKind::NodePort, None, protocol, port));
+    let (kind, address, protocol, port) = places.chain(ports).next()?;
+    let mut service = FoundService::bare(None, Mode::Ipvs.name(), family, protocol);
+    service.frontend(kind, address, port);
+    Some(service)
 }
 
 fn add(server: &VirtualServer, roles: &Roles, collector: &mut Collector) {

@@ -111,6 +111,44 @@ fn elements<'t>(table: &'t Table, set: &str) -> impl Iterator<Item = (&'t Key, &
         .flat_map(|set| &set.elements)
 }
 
+/// An element that came into one of a `kube-proxy` table's maps.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NewElement<'a> {
+    /// The map.
+    pub(crate) set: &'a str,
+    /// What it is about: an address, or any of the node's; a port.
+    pub(crate) place: (Option<IpAddr>, Protocol, u16),
+    /// The chain that it leads to, if it does.
+    pub(crate) chain: Option<&'a str>,
+    /// Its comment: in maps of what has no endpoints, the `ServicePort`'s name.
+    pub(crate) comment: Option<&'a str>,
+    /// Is its address a ClusterIP, where the chain does not tell?
+    pub(crate) cluster_ip: bool,
+}
+
+/// The Service that a new element stands for, with this frontend alone; `None` if the map holds something else.
+pub(crate) fn of_element(family: Family, element: &NewElement<'_>) -> Option<FoundService> {
+    let (address, protocol, port) = element.place;
+    let (name, outside) = match element.set {
+        "service-ips" | "service-nodeports" => {
+            let chain = element.chain?;
+            (service_name(chain)?, chain.starts_with(EXTERNAL))
+        }
+        "no-endpoint-services" | "no-endpoint-nodeports" => {
+            (element.comment?.to_owned(), !element.cluster_ip)
+        }
+        _ => return None,
+    };
+    let kind = match address {
+        None => FrontendKind::NodePort,
+        Some(_) if outside => FrontendKind::External,
+        Some(_) => FrontendKind::ClusterIp,
+    };
+    let mut service = FoundService::bare(Some(name), Mode::Nftables.name(), family, protocol);
+    service.frontend(kind, address, port);
+    Some(service)
+}
+
 /// `10.96.0.1 . tcp . 443`, or `tcp . 30080`.
 fn place(key: &[Value]) -> Option<(Option<IpAddr>, Protocol, u16)> {
     let (address, rest) = match key {

@@ -18,6 +18,9 @@ mod from_iptables;
 mod from_ipvs;
 mod from_nftables;
 
+pub(crate) use from_ipvs::of_entry;
+pub(crate) use from_nftables::{NewElement, of_element};
+
 /// What the rules of a node say.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Found {
@@ -278,19 +281,8 @@ impl Collector {
     fn entry(&mut self, key: &str, name: Option<&str>, protocol: Protocol) -> &mut FoundService {
         self.services
             .entry((key.to_owned(), protocol))
-            .or_insert_with(|| FoundService {
-                name: name.map(str::to_owned),
-                mode: self.mode,
-                family: self.family,
-                protocol,
-                frontends: Vec::new(),
-                endpoints: Vec::new(),
-                local_endpoints: Vec::new(),
-                internal_policy: None,
-                external_policy: None,
-                affinity: None,
-                source_ranges: Vec::new(),
-                health_check_node_port: None,
+            .or_insert_with(|| {
+                FoundService::bare(name.map(str::to_owned), self.mode, self.family, protocol)
             })
     }
 
@@ -306,6 +298,29 @@ impl Collector {
 }
 
 impl FoundService {
+    /// One of which nothing more is known yet.
+    const fn bare(
+        name: Option<String>,
+        mode: &'static str,
+        family: Family,
+        protocol: Protocol,
+    ) -> Self {
+        Self {
+            name,
+            mode,
+            family,
+            protocol,
+            frontends: Vec::new(),
+            endpoints: Vec::new(),
+            local_endpoints: Vec::new(),
+            internal_policy: None,
+            external_policy: None,
+            affinity: None,
+            source_ranges: Vec::new(),
+            health_check_node_port: None,
+        }
+    }
+
     /// The frontend at this address and port, made if there is none. Of two kinds that it was said
     /// to be, the one that tells more counts.
     fn frontend(

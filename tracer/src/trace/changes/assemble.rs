@@ -9,11 +9,13 @@ use tracer_ebpf::change::{Begin, End, Refusal, subsystem};
 
 use super::actor::Actor;
 use super::addresses::{Addresses, Explanation, Heard, Wanted};
+use super::arrivals::{self, Arrival};
 use super::nftables::Announced;
 use super::requests::{self, Address, Ask, Asked, Batch, ServerChange, SetChange};
 use super::sets::{Other, Sets};
 use super::{AddressDelta, RuleChange, ServerDelta, What};
 use crate::kernel::nft::family_name;
+use crate::rules::services::FoundService;
 
 /// Requests of one process and kind are one change until it pauses for so long: kube-proxy writes its
 /// servers and sets one by one.
@@ -32,6 +34,8 @@ struct Open {
     by: Actor,
     asked: Asked,
     batch: Batch,
+    /// The Services that come with it.
+    arriving: Vec<FoundService>,
     /// How many requests and refusals there were before.
     order: u64,
 }
@@ -128,6 +132,7 @@ pub(super) struct Assembler {
     /// Were announcements of transactions lost lately? Until when that explains missing ones.
     lost_until: u64,
     ready: Vec<RuleChange>,
+    arrived: Vec<Arrival>,
 }
 
 impl Assembler {
@@ -137,6 +142,7 @@ impl Assembler {
         let open = Open {
             asked: requests::read(&begin, bytes, ipvs),
             batch: Batch::read(bytes, begin.length),
+            arriving: arrivals::of_request(&begin, bytes),
             order: self.order,
             begin,
             by,
@@ -146,9 +152,13 @@ impl Assembler {
 
     /// A thread's request is done.
     pub(super) fn end(&mut self, end: &End) {
-        let Some(open) = self.open.remove(&end.thread) else {
+        let Some(mut open) = self.open.remove(&end.thread) else {
             return;
         };
+        // What the kernel refuses entry by entry, it mostly has already; reading the rules will tell.
+        if end.result >= 0 {
+            self.arrive(end.time, std::mem::take(&mut open.arriving));
+        }
         match open.begin.subsystem {
             subsystem::NFTABLES => self.transactions.push(Transaction {
                 begin_ns: open.begin.time,
@@ -180,8 +190,20 @@ impl Assembler {
     }
 
     /// A transaction was announced.
-    pub(super) fn announce(&mut self, announced: Announced) {
+    pub(super) fn announce(&mut self, mut announced: Announced) {
+        self.arrive(announced.read_ns, std::mem::take(&mut announced.arrived));
         self.announced.push(announced);
+    }
+
+    fn arrive(&mut self, time_ns: u64, services: Vec<FoundService>) {
+        let services = services.into_iter();
+        self.arrived
+            .extend(services.map(|service| Arrival { time_ns, service }));
+    }
+
+    /// The Services that came since the last call.
+    pub(super) fn arrivals(&mut self) -> Vec<Arrival> {
+        std::mem::take(&mut self.arrived)
     }
 
     /// Announcements of transactions were lost.
@@ -804,6 +826,7 @@ mod tests {
             thread: Some(thread),
             by: Actor::default(),
             tables: BTreeMap::new(),
+            arrived: Vec::new(),
             incomplete: false,
         }
     }

@@ -6,9 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::Delta;
 use super::actor::{self, Actor};
+use super::arrivals::Elements;
 use super::requests::{NFNL_SUBSYS_NFTABLES, NFTA_TABLE, text};
 use crate::kernel::netlink::{Announcement, Attributes, NetlinkError};
 use crate::kernel::nft::{Holdings, Ruleset, TableKey, count_elements, family_name, lasting_set};
+use crate::rules::services::FoundService;
 
 const NFT_MSG_NEWRULE: u8 = 6;
 const NFT_MSG_DELRULE: u8 = 8;
@@ -38,6 +40,8 @@ pub(super) struct Announced {
     pub(super) by: Actor,
     /// What it did, by table.
     pub(super) tables: BTreeMap<String, Delta>,
+    /// The Services that it brought.
+    pub(super) arrived: Vec<FoundService>,
     /// Were announcements lost, so that `tables` is not all?
     pub(super) incomplete: bool,
 }
@@ -48,6 +52,7 @@ pub(super) struct Ledger {
     tables: BTreeMap<TableKey, Delta>,
     /// Anonymous sets that this transaction makes: their elements belong to rules.
     anonymous: BTreeSet<(TableKey, String)>,
+    elements: Elements,
     incomplete: bool,
     /// `None`: it is not known what the tables hold.
     held: Option<Ruleset>,
@@ -105,6 +110,7 @@ impl Ledger {
                 }
                 if message == NFT_MSG_NEWSETELEM {
                     delta.elements_added += elements;
+                    self.elements.add(&key, &set, attributes)?;
                 } else {
                     delta.elements_deleted += elements;
                 }
@@ -178,6 +184,7 @@ impl Ledger {
                 .into_iter()
                 .map(|((family, table), delta)| (format!("{} {table}", family_name(family)), delta))
                 .collect(),
+            arrived: self.elements.take(),
             incomplete: std::mem::take(&mut self.incomplete),
         })
     }

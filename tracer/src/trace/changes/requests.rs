@@ -429,13 +429,13 @@ pub(super) fn address(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
     use crate::kernel::netlink::attribute;
 
-    fn message(kind: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
+    pub(in super::super) fn message(kind: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
         let length = u32::try_from(16 + body.len()).expect("short");
         let mut bytes = length.to_ne_bytes().to_vec();
         bytes.extend(kind.to_ne_bytes());
@@ -447,7 +447,7 @@ mod tests {
         bytes
     }
 
-    fn begin(subsystem: u32, detail: u32, bytes: &[u8]) -> Begin {
+    pub(in super::super) fn begin(subsystem: u32, detail: u32, bytes: &[u8]) -> Begin {
         let length = u32::try_from(bytes.len()).expect("short");
         Begin {
             kind: 1,

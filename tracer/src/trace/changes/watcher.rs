@@ -16,7 +16,7 @@ use super::addresses::Heard;
 use super::assemble::{Assembler, high};
 use super::nftables::Ledger;
 use super::requests::{self, IFADDRMSG, NFGENMSG, text};
-use super::{Listening, RuleChange};
+use super::{Arrival, Listening, RuleChange};
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::ipset;
 use crate::kernel::ipvs::{self, IpvsError};
@@ -75,6 +75,7 @@ pub enum ChangesError {
 #[derive(Debug)]
 pub struct Watcher {
     changes: Receiver<Result<RuleChange, ChangesError>>,
+    arrivals: Receiver<Arrival>,
     stop: Arc<AtomicBool>,
     lost: Arc<AtomicU64>,
     told: Arc<AtomicU64>,
@@ -99,6 +100,7 @@ impl Watcher {
             Err(error) => Err(error.to_string()),
         };
         let (tell, changes) = channel();
+        let (arrive, arrivals) = channel();
         let stop = Arc::new(AtomicBool::new(false));
         let lost = Arc::new(AtomicU64::new(0));
         let mut ears = Ears::open(ns, probes.ok(), Arc::clone(&lost))?;
@@ -107,7 +109,7 @@ impl Watcher {
         let thread = std::thread::Builder::new()
             .name("rule-changes".to_owned())
             .spawn(move || {
-                if let Err(error) = ears.listen(&tell, &stopped) {
+                if let Err(error) = ears.listen(&tell, &arrive, &stopped) {
                     // Nobody listens any more: the thread ends by itself.
                     let _ = tell.send(Err(error));
                 }
@@ -115,6 +117,7 @@ impl Watcher {
             .map_err(ChangesError::Thread)?;
         Ok(Self {
             changes,
+            arrivals,
             stop,
             lost,
             told,
@@ -126,6 +129,11 @@ impl Watcher {
     /// The changes since the last call, in order.
     pub fn drain(&self) -> Result<Vec<RuleChange>, ChangesError> {
         self.changes.try_iter().collect()
+    }
+
+    /// The Services that came since the last call, at once: long before the change that brings them is told of.
+    pub fn drain_arrivals(&self) -> Vec<Arrival> {
+        self.arrivals.try_iter().collect()
     }
 
     /// Every change that began before this time (`CLOCK_MONOTONIC`, ns) is among those that
@@ -215,6 +223,7 @@ impl Ears {
     fn listen(
         &mut self,
         tell: &Sender<Result<RuleChange, ChangesError>>,
+        arrive: &Sender<Arrival>,
         stop: &AtomicBool,
     ) -> Result<(), ChangesError> {
         self.know_addresses()?;
@@ -225,6 +234,10 @@ impl Ears {
             let stopped = stop.load(Ordering::Relaxed);
             let begun = monotonic_ns();
             self.take_in()?;
+            for arrival in self.assembler.arrivals() {
+                // Who does not want to know has ended, which shows below.
+                let _ = arrive.send(arrival);
+            }
             let mut now = monotonic_ns();
             if stopped {
                 let deadline = *deadline.get_or_insert(now + LAST_PATIENCE);
