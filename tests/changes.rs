@@ -1,16 +1,21 @@
 //! Who changed rules: tools run by a process whose name is known, in a namespace of our own.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use tracer::cluster::{Cluster, Family, Protocol, random};
 use tracer::kernel::clock::monotonic_ns;
 use tracer::kernel::netns::Netns;
+use tracer::kernel::{apply, dump, tool};
 use tracer::probe::rule_changes::{Record, RuleChangeProbes, Way};
-use tracer::rules::Mode;
+use tracer::rules::services::{self, Found, FoundService, FrontendKind};
+use tracer::rules::{Mode, NodeView, Step, render, sync};
 use tracer::trace::changes::{RuleChange, SetDelta, Watcher, What};
 use tracer::trace::session::{Event, Options, Session};
 
@@ -535,4 +540,130 @@ pub fn changes_are_in_the_order_of_time() {
     };
     assert!(ipset.time_ns < iptables.time_ns, "{summary}");
     assert!(matches!(ipset.what, What::Ipset { .. }), "{summary}");
+}
+
+/// What a trace knows of a Service: what is asked (and whether it is refused), what is served, and its endpoints.
+type Said = (
+    BTreeSet<(bool, Option<IpAddr>, u16, bool)>,
+    BTreeSet<(Option<IpAddr>, u16)>,
+    BTreeSet<SocketAddr>,
+    BTreeSet<SocketAddr>,
+);
+
+fn said(found: &Found) -> BTreeMap<(String, Protocol, Family), Said> {
+    let one = |service: &FoundService| {
+        let frontends = service.frontends.iter().map(|frontend| {
+            let inside = frontend.kind == FrontendKind::ClusterIp;
+            let refused = frontend.refusal.is_some();
+            (inside, frontend.address, frontend.port, refused)
+        });
+        // Who serves nobody has endpoints or not: nobody goes there.
+        let served = !service.served.is_empty();
+        let endpoints = |list: &[SocketAddr]| list.iter().copied().filter(|_| served).collect();
+        let (all, local) = (&service.endpoints, &service.local_endpoints);
+        let frontends = frontends.collect();
+        (
+            frontends,
+            service.served.clone(),
+            endpoints(all),
+            endpoints(local),
+        )
+    };
+    let name = |service: &FoundService| service.name.clone().expect("nftables mode has names");
+    let services = found.services.iter();
+    services
+        .map(|service| {
+            let key = (name(service), service.protocol, service.family);
+            (key, one(service))
+        })
+        .collect()
+}
+
+/// Another cluster made of this one: some Services are others', some are gone, some have no endpoints.
+fn altered(cluster: &Cluster, step: u64) -> Cluster {
+    let others = random::cluster(
+        100 + step,
+        u16::try_from(cluster.services.len()).expect("few"),
+    );
+    let mut altered = cluster.clone();
+    altered.services.clear();
+    for (index, (one, other)) in (0..).zip(cluster.services.iter().zip(others.services)) {
+        let mut service = match (index * 7 + step * 5) % 8 {
+            0 | 1 => other,
+            2 => continue,
+            _ => one.clone(),
+        };
+        if (index + step) % 8 == 3 {
+            for port in &mut service.ports {
+                port.endpoints.clear();
+            }
+        }
+        altered.services.push(service);
+    }
+    altered
+}
+
+/// After each of many syncs of nftables mode what is known by their announcements is what reading all rules tells.
+pub fn what_a_sync_changes_is_known_without_reading() {
+    const SYNCS: u64 = 16;
+    let mode = Mode::Nftables;
+    let ns = Netns::create("syncs").expect("root");
+    ask(&ns, "ip", &["link", "set", "lo", "up"]);
+    let first = random::cluster(7, 40);
+    let mut view = NodeView::of(&first, random::NODE).expect("worker-0 is one of the nodes");
+    view.cluster_cidrs = random::CLUSTER_CIDRS.into();
+    apply::apply(&ns, &render(&first, &view, mode)).expect("rules");
+    let read = || services::read(&dump::dump(&ns).expect("a dump")).expect("is understood");
+    let watcher = watch(&ns, None);
+    let mut found = read();
+    let (mut before, mut changed) = (first.clone(), 0);
+    let patch = |found: &mut Found, changed: &mut u64| {
+        let (done, begin) = (monotonic_ns(), Instant::now());
+        while watcher.told_until_ns(monotonic_ns()) <= done {
+            assert!(begin.elapsed() < PATIENCE, "it is never told");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for news in watcher.drain_news() {
+            let Some(patch) = &news.patch else {
+                return false;
+            };
+            *changed += 1;
+            if !found.apply(patch) {
+                return false;
+            }
+        }
+        true
+    };
+    for step in 0..SYNCS {
+        let after = altered(&first, step);
+        for step in sync(&before, &after, &view, mode).steps {
+            if let Step::Nft { text, .. } = step {
+                tool::run(&ns, "nft", &["-f", "-"], &text).expect("a sync");
+            }
+        }
+        assert!(
+            patch(&mut found, &mut changed),
+            "sync {step} is not understood"
+        );
+        let (patched, read) = (said(&found), said(&read()));
+        for (service, wanted) in &read {
+            assert_eq!(
+                patched.get(service),
+                Some(wanted),
+                "sync {step}: {service:?}"
+            );
+        }
+        assert_eq!(patched.len(), read.len(), "sync {step}");
+        before = after;
+    }
+    assert!(changed >= 2 * SYNCS, "{changed} transactions");
+    // What kube-proxy does not do is not understood: one more rule in a Service's chain.
+    let chain = ask(&ns, "nft", &["list", "chains", "ip"]);
+    let chain = chain
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("chain ")?.strip_suffix(" {"))
+        .find(|chain| chain.starts_with("service-"));
+    let rule = format!("add rule ip kube-proxy {} accept", chain.expect("a chain"));
+    ask(&ns, "nft", &[&rule]);
+    assert!(!patch(&mut found, &mut changed));
 }

@@ -250,6 +250,11 @@ fn changes_of_tables_by_one_process() {
 }
 
 #[test]
+fn changes_of_nftables_syncs() {
+    tests::changes::what_a_sync_changes_is_known_without_reading();
+}
+
+#[test]
 fn changes_of_sets_with_exist() {
     what_leaves_sets_as_they_were_is_no_change();
 }

@@ -1,6 +1,6 @@
 //! What a session does with each record of the ring buffer: read, its flow found, counted, judged, told.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::hint::black_box;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -38,6 +38,7 @@ fn directory() -> Directory {
                 port: vip.port(),
                 refusal: None,
             }],
+            served: BTreeSet::new(),
             endpoints: (9..12)
                 .map(|host| SocketAddr::from(([10, 244, 0, host], 8080)))
                 .collect(),

@@ -131,10 +131,8 @@ pub struct Directory {
     external: HashMap<IpAddr, usize>,
     /// Those that the node has bound.
     absorbed: HashMap<IpAddr, Absorbed>,
-    /// When the rules were begun to be read that are known now, and those that are being read (`CLOCK_MONOTONIC`, ns):
-    /// what was over by then, they say.
+    /// What was over by then, the rules that have been learnt say (`CLOCK_MONOTONIC`, ns).
     known_ns: u64,
-    reading_ns: u64,
     /// Of which nothing has been read since they came.
     expected: BTreeSet<usize>,
 }
@@ -148,9 +146,9 @@ impl Directory {
         }
     }
 
-    /// The rules are being read, as they are from this moment on (`CLOCK_MONOTONIC`, ns).
-    pub const fn begin_to_read(&mut self, read_ns: u64) {
-        self.reading_ns = read_ns;
+    /// What has been learnt is what the rules said at this moment (`CLOCK_MONOTONIC`, ns), or something newer.
+    pub const fn read_at(&mut self, read_ns: u64) {
+        self.known_ns = read_ns;
     }
 
     /// Takes in what the rules say now; `local` are the node's addresses, which serve NodePorts.
@@ -190,7 +188,6 @@ impl Directory {
             }
         }
         self.expected.clear();
-        self.known_ns = self.reading_ns;
     }
 
     /// Takes in a frontend that came after the rules were read, which will tell more of it when they are read again.
@@ -468,6 +465,7 @@ pub(super) mod tests {
             family: Family::V4,
             protocol: Protocol::Tcp,
             frontends,
+            served: BTreeSet::new(),
             endpoints: vec![endpoint.parse().expect("an address")],
             local_endpoints: Vec::new(),
             internal_policy: None,
@@ -706,16 +704,16 @@ pub(super) mod tests {
                 .collect()
         };
         // The same; then it is gone; then others are back, and then it is.
-        directory.begin_to_read(5);
         directory.learn(&found(), &[], 7);
+        directory.read_at(5);
         assert_eq!(after(&directory), [0]);
-        directory.begin_to_read(9);
         directory.learn(&Found::default(), &[], 9);
+        directory.read_at(9);
         assert_eq!(after(&directory), [5, 0]);
         let mut others = found();
         others.services.remove(0);
-        directory.begin_to_read(12);
         directory.learn(&others, &[], 12);
+        directory.read_at(12);
         assert_eq!(after(&directory), [5, 0]);
         directory.learn(&found(), &[], 13);
         assert_eq!(after(&directory), [12, 5, 0]);

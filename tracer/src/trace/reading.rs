@@ -2,18 +2,18 @@
 //!
 //! Reading is not free for the node: the kernel and `nft` take 20 s of a CPU to list the nftables rules of 30,000
 //! Services, and iptables' tools one. So rules are read at most some tenth of the time, and none after changes that
-//! tell nothing of Services. What is new and says so by itself ([`Arrival`]) is not waited for.
+//! tell nothing of Services. What says by itself what it changed ([`News`]) is taken in without reading.
 
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
-use super::changes::{ALL_SETS, Arrival, RuleChange, What};
+use super::changes::{ALL_SETS, News, RuleChange, What};
 use crate::cluster::Family;
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::dump::{self, DumpError};
 use crate::kernel::netns::Netns;
 use crate::rules::dump::Unreadable;
-use crate::rules::services::{self, Found};
+use crate::rules::services::{self, Found, FoundService};
 
 /// How long the rules must have been left alone before they are read again, by how long reading takes,
 const SETTLED: u32 = 2;
@@ -44,11 +44,11 @@ pub enum ReadingError {
 }
 
 /// What a rule change can have changed of what is known of Services.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Touched {
     Nothing,
-    /// The node's addresses, which serve NodePorts.
-    Addresses,
+    /// What it changed is known, or quickly asked, as the node's addresses are, which serve NodePorts.
+    Known,
     Rules,
 }
 
@@ -57,10 +57,12 @@ enum Touched {
 pub(super) enum Turn {
     /// Nothing new.
     Nothing,
-    /// The rules are read, as they are from now on (`CLOCK_MONOTONIC`, ns).
-    Begins(u64),
+    /// The rules are being read.
+    Begins,
     /// There is something to learn: see [`Reading::found`].
     Read,
+    /// The same, without having read: see [`Reading::learnt`].
+    Patched,
     /// They could not be read, and will be tried again.
     Failed(String),
 }
@@ -70,10 +72,13 @@ pub(super) enum Turn {
 pub(super) struct Reading {
     ns: Netns,
     found: Found,
+    /// Of reading, and of learning without it.
     pace: Pace,
-    touched: Touched,
+    learning: Pace,
     /// When rules were changed last (`CLOCK_MONOTONIC`, ns).
     changed_ns: u64,
+    /// Of what is in `found`: of the last thing that was put in, and of all.
+    said: Since,
     known: Since,
     /// Since when they may say something else than what was read (`CLOCK_MONOTONIC`, ns), and for how long they did before.
     outdated_since_ns: Option<u64>,
@@ -81,8 +86,8 @@ pub(super) struct Reading {
     /// Of the rules that are being read.
     next: Since,
     under_way: Option<Receiver<Result<Found, ReadingError>>>,
-    /// What has come since the rules were read, and is not in what they said.
-    expected: Vec<Arrival>,
+    /// What has been heard since the rules were read, and may not be in what they said.
+    news: Vec<News>,
 }
 
 /// Since when the rules have been what was read (`CLOCK_MONOTONIC`, ns).
@@ -115,25 +120,22 @@ impl Reading {
             read_ns: monotonic_ns(),
         };
         let found = read(ns)?;
-        let mut pace = Pace {
-            changed: None,
-            began,
-            took: Duration::ZERO,
-            earliest: began,
-        };
+        let mut pace = Pace::new(began);
+        let learning = pace;
         pace.end(Instant::now());
         Ok(Self {
             ns: ns.clone(),
             found,
             pace,
-            touched: Touched::Nothing,
+            learning,
             changed_ns: 0,
+            said: known,
             known,
             outdated_since_ns: None,
             outdated_ns: 0,
             next: known,
             under_way: None,
-            expected: Vec::new(),
+            news: Vec::new(),
         })
     }
 
@@ -144,7 +146,12 @@ impl Reading {
 
     /// Since which change they have said so (`CLOCK_MONOTONIC`, ns); 0: since before the session began.
     pub(super) const fn changed_ns(&self) -> u64 {
-        self.known.changed_ns
+        self.said.changed_ns
+    }
+
+    /// What was over by then, they say (`CLOCK_MONOTONIC`, ns).
+    pub(super) const fn read_ns(&self) -> u64 {
+        self.known.read_ns
     }
 
     /// Up to when it is known what they said (`CLOCK_MONOTONIC`, ns): see [`Flows::decide`](super::flows::Flows::decide).
@@ -159,6 +166,11 @@ impl Reading {
 
     /// Do they say something else, perhaps, than what was read?
     pub(super) const fn is_outdated(&self) -> bool {
+        self.learning.changed.is_some() || self.is_unread()
+    }
+
+    /// Has something changed that only reading tells?
+    const fn is_unread(&self) -> bool {
         self.pace.changed.is_some() || self.under_way.is_some()
     }
 
@@ -176,23 +188,31 @@ impl Reading {
         }
     }
 
-    /// Takes notice of Services that have come: the rules will say more of them, once they are read again.
-    pub(super) fn expect(&mut self, arrivals: Vec<Arrival>) {
-        for arrival in arrivals {
-            self.outdate(Touched::Rules, arrival.time_ns);
-            self.expected.push(arrival);
+    /// Takes notice of what is new of Services.
+    pub(super) fn hear_news(&mut self, news: Vec<News>) {
+        for news in news {
+            let touched = match news.patch {
+                Some(_) => Touched::Known,
+                None => Touched::Rules,
+            };
+            self.outdate(touched, news.time_ns);
+            self.news.push(news);
         }
     }
 
     /// The Services that have come since the rules were begun to be read.
-    pub(super) fn expected(&self) -> &[Arrival] {
-        &self.expected
+    pub(super) fn arrived(&self) -> impl Iterator<Item = &FoundService> {
+        self.news.iter().flat_map(|news| &news.arrived)
     }
 
     fn outdate(&mut self, touched: Touched, time_ns: u64) {
-        self.touched = self.touched.max(touched);
         self.changed_ns = self.changed_ns.max(time_ns);
-        self.pace.change(Instant::now());
+        let pace = match touched {
+            Touched::Nothing => return,
+            Touched::Known => &mut self.learning,
+            Touched::Rules => &mut self.pace,
+        };
+        pace.change(Instant::now());
         self.outdated_since_ns.get_or_insert(time_ns);
     }
 
@@ -203,11 +223,8 @@ impl Reading {
             .saturating_add(now_ns.saturating_sub(since_ns))
     }
 
-    /// What they said when they were begun to be read is known.
-    fn know(&mut self) {
-        self.known = self.next;
-        let read_ns = self.known.read_ns;
-        self.expected.retain(|arrival| arrival.time_ns >= read_ns);
+    /// Are they now what is known of them?
+    fn settle(&mut self) {
         if !self.is_outdated() {
             self.outdated_ns = self.outdated_ns(monotonic_ns());
             self.outdated_since_ns = None;
@@ -215,14 +232,53 @@ impl Reading {
     }
 
     /// Begins to read if it is time, and tells what came of it.
-    pub(super) fn poll(&mut self) -> Turn {
-        if self.under_way.is_some() {
-            return self.look();
+    ///
+    /// Of every change that began before `told_ns` all news have been heard.
+    pub(super) fn poll(&mut self, told_ns: u64) -> Turn {
+        let now = Instant::now();
+        match self.look() {
+            Turn::Nothing if self.learning.is_due(now) => self.learn(told_ns),
+            Turn::Nothing if self.under_way.is_none() && self.pace.is_due(now) => self.begin(),
+            turn => turn,
         }
-        if !self.pace.is_due(Instant::now()) {
+    }
+
+    /// Takes in what is known without reading: of every change that began before `told_ns`.
+    pub(super) fn learn(&mut self, told_ns: u64) -> Turn {
+        if self.learning.changed.is_none() {
             return Turn::Nothing;
         }
-        self.begin()
+        self.learning.begin(Instant::now());
+        self.apply_news();
+        if self.under_way.is_none() {
+            // Of the others the rules will say more, once they have been read.
+            self.news.retain(|news| news.patch.is_none());
+        }
+        self.said = Since {
+            changed_ns: self.changed_ns,
+            read_ns: told_ns,
+        };
+        if !self.is_unread() {
+            self.known = self.said;
+        }
+        self.settle();
+        Turn::Patched
+    }
+
+    /// What was to be learnt without reading has been.
+    pub(super) fn learnt(&mut self) {
+        self.learning.end(Instant::now());
+    }
+
+    fn apply_news(&mut self) {
+        let patches = self.news.iter().filter_map(|news| news.patch.as_ref());
+        let mut understood = true;
+        for patch in patches {
+            understood &= self.found.apply(patch);
+        }
+        if !understood {
+            self.pace.change(Instant::now());
+        }
     }
 
     /// The session ends: has what is being read been read? It is waited for, but not for long.
@@ -257,10 +313,6 @@ impl Reading {
             changed_ns: self.changed_ns,
             read_ns: monotonic_ns(),
         };
-        if std::mem::replace(&mut self.touched, Touched::Nothing) == Touched::Addresses {
-            self.know();
-            return Turn::Read;
-        }
         let (tell, reading) = channel();
         let ns = self.ns.clone();
         std::thread::spawn(move || {
@@ -268,7 +320,7 @@ impl Reading {
             let _ = tell.send(read(&ns));
         });
         self.under_way = Some(reading);
-        Turn::Begins(self.next.read_ns)
+        Turn::Begins
     }
 
     /// Has what is read in the background been read?
@@ -286,11 +338,21 @@ impl Reading {
         match result {
             Ok(found) => {
                 self.found = found;
-                self.know();
+                // What came while they were read may be missing from what was read.
+                let read_ns = self.next.read_ns;
+                self.news.retain(|news| news.time_ns >= read_ns);
+                self.apply_news();
+                let applied = self.news.iter().filter(|news| news.patch.is_some());
+                let last_ns = applied.map(|news| news.time_ns).max().unwrap_or(0);
+                self.known = self.next;
+                self.said = Since {
+                    changed_ns: self.next.changed_ns.max(last_ns),
+                    ..self.next
+                };
+                self.settle();
                 Turn::Read
             }
             Err(why) => {
-                self.touched = Touched::Rules;
                 self.pace.retry(Instant::now());
                 Turn::Failed(why)
             }
@@ -299,6 +361,15 @@ impl Reading {
 }
 
 impl Pace {
+    const fn new(began: Instant) -> Self {
+        Self {
+            changed: None,
+            began,
+            took: Duration::ZERO,
+            earliest: began,
+        }
+    }
+
     fn change(&mut self, now: Instant) {
         let (first, _) = self.changed.unwrap_or((now, now));
         self.changed = Some((first, now));
@@ -351,7 +422,7 @@ fn touched(change: &RuleChange) -> Touched {
     match &change.what {
         // Of a transaction that names no table nothing is known.
         What::Nftables { tables, .. } => {
-            rules(tables.is_empty() || tables.keys().any(|table| is_ours(table)))
+            rules(tables.is_empty() || tables.keys().any(|table| is_of_iptables(table)))
         }
         What::IptablesLegacy { table, .. } => rules(TABLES.contains(&table.as_str())),
         What::Ipset { sets } => rules(
@@ -360,16 +431,16 @@ fn touched(change: &RuleChange) -> Touched {
         ),
         What::Ipvs(_) => Touched::Rules,
         What::Addresses { links } if links.values().any(|link| link.virtual_ips) => Touched::Rules,
-        What::Addresses { .. } => Touched::Addresses,
+        What::Addresses { .. } => Touched::Known,
     }
 }
 
-/// Is it a table (`ip nat`) that kube-proxy writes, or iptables-nft for it?
-fn is_ours(table: &str) -> bool {
+/// Is it a table (`ip nat`) that iptables-nft writes for kube-proxy? What becomes of kube-proxy's own is [`News`].
+fn is_of_iptables(table: &str) -> bool {
     let mut of_families = Family::ALL
         .into_iter()
         .filter_map(|family| table.strip_prefix(family.nft())?.strip_prefix(' '));
-    of_families.any(|name| name == "kube-proxy" || TABLES.contains(&name))
+    of_families.any(|name| TABLES.contains(&name))
 }
 
 #[cfg(test)]
@@ -378,7 +449,9 @@ mod tests {
 
     use super::*;
     use crate::rules::dump::{Source, Texts};
+    use crate::rules::services::{ChainChange, ChainNow, Patch};
     use crate::trace::changes::{Actor, AddressDelta, Delta, SetDelta};
+    use crate::trace::directory::tests::found;
 
     fn change(what: What) -> RuleChange {
         RuleChange {
@@ -388,6 +461,26 @@ mod tests {
             what,
             refused: BTreeMap::new(),
             incomplete: false,
+        }
+    }
+
+    impl Reading {
+        /// One that has just read this.
+        fn of(found: Found, now: Instant) -> Self {
+            Self {
+                ns: Netns::current().expect("a namespace"),
+                found,
+                pace: Pace::new(now),
+                learning: Pace::new(now),
+                changed_ns: 0,
+                said: Since::default(),
+                known: Since::default(),
+                outdated_since_ns: None,
+                outdated_ns: 0,
+                next: Since::default(),
+                under_way: None,
+                news: Vec::new(),
+            }
         }
     }
 
@@ -420,7 +513,7 @@ mod tests {
             .into(),
         };
         for (what, expected) in [
-            (nftables(&["ip kube-proxy"]), Touched::Rules),
+            (nftables(&["ip kube-proxy"]), Touched::Nothing),
             (nftables(&["inet policy", "ip6 nat"]), Touched::Rules),
             (
                 nftables(&["inet kube-proxy", "ip mangle"]),
@@ -434,7 +527,7 @@ mod tests {
             (set(ALL_SETS), Touched::Rules),
             (set("cali40all-ipam-pools"), Touched::Nothing),
             (link(true), Touched::Rules),
-            (link(false), Touched::Addresses),
+            (link(false), Touched::Known),
         ] {
             let mut change = change(what);
             assert_eq!(touched(&change), expected, "{:?}", change.what);
@@ -449,24 +542,13 @@ mod tests {
         let (tell, under_way) = channel();
         let now = Instant::now();
         let mut reading = Reading {
-            ns: Netns::current().expect("a namespace"),
-            found: Found::default(),
-            pace: Pace {
-                changed: None,
-                began: now,
-                took: Duration::ZERO,
-                earliest: now,
-            },
-            touched: Touched::Nothing,
             changed_ns: 7,
-            known: Since::default(),
             outdated_since_ns: Some(5),
             outdated_ns: 2,
-            next: Since::default(),
             under_way: Some(under_way),
-            expected: Vec::new(),
+            ..Reading::of(Found::default(), now)
         };
-        assert!(matches!(reading.poll(), Turn::Nothing) && reading.is_outdated());
+        assert!(matches!(reading.poll(9), Turn::Nothing) && reading.is_outdated());
         let unreadable = services::read(&Texts {
             servers: Some(Source {
                 origin: "ipvsadm -Sn".to_owned(),
@@ -476,7 +558,7 @@ mod tests {
         })
         .expect_err("nobody understands it");
         tell.send(Err(unreadable.into())).expect("is heard");
-        assert!(matches!(reading.poll(), Turn::Failed(_)));
+        assert!(matches!(reading.poll(9), Turn::Failed(_)));
         assert!(reading.is_outdated() && !reading.is_under_way());
         assert_eq!((reading.known_ns(9), reading.changed_ns()), (0, 0));
         assert_eq!(reading.outdated_ns(9), 6);
@@ -484,7 +566,89 @@ mod tests {
         reading.pace.took = AT_END;
         assert!(matches!(reading.begin_at_end(), Turn::Failed(_)));
         assert!(!reading.is_under_way());
-        // What was over when they were begun to be read is no news; what came then is.
+        // New addresses are learnt of without reading.
+        reading.pace.changed = None;
+        reading.outdate(Touched::Known, 8);
+        reading.pace.took = Duration::ZERO;
+        assert!(matches!(reading.learn(9), Turn::Patched));
+        assert!(matches!(reading.begin_at_end(), Turn::Nothing));
+        assert_eq!((reading.known_ns(9), reading.changed_ns()), (9, 8));
+        let outdated_ns = reading.outdated_ns(0);
+        assert!(outdated_ns > 2 && outdated_ns == reading.outdated_ns(u64::MAX));
+        assert!(!reading.is_outdated());
+    }
+
+    fn news(time_ns: u64, patch: Option<Patch>) -> News {
+        News {
+            time_ns,
+            arrived: vec![found().services.remove(0)],
+            patch,
+        }
+    }
+
+    /// A Service's chain is written anew, and it has no other endpoint than this.
+    fn patch(endpoint: &str) -> Patch {
+        Patch {
+            chains: vec![ChainChange {
+                family: Family::V4,
+                name: "service-XXXXXXXX-shop/web/tcp/http".to_owned(),
+                now: ChainNow::Written(vec![endpoint.parse().expect("an address")]),
+            }],
+            ..Patch::default()
+        }
+    }
+
+    fn endpoint(reading: &Reading) -> String {
+        let web = reading.found().services.iter();
+        let web = web.filter(|service| service.name.as_deref() == Some("shop/web:http"));
+        web.map(|service| service.endpoints[0].to_string())
+            .collect()
+    }
+
+    #[test]
+    fn what_says_what_it_changed_is_learnt_without_reading() {
+        let now = Instant::now();
+        let mut reading = Reading::of(found(), now);
+        assert!(!reading.is_outdated());
+        reading.hear_news(vec![news(5, Some(patch("10.244.0.8:1")))]);
+        assert!(reading.is_outdated() && !reading.is_unread());
+        assert_eq!((reading.known_ns(9), reading.arrived().count()), (0, 1));
+        assert!(
+            matches!(reading.poll(9), Turn::Nothing),
+            "it waits a little"
+        );
+        assert!(matches!(reading.learn(9), Turn::Patched));
+        assert_eq!(endpoint(&reading), "10.244.0.8:1");
+        assert_eq!((reading.known_ns(12), reading.changed_ns()), (12, 5));
+        assert_eq!((reading.read_ns(), reading.arrived().count()), (9, 0));
+        // Something else has changed as well: what is known is learnt, and the rest is still unknown.
+        reading.hear_news(vec![news(13, None), news(14, Some(patch("10.244.0.9:1")))]);
+        assert!(matches!(reading.learn(15), Turn::Patched));
+        assert_eq!(endpoint(&reading), "10.244.0.9:1");
+        assert!(reading.is_outdated());
+        assert_eq!((reading.known_ns(16), reading.changed_ns()), (9, 14));
+        assert_eq!(reading.arrived().count(), 1);
+        // A patch that was heard while they were read is put upon what was read.
+        let (tell, under_way) = channel();
+        reading.under_way = Some(under_way);
+        reading.pace.changed = None;
+        reading.next = Since {
+            changed_ns: 14,
+            read_ns: 20,
+        };
+        reading.hear_news(vec![news(19, None), news(21, Some(patch("10.244.0.7:1")))]);
+        assert!(matches!(reading.learn(22), Turn::Patched));
+        assert_eq!(endpoint(&reading), "10.244.0.7:1");
+        tell.send(Ok(found())).expect("is heard");
+        assert!(matches!(reading.poll(23), Turn::Read));
+        assert_eq!(endpoint(&reading), "10.244.0.7:1");
+        assert_eq!((reading.changed_ns(), reading.read_ns()), (21, 20));
+        assert_eq!(reading.arrived().count(), 1);
+    }
+
+    #[test]
+    fn what_was_over_when_rules_were_read_is_no_news() {
+        let mut reading = Reading::of(found(), Instant::now());
         reading.next.read_ns = 4;
         let change = |time_ns| RuleChange {
             time_ns,
@@ -493,41 +657,17 @@ mod tests {
                 tables: BTreeMap::new(),
             })
         };
-        reading.pace.changed = None;
         reading.hear(&change(3));
         assert!(!reading.is_outdated());
         reading.hear(&change(4));
         assert!(reading.is_outdated());
-        let arrival = |time_ns| Arrival {
-            time_ns,
-            service: crate::trace::directory::tests::found().services.remove(0),
-        };
-        reading.expect(vec![arrival(6), arrival(7)]);
-        reading.next.read_ns = 7;
-        reading.know();
-        assert_eq!(reading.expected(), [arrival(7)]);
-        reading.known = Since::default();
-        reading.next = Since::default();
-        // New addresses are learnt of without reading.
-        reading.touched = Touched::Addresses;
-        reading.pace.took = Duration::ZERO;
-        assert!(matches!(reading.begin_at_end(), Turn::Read));
-        assert_eq!((reading.known_ns(9), reading.changed_ns()), (9, 7));
-        let outdated_ns = reading.outdated_ns(0);
-        assert!(outdated_ns > 2 && outdated_ns == reading.outdated_ns(u64::MAX));
-        assert!(!reading.is_outdated());
     }
 
     #[test]
     fn rules_are_read_when_they_are_left_alone_but_not_all_the_time() {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
-        let mut pace = Pace {
-            changed: None,
-            began: start,
-            took: Duration::ZERO,
-            earliest: start,
-        };
+        let mut pace = Pace::new(start);
         // It took a second: nothing for seven.
         pace.end(at(1000));
         assert!(!pace.is_due(at(20_000)));

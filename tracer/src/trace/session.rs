@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tracer_ebpf::path::{Origin, Path, Target};
 
-use super::changes::{Arrival, ChangesError, Listening, RuleChange, Watcher};
+use super::changes::{ChangesError, Listening, RuleChange, Watcher};
 use super::directory::{Choice, Directory};
 use super::flows::{ALL_READ, Back, Decided, Flows, Key};
 use super::hints;
@@ -29,6 +29,7 @@ use crate::probe::tier::{Heard, ProbeError, Probes, Tier, Watch};
 use crate::record::evidence::Reasons;
 use crate::record::times;
 use crate::rules::Mode;
+use crate::rules::services::FoundService;
 
 /// Room for Services that come while a session lasts, as addresses and endpoints of each family.
 const SPARE: u32 = 16 << 10;
@@ -367,8 +368,8 @@ impl Session {
     /// Takes in what happened since the last call, in the order of time.
     pub fn poll(&mut self) -> Result<Vec<Event>, TraceError> {
         let mut events = Vec::new();
-        self.expect_arrivals()?;
         let told_ns = self.watcher.told_until_ns(monotonic_ns());
+        self.hear_news()?;
         for change in self.watcher.drain()? {
             self.reading.hear(&change);
             if self.changes.len() < CHANGES {
@@ -386,7 +387,7 @@ impl Session {
         for heard in heard {
             self.hear(&heard, &mut events);
         }
-        let turn = self.reading.poll();
+        let turn = self.reading.poll(told_ns);
         self.learn(turn, &mut events)?;
         self.sure_ns = self.reading.known_ns(told_ns);
         self.tell_held(&mut events);
@@ -424,10 +425,12 @@ impl Session {
     /// Takes in what became of reading the rules.
     fn learn(&mut self, turn: reading::Turn, events: &mut Vec<Event>) -> Result<(), TraceError> {
         match turn {
-            reading::Turn::Nothing => {}
-            reading::Turn::Begins(read_ns) => self.directory.begin_to_read(read_ns),
-            reading::Turn::Read => {
+            reading::Turn::Nothing | reading::Turn::Begins => {}
+            reading::Turn::Read | reading::Turn::Patched => {
                 self.learn_found()?;
+                if matches!(turn, reading::Turn::Patched) {
+                    self.reading.learnt();
+                }
                 let there = |there| {
                     let services = self.directory.services().iter();
                     services.filter(|service| service.there == there).count()
@@ -450,6 +453,8 @@ impl Session {
 
     /// Rules that changed a moment ago are read before the last flows are judged by them.
     fn learn_at_end(&mut self, events: &mut Vec<Event>) -> Result<(), TraceError> {
+        let turn = self.reading.learn(self.now_ns());
+        self.learn(turn, events)?;
         let mut begun = false;
         loop {
             let turn = if self.reading.is_under_way() {
@@ -475,6 +480,7 @@ impl Session {
         let local = addresses::of_node(&self.ns)?;
         self.directory
             .learn(self.reading.found(), &local, self.reading.changed_ns());
+        self.directory.read_at(self.reading.read_ns());
         self.directory.learn_bound(addresses::bound(&self.ns)?);
         self.reader.local = local.iter().copied().collect();
         self.tallies
@@ -482,24 +488,26 @@ impl Session {
         let watch = watch(&self.directory, local, &self.options, self.may_absorb);
         self.probes.watch_also(&watch)?;
         // What came while they were read may be missing from what was read.
-        self.expect(self.reading.expected().to_vec())
+        let arrived: Vec<_> = self.reading.arrived().cloned().collect();
+        self.expect(&arrived)
     }
 
-    /// Has everybody know of Services that have just come.
-    fn expect_arrivals(&mut self) -> Result<(), TraceError> {
-        let arrivals = self.watcher.drain_arrivals();
-        if !arrivals.is_empty() {
-            self.reading.expect(arrivals.clone());
-            self.expect(arrivals)?;
+    /// Takes in what is new of Services, and has everybody know of those that have just come.
+    fn hear_news(&mut self) -> Result<(), TraceError> {
+        let news = self.watcher.drain_news();
+        let arrived: Vec<_> = news.iter().flat_map(|news| news.arrived.clone()).collect();
+        self.reading.hear_news(news);
+        self.expect(&arrived)
+    }
+
+    fn expect(&mut self, arrived: &[FoundService]) -> Result<(), TraceError> {
+        if arrived.is_empty() {
+            return Ok(());
         }
-        Ok(())
-    }
-
-    fn expect(&mut self, arrivals: Vec<Arrival>) -> Result<(), TraceError> {
         let local: Vec<IpAddr> = self.reader.local.iter().copied().collect();
         let mut new = Vec::new();
-        for arrival in arrivals {
-            new.extend(self.directory.expect(&arrival.service, &local));
+        for service in arrived {
+            new.extend(self.directory.expect(service, &local));
         }
         if new.is_empty() {
             return Ok(());

@@ -6,7 +6,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::{Collector, Foreign, Found, FoundService, FrontendKind, NftTable, Refusal, owner};
+use super::{
+    Collector, ElementChange, Foreign, Found, FoundService, FrontendKind, NftTable, Refusal, owner,
+};
 use crate::cluster::{Cidr, Family, Protocol, TrafficPolicy};
 use crate::rules::Mode;
 use crate::rules::nftables::table::{
@@ -14,8 +16,8 @@ use crate::rules::nftables::table::{
     Target, Value, Verdict, VerdictMap,
 };
 
-const SERVICE: &str = "service-";
-const LOCAL: &str = "local-";
+pub(super) const SERVICE: &str = "service-";
+pub(super) const LOCAL: &str = "local-";
 const EXTERNAL: &str = "external-";
 const FIREWALL: &str = "firewall-";
 
@@ -111,31 +113,24 @@ fn elements<'t>(table: &'t Table, set: &str) -> impl Iterator<Item = (&'t Key, &
         .flat_map(|set| &set.elements)
 }
 
-/// An element that came into one of a `kube-proxy` table's maps.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct NewElement<'a> {
-    /// The map.
-    pub(crate) set: &'a str,
-    /// What it is about: an address, or any of the node's; a port.
-    pub(crate) place: (Option<IpAddr>, Protocol, u16),
-    /// The chain that it leads to, if it does.
-    pub(crate) chain: Option<&'a str>,
-    /// Its comment: in maps of what has no endpoints, the `ServicePort`'s name.
-    pub(crate) comment: Option<&'a str>,
-    /// Is its address a ClusterIP, where the chain does not tell?
-    pub(crate) cluster_ip: bool,
-}
+/// What an element of a map is about: an address, or any of the node's, and a port.
+pub(crate) type Place = (Option<IpAddr>, Protocol, u16);
 
 /// The Service that a new element stands for, with this frontend alone; `None` if the map holds something else.
-pub(crate) fn of_element(family: Family, element: &NewElement<'_>) -> Option<FoundService> {
+pub(super) fn of_element(element: &ElementChange) -> Option<FoundService> {
     let (address, protocol, port) = element.place;
-    let (name, outside) = match element.set {
+    let (name, outside, refusal) = match element.set.as_str() {
         "service-ips" | "service-nodeports" => {
-            let chain = element.chain?;
-            (service_name(chain)?, chain.starts_with(EXTERNAL))
+            let chain = element.chain.as_ref()?;
+            (service_name(chain)?, chain.starts_with(EXTERNAL), None)
         }
         "no-endpoint-services" | "no-endpoint-nodeports" => {
-            (element.comment?.to_owned(), !element.cluster_ip)
+            let refusal = match element.chain {
+                Some(_) => Refusal::Reject,
+                None => Refusal::Drop,
+            };
+            let name = element.comment.clone()?;
+            (name, !element.cluster_ip, Some(refusal))
         }
         _ => return None,
     };
@@ -144,9 +139,25 @@ pub(crate) fn of_element(family: Family, element: &NewElement<'_>) -> Option<Fou
         Some(_) if outside => FrontendKind::External,
         Some(_) => FrontendKind::ClusterIp,
     };
-    let mut service = FoundService::bare(Some(name), Mode::Nftables.name(), family, protocol);
-    service.frontend(kind, address, port);
+    let mut service =
+        FoundService::bare(Some(name), Mode::Nftables.name(), element.family, protocol);
+    service.frontend(kind, address, port).refusal = refusal;
+    if refusal.is_none() {
+        service.served.insert((address, port));
+    }
     Some(service)
+}
+
+/// What a chain with a Service's endpoints begins with, and whose it is.
+pub(crate) fn chain_of(chain: &str) -> Option<(&'static str, String, Protocol)> {
+    let prefix = [SERVICE, LOCAL]
+        .into_iter()
+        .find(|prefix| chain.starts_with(prefix))?;
+    let protocol = chain.split('/').nth(2)?;
+    let protocol = Protocol::ALL
+        .into_iter()
+        .find(|one| one.name() == protocol)?;
+    Some((prefix, service_name(chain)?, protocol))
 }
 
 /// `10.96.0.1 . tcp . 443`, or `tcp . 30080`.
@@ -200,6 +211,7 @@ fn add(
     let name = service_name(chain);
     let service = collector.entry(name.as_deref().unwrap_or(chain), name.as_deref(), protocol);
     service.frontend(kind, address, port);
+    service.served.insert((address, port));
     let base = [SERVICE, LOCAL, EXTERNAL, FIREWALL]
         .iter()
         .find_map(|prefix| chain.strip_prefix(prefix))

@@ -4,7 +4,7 @@
 //! alone. Besides kube-proxy 1.36, the forms of older ones are read: load balancer chains
 //! (`KUBE-XLB-`) and `KUBE-MARK-DROP` of iptables mode, endpoint chains of nftables mode.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
@@ -17,9 +17,12 @@ use crate::cluster::{Cidr, Family, Protocol, TrafficPolicy};
 mod from_iptables;
 mod from_ipvs;
 mod from_nftables;
+mod patch;
 
 pub(crate) use from_ipvs::of_entry;
-pub(crate) use from_nftables::{NewElement, of_element};
+pub(crate) use from_nftables::{Place, chain_of};
+pub use patch::Patch;
+pub(crate) use patch::{ChainChange, ChainNow, ElementChange};
 
 /// What the rules of a node say.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -140,6 +143,10 @@ pub struct FoundService {
     pub protocol: Protocol,
     /// What clients send to.
     pub frontends: Vec<Frontend>,
+    /// In nftables mode those frontends that lead to endpoints, for some clients at least: address, or any of the node's,
+    /// and port.
+    #[serde(skip)]
+    pub served: BTreeSet<(Option<IpAddr>, u16)>,
     /// The endpoints of traffic that may go to any node, in the order of the rules.
     pub endpoints: Vec<SocketAddr>,
     /// The endpoints of traffic with a Local policy, if there is any.
@@ -311,6 +318,7 @@ impl FoundService {
             family,
             protocol,
             frontends: Vec::new(),
+            served: BTreeSet::new(),
             endpoints: Vec::new(),
             local_endpoints: Vec::new(),
             internal_policy: None,

@@ -587,6 +587,7 @@ fn told(service: &Service, family: Family) -> FoundService {
         protocol: port.protocol,
         frontends,
         endpoints: if uses_cluster { all } else { Vec::new() },
+        served: BTreeSet::new(),
         local_endpoints: if uses_local { local } else { Vec::new() },
         internal_policy: has_endpoints.then_some(service.internal_policy),
         external_policy: (has_endpoints && accessible).then_some(service.external_policy),

@@ -9,7 +9,7 @@ use tracer_ebpf::change::{Begin, End, Refusal, subsystem};
 
 use super::actor::Actor;
 use super::addresses::{Addresses, Explanation, Heard, Wanted};
-use super::arrivals::{self, Arrival};
+use super::news::{self, News};
 use super::nftables::Announced;
 use super::requests::{self, Address, Ask, Asked, Batch, ServerChange, SetChange};
 use super::sets::{Other, Sets};
@@ -132,7 +132,7 @@ pub(super) struct Assembler {
     /// Were announcements of transactions lost lately? Until when that explains missing ones.
     lost_until: u64,
     ready: Vec<RuleChange>,
-    arrived: Vec<Arrival>,
+    news: Vec<News>,
 }
 
 impl Assembler {
@@ -142,7 +142,7 @@ impl Assembler {
         let open = Open {
             asked: requests::read(&begin, bytes, ipvs),
             batch: Batch::read(bytes, begin.length),
-            arriving: arrivals::of_request(&begin, bytes),
+            arriving: news::of_request(&begin, bytes),
             order: self.order,
             begin,
             by,
@@ -156,8 +156,13 @@ impl Assembler {
             return;
         };
         // What the kernel refuses entry by entry, it mostly has already; reading the rules will tell.
-        if end.result >= 0 {
-            self.arrive(end.time, std::mem::take(&mut open.arriving));
+        let arrived = std::mem::take(&mut open.arriving);
+        if end.result >= 0 && !arrived.is_empty() {
+            self.news.push(News {
+                time_ns: end.time,
+                arrived,
+                patch: None,
+            });
         }
         match open.begin.subsystem {
             subsystem::NFTABLES => self.transactions.push(Transaction {
@@ -191,19 +196,13 @@ impl Assembler {
 
     /// A transaction was announced.
     pub(super) fn announce(&mut self, mut announced: Announced) {
-        self.arrive(announced.read_ns, std::mem::take(&mut announced.arrived));
+        self.news.extend(announced.news.take());
         self.announced.push(announced);
     }
 
-    fn arrive(&mut self, time_ns: u64, services: Vec<FoundService>) {
-        let services = services.into_iter();
-        self.arrived
-            .extend(services.map(|service| Arrival { time_ns, service }));
-    }
-
-    /// The Services that came since the last call.
-    pub(super) fn arrivals(&mut self) -> Vec<Arrival> {
-        std::mem::take(&mut self.arrived)
+    /// What is new of Services since the last call.
+    pub(super) fn news(&mut self) -> Vec<News> {
+        std::mem::take(&mut self.news)
     }
 
     /// Announcements of transactions were lost.
@@ -826,7 +825,7 @@ mod tests {
             thread: Some(thread),
             by: Actor::default(),
             tables: BTreeMap::new(),
-            arrived: Vec::new(),
+            news: None,
             incomplete: false,
         }
     }

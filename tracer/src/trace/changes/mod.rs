@@ -7,7 +7,7 @@
 //! and went. Where the probes cannot be attached the announcements are told alone, and
 //! [`Listening`] says what is missing.
 //!
-//! [`arrivals`] knows new Services by either, [`requests`] reads requests, [`nftables`] and [`addresses`] read announcements and keep the account, as
+//! [`news`] and [`table`] know of Services by either, [`requests`] reads requests, [`nftables`] and [`addresses`] read announcements and keep the account, as
 //! [`sets`] does of ipset, [`assemble`] makes changes of all that, [`actor`] knows cgroups and pods, [`say`] has the words.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,16 +16,17 @@ use serde::{Deserialize, Serialize};
 
 pub mod actor;
 mod addresses;
-mod arrivals;
 mod assemble;
+mod news;
 mod nftables;
 mod requests;
 mod say;
 mod sets;
+mod table;
 mod watcher;
 
 pub use actor::Actor;
-pub use arrivals::Arrival;
+pub use news::News;
 pub(super) use requests::server_name;
 pub(super) use sets::ALL_SETS;
 pub use watcher::{ChangesError, Watcher};

@@ -6,11 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::Delta;
 use super::actor::{self, Actor};
-use super::arrivals::Elements;
+use super::news::News;
 use super::requests::{NFNL_SUBSYS_NFTABLES, NFTA_TABLE, text};
+use super::table::Transaction;
 use crate::kernel::netlink::{Announcement, Attributes, NetlinkError};
 use crate::kernel::nft::{Holdings, Ruleset, TableKey, count_elements, family_name, lasting_set};
-use crate::rules::services::FoundService;
 
 const NFT_MSG_NEWRULE: u8 = 6;
 const NFT_MSG_DELRULE: u8 = 8;
@@ -40,8 +40,8 @@ pub(super) struct Announced {
     pub(super) by: Actor,
     /// What it did, by table.
     pub(super) tables: BTreeMap<String, Delta>,
-    /// The Services that it brought.
-    pub(super) arrived: Vec<FoundService>,
+    /// What it did to kube-proxy's tables, if it was about those or may have been.
+    pub(super) news: Option<News>,
     /// Were announcements lost, so that `tables` is not all?
     pub(super) incomplete: bool,
 }
@@ -52,7 +52,7 @@ pub(super) struct Ledger {
     tables: BTreeMap<TableKey, Delta>,
     /// Anonymous sets that this transaction makes: their elements belong to rules.
     anonymous: BTreeSet<(TableKey, String)>,
-    elements: Elements,
+    transaction: Transaction,
     incomplete: bool,
     /// `None`: it is not known what the tables hold.
     held: Option<Ruleset>,
@@ -96,6 +96,7 @@ impl Ledger {
         };
         let family = announcement.header.first().copied().unwrap_or(0);
         let key = (family, text(table));
+        self.transaction.take(&key, message, attributes)?;
         let set = attributes.clone().find(NFTA_SET)?.map(text);
         let delta = self.tables.entry(key.clone()).or_default();
         match message {
@@ -110,7 +111,6 @@ impl Ledger {
                 }
                 if message == NFT_MSG_NEWSETELEM {
                     delta.elements_added += elements;
-                    self.elements.add(&key, &set, attributes)?;
                 } else {
                     delta.elements_deleted += elements;
                 }
@@ -173,6 +173,20 @@ impl Ledger {
         let name = attributes.clone().find(NFTA_GEN_PROC_NAME)?.map(text);
         let mut tables = std::mem::take(&mut self.tables);
         self.settle(generation, &mut tables);
+        let incomplete = std::mem::take(&mut self.incomplete);
+        let news = self.transaction.close();
+        let news = match news {
+            Some((patch, understood)) => Some(News {
+                time_ns: now,
+                arrived: patch.arrivals().collect(),
+                patch: (understood && !incomplete).then_some(patch),
+            }),
+            None => incomplete.then(|| News {
+                time_ns: now,
+                arrived: Vec::new(),
+                patch: None,
+            }),
+        };
         self.anonymous.clear();
         Ok(Announced {
             read_ns: now,
@@ -184,8 +198,8 @@ impl Ledger {
                 .into_iter()
                 .map(|((family, table), delta)| (format!("{} {table}", family_name(family)), delta))
                 .collect(),
-            arrived: self.elements.take(),
-            incomplete: std::mem::take(&mut self.incomplete),
+            news,
+            incomplete,
         })
     }
 

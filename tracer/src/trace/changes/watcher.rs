@@ -16,7 +16,7 @@ use super::addresses::Heard;
 use super::assemble::{Assembler, high};
 use super::nftables::Ledger;
 use super::requests::{self, IFADDRMSG, NFGENMSG, text};
-use super::{Arrival, Listening, RuleChange};
+use super::{Listening, News, RuleChange};
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::ipset;
 use crate::kernel::ipvs::{self, IpvsError};
@@ -75,7 +75,7 @@ pub enum ChangesError {
 #[derive(Debug)]
 pub struct Watcher {
     changes: Receiver<Result<RuleChange, ChangesError>>,
-    arrivals: Receiver<Arrival>,
+    news: Receiver<News>,
     stop: Arc<AtomicBool>,
     lost: Arc<AtomicU64>,
     told: Arc<AtomicU64>,
@@ -100,7 +100,7 @@ impl Watcher {
             Err(error) => Err(error.to_string()),
         };
         let (tell, changes) = channel();
-        let (arrive, arrivals) = channel();
+        let (bring, news) = channel();
         let stop = Arc::new(AtomicBool::new(false));
         let lost = Arc::new(AtomicU64::new(0));
         let mut ears = Ears::open(ns, probes.ok(), Arc::clone(&lost))?;
@@ -109,7 +109,7 @@ impl Watcher {
         let thread = std::thread::Builder::new()
             .name("rule-changes".to_owned())
             .spawn(move || {
-                if let Err(error) = ears.listen(&tell, &arrive, &stopped) {
+                if let Err(error) = ears.listen(&tell, &bring, &stopped) {
                     // Nobody listens any more: the thread ends by itself.
                     let _ = tell.send(Err(error));
                 }
@@ -117,7 +117,7 @@ impl Watcher {
             .map_err(ChangesError::Thread)?;
         Ok(Self {
             changes,
-            arrivals,
+            news,
             stop,
             lost,
             told,
@@ -131,9 +131,10 @@ impl Watcher {
         self.changes.try_iter().collect()
     }
 
-    /// The Services that came since the last call, at once: long before the change that brings them is told of.
-    pub fn drain_arrivals(&self) -> Vec<Arrival> {
-        self.arrivals.try_iter().collect()
+    /// What is new of Services since the last call, in order and at once: before the changes that it came with are
+    /// told.
+    pub fn drain_news(&self) -> Vec<News> {
+        self.news.try_iter().collect()
     }
 
     /// Every change that began before this time (`CLOCK_MONOTONIC`, ns) is among those that
@@ -223,7 +224,7 @@ impl Ears {
     fn listen(
         &mut self,
         tell: &Sender<Result<RuleChange, ChangesError>>,
-        arrive: &Sender<Arrival>,
+        bring: &Sender<News>,
         stop: &AtomicBool,
     ) -> Result<(), ChangesError> {
         self.know_addresses()?;
@@ -234,9 +235,9 @@ impl Ears {
             let stopped = stop.load(Ordering::Relaxed);
             let begun = monotonic_ns();
             self.take_in()?;
-            for arrival in self.assembler.arrivals() {
+            for news in self.assembler.news() {
                 // Who does not want to know has ended, which shows below.
-                let _ = arrive.send(arrival);
+                let _ = bring.send(news);
             }
             let mut now = monotonic_ns();
             if stopped {
