@@ -6,7 +6,7 @@
 //!
 //! That of the tier; BTF for both.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
@@ -251,7 +251,12 @@ pub struct Probes {
     attached: Attached,
     counting: Option<Counting>,
     detail: Detail,
+    told: ToldTargets,
 }
+
+/// What the programs know, so that of many targets only what is new has to be told: what is there, and whether it is
+/// a former endpoint.
+type ToldTargets = HashMap<(SocketAddr, u8), (Target, bool)>;
 
 /// A packet that the ring buffer told of.
 #[derive(Clone, Debug)]
@@ -312,7 +317,8 @@ impl Probes {
         ];
         let mut programs = Programs::new(OBJECT, &rooms)?;
         programs.resolve(RDONLY_CAST, offsets::rdonly_cast(btf)?);
-        fill(&mut programs, watch)?;
+        let mut told = ToldTargets::new();
+        fill(&mut programs, watch, &mut told)?;
         let tracepoints = catalogue::tracepoints(watch.detail)
             .map(|Tracepoint { name, .. }| {
                 let id = btf.typedef_id(&format!("btf_trace_{name}"))?;
@@ -340,6 +346,7 @@ impl Probes {
             attached,
             counting: None,
             detail: watch.detail,
+            told,
         })
     }
 
@@ -377,7 +384,7 @@ impl Probes {
     ///
     /// There is no room for them, or the kernel takes them not.
     pub fn watch_also(&mut self, watch: &Watch) -> Result<(), ProbeError> {
-        fill(&mut self.programs, watch)
+        fill(&mut self.programs, watch, &mut self.told)
     }
 
     /// Has the probes recognise these too: address, protocol number and what is there.
@@ -389,7 +396,8 @@ impl Probes {
         &mut self,
         targets: &[(SocketAddr, u8, Target)],
     ) -> Result<(), ProbeError> {
-        fill_targets(&mut self.programs, targets, &HashSet::new())
+        let (programs, none) = (&mut self.programs, HashSet::new());
+        fill_targets(programs, targets, &none, &mut self.told)
     }
 
     /// When a packet came from a former endpoint last (`CLOCK_MONOTONIC`, ns); `None` if none did since it is one.
@@ -646,11 +654,21 @@ fn fill_targets(
     programs: &mut Programs,
     targets: &[(SocketAddr, u8, Target)],
     former: &HashSet<(SocketAddr, u8)>,
+    told: &mut ToldTargets,
 ) -> Result<(), ProbeError> {
+    let mut targets: Vec<_> = targets.iter().collect();
+    targets.retain(|(address, protocol, target)| {
+        let key = (*address, *protocol);
+        let now = (*target, former.contains(&key));
+        told.insert(key, now) != Some(now)
+    });
+    if targets.is_empty() {
+        return Ok(());
+    }
     let mut map: Array<_, Plain<[u8; PORT_BITS]>> = map_mut(programs, "PORTS")?;
     // What the probes themselves found to answer goes on.
     let mut ports = map.get(&0, 0).map_err(map_error("PORTS"))?.0;
-    for (address, _, target) in targets {
+    for (address, _, target) in &targets {
         let port = usize::from(address.port());
         ports[port / 4] |= PORT_IS_DESTINATION << (port % 4 * 2);
         if *target == Target::Pod {
@@ -660,7 +678,7 @@ fn fill_targets(
     map.set(0, Plain(ports), 0).map_err(map_error("PORTS"))?;
 
     let (mut v4, mut v6) = (Vec::new(), Vec::new());
-    for (address, protocol, target) in targets {
+    for (address, protocol, target) in &targets {
         let known = Known {
             target: *target as u32,
             former: u32::from(former.contains(&(*address, *protocol))),
@@ -675,8 +693,8 @@ fn fill_targets(
     know_all(programs, "TARGETS6", v6)
 }
 
-fn fill(programs: &mut Programs, watch: &Watch) -> Result<(), ProbeError> {
-    fill_targets(programs, &watch.targets, &watch.former)?;
+fn fill(programs: &mut Programs, watch: &Watch, told: &mut ToldTargets) -> Result<(), ProbeError> {
+    fill_targets(programs, &watch.targets, &watch.former, told)?;
     if let Some(absorbed) = &watch.absorbed {
         absorb(programs, absorbed)?;
     }
