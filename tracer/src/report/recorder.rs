@@ -97,42 +97,38 @@ impl Recorder {
     ///
     /// The file system refused. That is said once: from then on journeys are only counted.
     pub fn keep(&mut self, events: &[Event]) -> Result<(), WriteError> {
-        let before = self.kept.clone();
+        let mut bytes = Vec::new();
         let mut lines = Vec::new();
-        let written = self.lines.len();
         for event in events {
             if let Event::Journey(journey) = event
                 && self.kept.take(journey.end.is_good())
             {
                 self.note(journey);
-                let begin = lines.len();
-                line(&mut lines, event, journey);
-                self.lines.push(Line {
-                    bytes: u32::try_from(lines.len() - begin).unwrap_or(u32::MAX),
+                let begin = bytes.len();
+                line(&mut bytes, event, journey);
+                lines.push(Line {
+                    bytes: u32::try_from(bytes.len() - begin).unwrap_or(u32::MAX),
                     good: journey.end.is_good(),
                 });
             }
         }
-        let Some(file) = self.journeys.as_mut().filter(|_| !lines.is_empty()) else {
+        let Some(file) = self.journeys.as_mut().filter(|_| !bytes.is_empty()) else {
             return Ok(());
         };
-        match file.write_all(&lines) {
-            Ok(()) => {
-                self.length += lines.len() as u64;
-                Ok(())
-            }
-            Err(error) => {
-                // Half a line is worse than none; on a full disk shortening works.
-                let _ = file.set_len(self.length);
-                self.lines.truncate(written);
-                let (good, wrong) = (self.kept.good - before.good, self.kept.wrong - before.wrong);
-                self.kept.good = before.good;
-                self.kept.wrong = before.wrong;
-                self.kept.good_left_out += good;
-                self.kept.wrong_left_out += wrong;
-                Err(self.failed(error))
-            }
+        let (written, outcome) = append(file, &bytes);
+        let mut lines = lines.into_iter().peekable();
+        let end = self.length + written;
+        while let Some(line) = lines.next_if(|line| self.length + u64::from(line.bytes) <= end) {
+            self.length += u64::from(line.bytes);
+            self.lines.push(line);
         }
+        lines.for_each(|line| self.kept.give_up(line.good));
+        let Err(error) = outcome else {
+            return Ok(());
+        };
+        // Half a line is worse than none; on a full disk shortening works.
+        let _ = file.set_len(self.length);
+        Err(self.failed(error))
     }
 
     /// Is everything written so far that should be?
@@ -222,13 +218,7 @@ impl Recorder {
             .saturating_sub(missing.next_multiple_of(BLOCK) + BLOCK);
         while let Some(line) = self.lines.pop_if(|_| self.length > wanted) {
             self.length = self.length.saturating_sub(line.bytes.into());
-            let (kept, left_out) = if line.good {
-                (&mut self.kept.good, &mut self.kept.good_left_out)
-            } else {
-                (&mut self.kept.wrong, &mut self.kept.wrong_left_out)
-            };
-            *kept = kept.saturating_sub(1);
-            *left_out += 1;
+            self.kept.give_up(line.good);
         }
         if let WriteError::File { source, .. } = &error {
             let failure = || printable(&source.to_string());
@@ -252,6 +242,20 @@ impl Recorder {
             source,
         }
     }
+}
+
+/// Writes all of it: how many bytes of it are written, and if these are not all, why.
+fn append(file: &mut File, bytes: &[u8]) -> (u64, io::Result<()>) {
+    let mut written = 0;
+    while let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) {
+        match file.write(rest) {
+            Ok(0) => return (written as u64, Err(io::ErrorKind::WriteZero.into())),
+            Ok(more) => written += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return (written as u64, Err(error)),
+        }
+    }
+    (written as u64, Ok(()))
 }
 
 fn is_full(error: &io::Error) -> bool {
@@ -437,6 +441,29 @@ mod tests {
     }
 
     #[test]
+    fn of_many_journeys_at_once_those_are_kept_for_which_there_is_room() {
+        on_a_disk_of("size=64k", |dir| {
+            let (mut recorder, began) = Recorder::start(dir, 10_000);
+            began.expect("begins");
+            let both = [End::Sent, End::Leaked].map(event);
+            let many: Vec<Event> = both.iter().cycle().take(400).cloned().collect();
+            recorder.keep(&many).expect_err("there is no room for all");
+            let text = fs::read_to_string(dir.join(JOURNEYS_FILE)).expect("UTF-8");
+            let whole = text.lines().map(serde_json::from_str::<KeptJourney>);
+            let whole = whole.filter(Result::is_ok).count() as u64;
+            let kept = &recorder.kept;
+            assert!(
+                whole > 50 && text.lines().count() as u64 == whole,
+                "{kept:?}"
+            );
+            assert_eq!(kept.lines(), whole);
+            assert_eq!(kept.lines() + kept.good_left_out + kept.wrong_left_out, 400);
+            assert!(kept.good.abs_diff(kept.wrong) <= 1, "{kept:?}");
+            assert_eq!(recorder.length, text.len() as u64);
+        });
+    }
+
+    #[test]
     fn the_last_journeys_make_way_for_a_summary_that_is_larger() {
         on_a_disk_of("size=256k", |dir| {
             let mut summary = sample::trace().run.summary;
@@ -457,7 +484,8 @@ mod tests {
             // Of two kinds, one after the other, whichever was last.
             assert!(kept.good.abs_diff(kept.wrong) <= 1, "{kept:?}");
             let all = kept.lines() + kept.good_left_out + kept.wrong_left_out;
-            assert_eq!(all, written + 2, "{kept:?}");
+            // Of the last two there may have been room for one.
+            assert_eq!(all, (written + 1).next_multiple_of(2), "{kept:?}");
         });
     }
 

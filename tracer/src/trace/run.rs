@@ -81,14 +81,27 @@ pub struct Kept {
 impl Kept {
     /// Is there room for one more of this kind? Counts it, as kept or as left out.
     pub fn take(&mut self, good: bool) -> bool {
-        let (kept, left_out) = if good {
+        let limit = self.failure.as_ref().map_or(self.limit, |_| 0);
+        let (kept, left_out) = self.of(good);
+        let room = *kept < limit;
+        *(if room { kept } else { left_out }) += 1;
+        room
+    }
+
+    /// One that was kept is left out after all.
+    pub fn give_up(&mut self, good: bool) {
+        let (kept, left_out) = self.of(good);
+        *kept = kept.saturating_sub(1);
+        *left_out += 1;
+    }
+
+    /// Those of a kind that are kept, and those that are left out.
+    const fn of(&mut self, good: bool) -> (&mut u64, &mut u64) {
+        if good {
             (&mut self.good, &mut self.good_left_out)
         } else {
             (&mut self.wrong, &mut self.wrong_left_out)
-        };
-        let room = *kept < self.limit && self.failure.is_none();
-        *(if room { kept } else { left_out }) += 1;
-        room
+        }
     }
 
     /// Lines of `journeys.jsonl`.
