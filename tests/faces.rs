@@ -214,7 +214,7 @@ pub fn a_flush_is_in_the_kept_trace() {
     for words in [
         "rule change 1 at +",
         "nft (pid ",
-        "What went wrong",
+        "Journeys that ended badly",
         "leaked",
     ] {
         assert!(text.contains(words), "'{words}' in {text}");

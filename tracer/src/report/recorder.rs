@@ -21,7 +21,7 @@ use crate::trace::run::{FORMAT, Kept, KeptJourney, TraceEnvironment, TraceRun};
 use crate::trace::session::Event;
 use crate::trace::summary::Summary;
 
-/// Journeys that went wrong and stand on the page.
+/// Journeys that ended badly and stand on the page.
 const SHOWN: usize = 1000;
 /// File systems' usual block.
 const BLOCK: u64 = 4 << 10;
@@ -52,7 +52,7 @@ pub struct Recorder {
 impl Recorder {
     /// Begins in this folder, which is made if it is missing; what a trace has left there goes. Ask
     /// [`check_trace_target`](super::write::check_trace_target) before. At most `limit` journeys that
-    /// went well are kept, and as many that went wrong.
+    /// ended well are kept, and as many that ended badly.
     ///
     /// # Errors
     ///
@@ -414,7 +414,7 @@ mod tests {
         checked.join().expect("the thread's assertions hold");
     }
 
-    /// Fills the disk with journeys that went well and wrong by turns: how many were kept.
+    /// Fills the disk with journeys that ended well and badly by turns: how many were kept.
     fn fill(recorder: &mut Recorder) -> u64 {
         let both = [End::Sent, End::Leaked].map(event);
         while recorder.keep(&both).is_ok() {}

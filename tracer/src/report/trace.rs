@@ -26,7 +26,7 @@ pub const WORST: usize = 10;
 pub struct Trace {
     /// `trace.json`.
     pub run: TraceRun,
-    /// The journeys beside it that went wrong, as many as a page shows; `None`: they are not beside it.
+    /// The journeys beside it that ended badly, as many as a page shows; `None`: they are not beside it.
     pub wrong: Option<Vec<KeptJourney>>,
 }
 
@@ -453,29 +453,7 @@ fn of_service(service: &ServiceSummary) -> Vec<String> {
     if !later.is_empty() {
         lines.push(format!("{}: of established flows {later}", service.title()));
     }
-    if service.picked_up > 0 {
-        let flows = units::plural(
-            service.picked_up,
-            "established flow was",
-            "established flows were",
-        );
-        lines.push(format!(
-            "{}: {flows} picked up by conntrack, whose entry was gone",
-            service.title()
-        ));
-    }
-    if service.untracked > 0 {
-        let packets = units::plural(
-            service.untracked,
-            "packet of established flows was",
-            "packets of established flows were",
-        );
-        lines.push(format!(
-            "{}: {packets} not tracked by conntrack, and so not translated: the rules that have it track are gone, or \
-             it takes them for invalid (net.netfilter.nf_conntrack_log_invalid=6 tells why)",
-            service.title()
-        ));
-    }
+    lines.extend(beside_conntrack(service));
     let answers = answer_drops(service);
     if !answers.is_empty() {
         lines.push(format!(
@@ -491,6 +469,32 @@ fn of_service(service: &ServiceSummary) -> Vec<String> {
         ));
     }
     lines
+}
+
+/// Established flows that conntrack had lost, or does not track.
+fn beside_conntrack(service: &ServiceSummary) -> Vec<String> {
+    let counts = [
+        (
+            service.picked_up,
+            ["established flow was", "established flows were"],
+            "picked up by conntrack, whose entry was gone",
+        ),
+        (
+            service.untracked,
+            [
+                "packet of established flows was",
+                "packets of established flows were",
+            ],
+            "not tracked by conntrack, and so not translated: the rules that have it track are gone, or it takes them \
+             for invalid (net.netfilter.nf_conntrack_log_invalid=6 tells why)",
+        ),
+    ];
+    let counted = counts.into_iter().filter(|(count, ..)| *count > 0);
+    let said = counted.map(|(count, [one, many], what)| {
+        let number = units::plural(count, one, many);
+        format!("{}: {number} {what}", service.title())
+    });
+    said.collect()
 }
 
 /// The outages that lost most flows, at most so many, and the others in one line; all of them in their order if there
@@ -794,14 +798,12 @@ pub fn journeys(run: &TraceRun, journeys: &[KeptJourney], most: usize) -> Table 
     };
     Table {
         title: format!(
-            "What went wrong, the first {} of {}",
+            "Journeys that ended badly, the first {} of {}",
             journeys.len().min(most),
-            units::plural(
+            units::count(
                 run.journeys
                     .wrong
-                    .saturating_add(run.journeys.wrong_left_out),
-                "journey",
-                "journeys"
+                    .saturating_add(run.journeys.wrong_left_out)
             )
         ),
         header: ["at", "Service", "path", "from, to", "on the node", "end"]
@@ -824,7 +826,7 @@ pub fn kept(kept: &Kept, beside: bool) -> String {
         "; it is not beside trace.json"
     };
     format!(
-        "journeys.jsonl holds {} that went well and {} that went wrong (at most {} of each); {} and {} are left out{failure}{missing}",
+        "journeys.jsonl holds {} that ended well and {} that ended badly (at most {} of each); {} and {} are left out{failure}{missing}",
         units::count(kept.good),
         units::count(kept.wrong),
         units::count(kept.limit),

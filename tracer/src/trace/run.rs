@@ -58,7 +58,7 @@ pub struct TraceEnvironment {
     pub notes: Vec<String>,
 }
 
-/// Which journeys were kept: those that went well up to a limit, and those that went wrong up to the
+/// Which journeys were kept: those that ended well up to a limit, and those that ended badly up to the
 /// same limit, so that neither crowds out the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -66,13 +66,13 @@ pub struct TraceEnvironment {
 pub struct Kept {
     /// How many of each at most.
     pub limit: u64,
-    /// Kept of those that went well.
+    /// Kept of those that ended well.
     pub good: u64,
-    /// Kept of those that went wrong.
+    /// Kept of those that ended badly.
     pub wrong: u64,
-    /// Left out of those that went well.
+    /// Left out of those that ended well.
     pub good_left_out: u64,
-    /// Left out of those that went wrong.
+    /// Left out of those that ended badly.
     pub wrong_left_out: u64,
     /// Why journeys were not written from some time on; `None`: they were.
     pub failure: Option<String>,

@@ -100,7 +100,7 @@ pub(crate) struct Args {
     /// Overwrite a trace that is there.
     #[arg(long, requires = "dir")]
     force: bool,
-    /// Journeys that -o keeps: so many that went well, and so many that went wrong. About 300 bytes each, without
+    /// Journeys that -o keeps: so many that ended well, and so many that ended badly. About 300 bytes each, without
     /// stages.
     #[arg(long, value_name = "N", default_value_t = 50_000, requires = "dir")]
     keep: u64,
