@@ -793,7 +793,11 @@ pub fn journeys(run: &TraceRun, journeys: &[KeptJourney], most: usize) -> Table 
                 ),
             },
             time_on_node(run.summary.clock, journey.elapsed_ns),
-            format!("{}{}", journey.end, place(journey.first, journey.answer)),
+            format!(
+                "{}{}",
+                journey.end,
+                place(journey.first, journey.answer, journey.told_before)
+            ),
         ]
     };
     Table {

@@ -128,6 +128,9 @@ pub struct KeptJourney {
     /// Is it an answer, on its way back?
     #[serde(default)]
     pub answer: bool,
+    /// Is it a first packet that has a line before, of when it came to a socket or an endpoint?
+    #[serde(default)]
+    pub told_before: bool,
     /// Who it came from at the end; `None` if unknown.
     #[serde(default)]
     pub source_after: Option<SocketAddr>,
@@ -150,6 +153,7 @@ impl From<&Journey> for KeptJourney {
             destination: journey.destination,
             headed: journey.headed,
             answer: journey.answer,
+            told_before: journey.told_before,
             source_after: journey.source_after,
             first: journey.first,
             elapsed_ns: journey.elapsed_ns,
@@ -181,6 +185,7 @@ mod tests {
     #[test]
     fn a_journey_is_read_as_it_was_told() {
         let journey = Journey {
+            told_before: true,
             end: End::Dropped {
                 reason: "NO_SOCKET".to_owned(),
                 stage: "INPUT deliver".to_owned(),
