@@ -85,7 +85,7 @@ pub fn a_trace_is_kept_and_read_back(mode: Mode) {
     let dir = Folder::new(mode.name());
     let mut session =
         Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
-    let (mut recorder, began) = Recorder::start(&dir.0, LIMIT);
+    let (mut recorder, began) = Recorder::start(&dir.0, LIMIT).expect("nobody else writes");
     began.expect("the folder can be written");
     let result = send(&node, 40, 1);
     let sent = result.flows.len();
@@ -176,7 +176,7 @@ pub fn a_flush_is_in_the_kept_trace() {
     let dir = Folder::new("flush");
     let mut session =
         Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
-    let (mut recorder, began) = Recorder::start(&dir.0, 1000);
+    let (mut recorder, began) = Recorder::start(&dir.0, 1000).expect("nobody else writes");
     began.expect("the folder can be written");
     send(&node, 10, 1);
     // Flows and the flush are told apart by the timeline's bins.

@@ -332,6 +332,42 @@ fn an_interrupted_session_ends_in_order() {
     assert!(matches!(read::recorded(&out), Ok(Recorded::Trace(_))));
 }
 
+/// Whatever is to be overwritten; and of a session that has ended nothing stands in the way of the next one.
+#[test]
+fn the_folder_of_a_session_that_still_runs_is_refused() {
+    let node = node();
+    let dir = tempfile::tempdir().expect("a folder");
+    let out = dir.path().join("out");
+    let folder = out.to_str().expect("UTF-8");
+    let mut child = started(&mut trace(&node, &["-o", folder]), dir.path());
+    let before = names(&out);
+    // Room for what it finds.
+    let reserved = format!(".trace.json.{}.tmp", child.id());
+    assert_eq!(before, [reserved.as_str(), "journeys.jsonl"]);
+    let pid = format!("(pid {})", child.id());
+    for force in [&["--force"][..], &[]] {
+        let mut command = trace(&node, &["-o", folder]);
+        refused(command.args(force), 2, &["still runs", &pid, folder]);
+    }
+    assert_eq!(names(&out), before);
+    child.kill().expect("it lives");
+    child.wait().expect("it ends");
+    assert_eq!(names(&out), before);
+    let limit = ["-o", folder, "--force", "--duration", "100ms"];
+    let ended = end(&mut trace(&node, &limit));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(names(&out), ["journeys.jsonl", "report.html", "trace.json"]);
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).expect("a folder");
+    let name = |entry: std::io::Result<fs::DirEntry>| entry.expect("an entry").file_name();
+    let names = entries.map(|entry| name(entry).into_string().expect("UTF-8"));
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
 #[test]
 fn a_second_interrupt_kills_a_command_that_does_not_end() {
     let node = node();

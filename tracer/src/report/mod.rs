@@ -11,6 +11,7 @@ pub mod figures;
 pub mod hlog;
 pub mod html;
 pub mod json;
+mod lock;
 pub mod markdown;
 pub mod plot;
 pub mod quantile;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::lock::{self, Held};
 use super::reserved::{Reserved, Unwritten};
 use super::trace::Trace;
 use super::write::{
@@ -56,8 +57,9 @@ impl Recorder {
     ///
     /// # Errors
     ///
-    /// The second of the pair says why journeys cannot be written: the session goes on without.
-    pub fn start(dir: &Path, limit: u64) -> (Self, Result<(), WriteError>) {
+    /// Another session writes there. The second of the pair says why journeys cannot be written: the session goes on
+    /// without.
+    pub fn start(dir: &Path, limit: u64) -> Result<(Self, Result<(), WriteError>), WriteError> {
         let mut recorder = Self {
             dir: dir.to_owned(),
             journeys: None,
@@ -70,25 +72,38 @@ impl Recorder {
             },
             wrong: Vec::new(),
         };
-        let opened = fs::create_dir_all(dir).and_then(|()| {
-            for stale in [TRACE_FILE, HTML_FILE] {
-                match fs::remove_file(dir.join(stale)) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                    _ => {}
-                }
+        let file = match open(dir) {
+            Ok(file) => file,
+            Err(error) => {
+                let error = recorder.failed(error);
+                return Ok((recorder, Err(error)));
             }
-            remove_left_over(dir, TRACE_FILE)?;
-            recorder.summary = Some(Reserved::start(dir, TRACE_FILE)?);
-            File::create(dir.join(JOURNEYS_FILE))
-        });
-        let outcome = match opened {
-            Ok(file) => {
-                recorder.journeys = Some(file);
-                Ok(())
-            }
-            Err(error) => Err(recorder.failed(error)),
         };
-        (recorder, outcome)
+        // Not before it is known that all that is there is ours.
+        if let Err(Held { by }) = lock::take(&file) {
+            let dir = dir.to_owned();
+            return Err(WriteError::InUse { dir, pid: by });
+        }
+        let began = recorder.begin(file);
+        let began = began.map_err(|error| recorder.failed(error));
+        Ok((recorder, began))
+    }
+
+    /// Takes the folder of which this is the file of journeys.
+    fn begin(&mut self, journeys: File) -> io::Result<()> {
+        for stale in [TRACE_FILE, HTML_FILE] {
+            match fs::remove_file(self.dir.join(stale)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        remove_left_over(&self.dir, TRACE_FILE)?;
+        if journeys.metadata()?.is_file() {
+            journeys.set_len(0)?;
+        }
+        self.summary = Some(Reserved::start(&self.dir, TRACE_FILE)?);
+        self.journeys = Some(journeys);
+        Ok(())
     }
 
     /// Writes what journeys there are among these.
@@ -244,6 +259,14 @@ impl Recorder {
     }
 }
 
+/// The file of journeys, with what it holds.
+fn open(dir: &Path) -> io::Result<File> {
+    fs::create_dir_all(dir)?;
+    let file = dir.join(JOURNEYS_FILE);
+    let mut options = File::options();
+    options.write(true).create(true).truncate(false).open(file)
+}
+
 /// Writes all of it: how many bytes of it are written, and if these are not all, why.
 fn append(file: &mut File, bytes: &[u8]) -> (u64, io::Result<()>) {
     let mut written = 0;
@@ -320,7 +343,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let into = dir.path().join("a/b");
         check_trace_target(&into, false).expect("it can be written");
-        let (mut recorder, began) = Recorder::start(&into, 2);
+        let (mut recorder, began) = Recorder::start(&into, 2).expect("nobody else writes");
         began.expect("begins");
         let events = [End::Sent, End::Leaked, End::Sent, End::Sent].map(event);
         recorder.keep(&events).expect("written");
@@ -349,7 +372,7 @@ mod tests {
             "{error}"
         );
         check_trace_target(&into, true).expect("may be overwritten");
-        let (_, began) = Recorder::start(&into, 2);
+        let (_, began) = Recorder::start(&into, 2).expect("nobody else writes");
         began.expect("begins");
         assert!(!into.join(TRACE_FILE).exists() && !page.exists());
         let error = check_trace_target(&into, false).expect_err("a session was killed here");
@@ -375,7 +398,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let full = dir.path().join(JOURNEYS_FILE);
         std::os::unix::fs::symlink("/dev/full", full).expect("a link");
-        let (mut recorder, began) = Recorder::start(dir.path(), 10);
+        let (mut recorder, began) = Recorder::start(dir.path(), 10).expect("nobody else writes");
         began.expect("opening it works");
         let error = recorder.keep(&[event(End::Sent)]).expect_err("it is full");
         assert_eq!(error.exit_code(), 1);
@@ -424,7 +447,7 @@ mod tests {
     #[test]
     fn journeys_that_fill_the_disk_leave_room_for_what_was_found() {
         on_a_disk_of("size=64k", |dir| {
-            let (mut recorder, began) = Recorder::start(dir, 10_000);
+            let (mut recorder, began) = Recorder::start(dir, 10_000).expect("nobody else writes");
             began.expect("begins");
             let written = fill(&mut recorder);
             assert!(written > 50, "{written}");
@@ -443,14 +466,14 @@ mod tests {
     #[test]
     fn of_many_journeys_at_once_those_are_kept_for_which_there_is_room() {
         on_a_disk_of("size=64k", |dir| {
-            let (mut recorder, began) = Recorder::start(dir, 10_000);
+            let (mut recorder, began) = Recorder::start(dir, 10_000).expect("nobody else writes");
             began.expect("begins");
             let both = [End::Sent, End::Leaked].map(event);
             let many: Vec<Event> = both.iter().cycle().take(400).cloned().collect();
             recorder.keep(&many).expect_err("there is no room for all");
             let text = fs::read_to_string(dir.join(JOURNEYS_FILE)).expect("UTF-8");
             let whole = text.lines().map(serde_json::from_str::<KeptJourney>);
-            let whole = whole.filter(Result::is_ok).count() as u64;
+            let whole = whole.flatten().count() as u64;
             let kept = &recorder.kept;
             assert!(
                 whole > 50 && text.lines().count() as u64 == whole,
@@ -469,7 +492,7 @@ mod tests {
             let mut summary = sample::trace().run.summary;
             let one = summary.rule_changes[0].clone();
             summary.rule_changes = vec![one; 300];
-            let (mut recorder, began) = Recorder::start(dir, 10_000);
+            let (mut recorder, began) = Recorder::start(dir, 10_000).expect("nobody else writes");
             began.expect("begins");
             let written = fill(&mut recorder);
             recorder
@@ -495,7 +518,7 @@ mod tests {
             let mut summary = sample::trace().run.summary;
             let one = summary.rule_changes[0].clone();
             summary.rule_changes = vec![one; 300];
-            let (mut recorder, began) = Recorder::start(dir, 10_000);
+            let (mut recorder, began) = Recorder::start(dir, 10_000).expect("nobody else writes");
             began.expect("begins");
             fill(&mut recorder);
             let error = recorder.finish(environment(), &summary);
@@ -516,7 +539,7 @@ mod tests {
         let other = dir.path().join(".trace.json.old.tmp");
         fs::write(&left, "").expect("written");
         fs::write(&other, "").expect("written");
-        let (recorder, began) = Recorder::start(dir.path(), 10);
+        let (recorder, began) = Recorder::start(dir.path(), 10).expect("nobody else writes");
         began.expect("begins");
         assert!(!left.exists() && other.exists());
         drop(recorder);
@@ -527,7 +550,7 @@ mod tests {
     #[test]
     fn names_that_would_command_a_terminal_are_made_harmless() {
         let dir = tempfile::tempdir().expect("a folder");
-        let (mut recorder, began) = Recorder::start(dir.path(), 10);
+        let (mut recorder, began) = Recorder::start(dir.path(), 10).expect("nobody else writes");
         began.expect("begins");
         let evil = "\u{1b}[2Jweb\u{9b}";
         let journey = Journey {

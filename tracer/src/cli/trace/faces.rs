@@ -1,6 +1,7 @@
 //! What a session shows while it lasts, and what it leaves.
 
 use std::io::IsTerminal as _;
+use std::path::Path;
 use std::time::Duration;
 
 use tracer::kernel::clock;
@@ -61,11 +62,11 @@ impl Faces {
             live: (plain_table && std::io::stdout().is_terminal()).then(live),
             crowd: Crowd::default(),
             encoder: Encoder::new(clock, offset_ns),
-            recorder: args.dir.as_ref().map(|dir| {
-                let (recorder, began) = Recorder::start(dir, args.keep);
-                goes_on(began);
-                recorder
-            }),
+            recorder: args
+                .dir
+                .as_ref()
+                .map(|dir| recorder(dir, args.keep))
+                .transpose()?,
             environment: TraceEnvironment {
                 realtime_offset_ns: offset_ns,
                 ..environment(args, session)
@@ -232,6 +233,13 @@ impl Faces {
     fn since(&self, time_ns: u64) -> String {
         trace::seconds(time_ns.saturating_sub(self.started_ns))
     }
+}
+
+/// Begins the files, as far as they can be written.
+fn recorder(dir: &Path, limit: u64) -> Result<Recorder, WriteError> {
+    let (recorder, began) = Recorder::start(dir, limit)?;
+    goes_on(began);
+    Ok(recorder)
 }
 
 /// Says why journeys are not kept from here on: the recorder tells that once.
