@@ -291,11 +291,16 @@ pub fn translators(summary: &Summary) -> Vec<String> {
             *sum = sum.saturating_add(*count);
         }
     }
+    let more = if summary.listening.is_at_functions() {
+        " (--detail functions may tell)"
+    } else {
+        ""
+    };
     let line = |(modes, (services, flows)): (&[String], (u64, BTreeMap<&str, u64>))| {
         let by = flows.iter().map(|(mode, count)| {
             let count = units::count(*count);
             match *mode {
-                "unknown" => format!("{count} by which is unknown (--detail functions may tell)"),
+                "unknown" => format!("{count} by which is unknown{more}"),
                 mode => format!("{count} by {mode}"),
             }
         });
@@ -852,6 +857,7 @@ pub fn mode(summary: &Summary) -> Option<Mode> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::probe::rule_changes::Way;
     use crate::report::sample;
     use crate::report::{markdown, terminal};
 
@@ -977,6 +983,10 @@ mod tests {
             service.translated = counted.collect();
         }
         insta::assert_snapshot!(translators(&summary).join("\n"), @"2 of 2 Services are in the rules of iptables-legacy and nftables at once: new flows were translated 330 by iptables-legacy, 30 by which is unknown (--detail functions may tell)");
+        // Where the kernel refuses programs at functions nobody is sent there.
+        summary.listening.probes = Some(Way::SystemCalls.title().to_owned());
+        let told = translators(&summary).join("\n");
+        assert!(told.ends_with("30 by which is unknown"), "{told}");
         assert_eq!(summary.services[0].mode(), "iptables-legacy");
         assert_eq!(summary.services[1].mode(), "several");
     }
