@@ -96,8 +96,8 @@ impl Recorder {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
+            remove_left_over(&self.dir, stale)?;
         }
-        remove_left_over(&self.dir, TRACE_FILE)?;
         if journeys.metadata()?.is_file() {
             journeys.set_len(0)?;
         }
@@ -535,13 +535,14 @@ mod tests {
     #[test]
     fn what_a_killed_session_has_left_goes() {
         let dir = tempfile::tempdir().expect("a folder");
-        let left = dir.path().join(".trace.json.7.tmp");
+        let left = [".trace.json.7.tmp", ".report.html.7.tmp"].map(|name| dir.path().join(name));
         let other = dir.path().join(".trace.json.old.tmp");
-        fs::write(&left, "").expect("written");
-        fs::write(&other, "").expect("written");
+        for file in left.iter().chain([&other]) {
+            fs::write(file, "").expect("written");
+        }
         let (recorder, began) = Recorder::start(dir.path(), 10).expect("nobody else writes");
         began.expect("begins");
-        assert!(!left.exists() && other.exists());
+        assert!(left.iter().all(|left| !left.exists()) && other.exists());
         drop(recorder);
         let names = fs::read_dir(dir.path()).expect("a folder");
         assert_eq!(names.count(), 2, "journeys.jsonl, and what is not ours");
