@@ -20,7 +20,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
-use tracer::report::{Recorded, read};
+use tracer::report::{Recorded, read, trace as report_trace};
 use tracer::rules::Mode;
 use tracer::scenario::node::TestNode;
 
@@ -266,6 +266,40 @@ fn limited(node: &TestNode, ms: u64) -> (Value, Vec<u64>) {
     let times = of("journey").map(|one| one["time_ns"].as_u64().expect("a time"));
     let summary = of("summary").next().expect("a summary");
     (summary.clone(), times.collect())
+}
+
+/// kube-proxy in IPVS mode runs ipset for each entry: people get lines of many, programs each of them.
+#[test]
+fn what_a_program_changes_in_a_row_is_told_together() {
+    const ENTRIES: u64 = 30;
+    let node = node();
+    let dir = tempfile::tempdir().expect("a folder");
+    let out = dir.path().to_str().expect("UTF-8");
+    // Long-lived, as kube-proxy is: the shell is the parent of each.
+    let script = format!(
+        "ipset create SOME hash:ip; for n in $(seq {ENTRIES}); do ipset add SOME 192.0.2.$n; done; ipset destroy SOME"
+    );
+    let path = format!("--net={}", node.lab.node().path());
+    let changing = ["--", "nsenter", &path, "sh", "-c", &script];
+    let ended = end(trace(&node, &["-o", out]).args(changing));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let lines: Vec<&str> = ended.stdout.lines().collect();
+    let lines = lines.iter().filter(|line| line.contains("  ipset ("));
+    let times = lines.clone().map(|line| {
+        let times = line.split_once(" times, parent sh, pid ");
+        let number = times.and_then(|(before, _)| before.rsplit('(').next());
+        number.map_or(1, |number| number.parse::<u64>().expect("a number"))
+    });
+    // The first at once, and then one line a second.
+    assert_eq!(times.sum::<u64>(), ENTRIES + 2, "{ended:?}");
+    assert!(lines.count() < 10, "{ended:?}");
+    let Ok(Recorded::Trace(read)) = read::recorded(dir.path()) else {
+        panic!("a trace was kept");
+    };
+    assert_eq!(read.run.summary.rule_changes.len() as u64, ENTRIES + 2);
+    let told = report_trace::changes(&read.run.summary, 50);
+    let begin = "rule changes 1 to ";
+    assert!(told.len() < 10 && told[0].starts_with(begin), "{told:?}");
 }
 
 /// Attaching and ending take some tenths of a second, which are no part of the time that was watched.

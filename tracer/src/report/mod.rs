@@ -7,6 +7,7 @@
 
 pub mod answer;
 pub mod blocks;
+pub mod bursts;
 pub mod figures;
 pub mod hlog;
 pub mod html;

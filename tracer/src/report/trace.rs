@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::blocks::{Block, MISSING, Table, Tone};
 use super::quantile::quantile;
-use super::{figures, units};
+use super::{bursts, figures, units};
 use crate::record::run::{Bin, Clock, Histogram, PacketState};
 use crate::rules::Mode;
 use crate::trace::changes::RuleChange;
@@ -677,17 +677,24 @@ pub fn seconds(ns: u64) -> String {
     format!("+{}.{:06} s", ns / 1_000_000_000, ns % 1_000_000_000 / 1000)
 }
 
-/// Rule changes in order, at most so many.
+/// Rule changes in order, those of one program in a row in a line, at most so many lines.
 pub fn changes(summary: &Summary, most: usize) -> Vec<String> {
-    let all = summary.rule_changes.iter().enumerate();
-    let mut lines: Vec<String> = all
+    let mut told = 0;
+    let mut lines: Vec<String> = bursts::of(&summary.rule_changes)
+        .iter()
         .take(most)
-        .map(|(i, change)| {
-            let at = since(summary, change.time_ns);
-            format!("rule change {} at {at}: {change}", i + 1)
+        .map(|burst| {
+            let first = told + 1;
+            told += burst.times();
+            let [from, to] = [burst.first_ns(), burst.last_ns()].map(|ns| since(summary, ns));
+            if burst.times() == 1 {
+                format!("rule change {first} at {to}: {burst}")
+            } else {
+                format!("rule changes {first} to {told} from {from} to {to}: {burst}")
+            }
         })
         .collect();
-    let more = summary.changes().saturating_sub(lines.len() as u64);
+    let more = summary.changes().saturating_sub(told);
     if more > 0 {
         lines.push(format!(
             "and {} more",

@@ -8,6 +8,7 @@ use tracer::kernel::clock;
 use tracer::kernel::netns::Netns;
 use tracer::probe::tier::Tier;
 use tracer::record::run::Clock;
+use tracer::report::bursts::Burst;
 use tracer::report::recorder::Recorder;
 use tracer::report::write::{WriteError, printable};
 use tracer::report::{trace, units};
@@ -19,6 +20,7 @@ use tracer::trace::summary::Summary;
 
 use super::crowd::Crowd;
 use super::live::Live;
+use super::row::Row;
 use super::{Args, Output, text};
 use crate::cli::{bench, environment, exit};
 
@@ -30,6 +32,7 @@ pub(super) struct Faces {
     started_ns: u64,
     live: Option<Live>,
     crowd: Crowd,
+    row: Row,
     encoder: Encoder,
     recorder: Option<Recorder>,
     environment: TraceEnvironment,
@@ -61,6 +64,7 @@ impl Faces {
             started_ns: session.started_ns(),
             live: (plain_table && std::io::stdout().is_terminal()).then(live),
             crowd: Crowd::default(),
+            row: Row::default(),
             encoder: Encoder::new(clock, offset_ns),
             recorder: args
                 .dir
@@ -107,7 +111,10 @@ impl Faces {
         match self.output {
             Output::Text => {
                 for event in self.crowd.part(events, now_ns) {
-                    self.text(&mut out, event);
+                    self.text(&mut out, event, now_ns);
+                }
+                if let Some(burst) = self.row.over(until_ns) {
+                    out.extend(self.burst(&burst));
                 }
                 let at = self.since(now_ns);
                 for others in self.crowd.others(until_ns) {
@@ -187,19 +194,30 @@ impl Faces {
         }
     }
 
-    fn text(&mut self, out: &mut Vec<u8>, event: &Event) {
+    fn text(&mut self, out: &mut Vec<u8>, event: &Event, now_ns: u64) {
         let line = match event {
             Event::Journey(journey) if self.journeys => {
                 text::journey(self.clock, &self.since(journey.time_ns), journey)
             }
             Event::Journey(_) => return,
             Event::Verdict(_) if !self.journeys => return,
+            Event::RuleChange(change) => {
+                if let Some(live) = &mut self.live {
+                    live.heard(change);
+                }
+                let told = self.row.part(change, now_ns);
+                out.extend(told.iter().flat_map(|burst| self.burst(burst)));
+                return;
+            }
             other => format!("{}  {}\n", self.since(other.time_ns()), words(other)),
         };
-        if let (Event::RuleChange(change), Some(live)) = (event, &mut self.live) {
-            live.heard(change);
-        }
         out.extend(line.into_bytes());
+    }
+
+    /// A line for rule changes.
+    fn burst(&self, burst: &Burst) -> Vec<u8> {
+        let words = printable(&burst.to_string());
+        format!("{}  {words}\n", self.since(burst.last_ns())).into_bytes()
     }
 
     fn json(&self, out: &mut Vec<u8>, event: &Event) {

@@ -3,6 +3,7 @@
 mod crowd;
 mod faces;
 mod live;
+mod row;
 mod text;
 
 use std::io::IsTerminal as _;
