@@ -59,3 +59,55 @@ fn whole() -> libc::flock {
         l_pid: 0,
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::ffi::CString;
+    use std::os::fd::{FromRawFd as _, OwnedFd};
+    use std::os::unix::process::CommandExt as _;
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    /// A process that has the lock of a file, which must not be open here, until it is killed.
+    pub(crate) fn held_by_another(file: &Path) -> Child {
+        let file = CString::new(file.to_str().expect("UTF-8")).expect("no NUL");
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        // SAFETY: open and fcntl are plain system calls; nothing is allocated after the fork.
+        unsafe {
+            command.pre_exec(move || {
+                // Stays open in the program.
+                let fd = libc::open(file.as_ptr(), libc::O_WRONLY);
+                if fd < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                let file = OwnedFd::from_raw_fd(fd);
+                fcntl(&file, FcntlArg::F_SETLK(&whole()))?;
+                std::mem::forget(file);
+                Ok(())
+            });
+        }
+        command.spawn().expect("it starts")
+    }
+
+    #[test]
+    fn a_lock_is_for_others_and_ends_with_its_process() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("file");
+        std::fs::write(&path, "").expect("made");
+        assert_eq!(holder_of(&path).expect("read"), None);
+        let mut other = held_by_another(&path);
+        let held = Held {
+            by: Some(other.id()),
+        };
+        assert_eq!(holder_of(&path).expect("read"), Some(held));
+        // Not before the other: what it inherits it closes, and with that its lock would go.
+        let file = File::options().write(true).open(&path).expect("open");
+        assert_eq!(take(&file), Err(held));
+        other.kill().expect("it lives");
+        other.wait().expect("it ends");
+        assert_eq!(take(&file), Ok(()));
+        assert!(holder_of(&dir.path().join("none")).is_err());
+    }
+}

@@ -549,6 +549,35 @@ mod tests {
     }
 
     #[test]
+    fn what_another_process_writes_is_left_alone() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let files = [TRACE_FILE, HTML_FILE, JOURNEYS_FILE].map(|name| dir.path().join(name));
+        for file in &files {
+            fs::write(file, "theirs").expect("written");
+        }
+        let mut other = lock::tests::held_by_another(&files[2]);
+        for refused in [
+            check_trace_target(dir.path(), true),
+            check_trace_target(dir.path(), false),
+            // Who began at the same time finds out here.
+            Recorder::start(dir.path(), 10).map(drop),
+        ] {
+            let error = refused.expect_err("it is written to");
+            assert_eq!(error.exit_code(), 2);
+            let error = error.to_string();
+            assert!(error.contains(&format!("(pid {})", other.id())), "{error}");
+        }
+        for file in &files {
+            assert_eq!(fs::read(file).expect("it is there"), b"theirs");
+        }
+        other.kill().expect("it lives");
+        other.wait().expect("it ends");
+        let (_recorder, began) = Recorder::start(dir.path(), 10).expect("nobody writes");
+        began.expect("begins");
+        assert_eq!(fs::read(&files[2]).expect("it is there"), b"");
+    }
+
+    #[test]
     fn names_that_would_command_a_terminal_are_made_harmless() {
         let dir = tempfile::tempdir().expect("a folder");
         let (mut recorder, began) = Recorder::start(dir.path(), 10).expect("nobody else writes");
