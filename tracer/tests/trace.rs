@@ -20,7 +20,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
-use tracer::report::{Recorded, read};
+use tracer::report::{Recorded, read, trace as report_trace};
 use tracer::rules::Mode;
 use tracer::scenario::node::TestNode;
 
@@ -268,6 +268,40 @@ fn limited(node: &TestNode, ms: u64) -> (Value, Vec<u64>) {
     (summary.clone(), times.collect())
 }
 
+/// kube-proxy in IPVS mode runs ipset for each entry: people get lines of many, programs each of them.
+#[test]
+fn what_a_program_changes_in_a_row_is_told_together() {
+    const ENTRIES: u64 = 30;
+    let node = node();
+    let dir = tempfile::tempdir().expect("a folder");
+    let out = dir.path().to_str().expect("UTF-8");
+    // Long-lived, as kube-proxy is: the shell is the parent of each.
+    let script = format!(
+        "ipset create SOME hash:ip; for n in $(seq {ENTRIES}); do ipset add SOME 192.0.2.$n; done; ipset destroy SOME"
+    );
+    let path = format!("--net={}", node.lab.node().path());
+    let changing = ["--", "nsenter", &path, "sh", "-c", &script];
+    let ended = end(trace(&node, &["-o", out]).args(changing));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let lines: Vec<&str> = ended.stdout.lines().collect();
+    let lines = lines.iter().filter(|line| line.contains("  ipset ("));
+    let times = lines.clone().map(|line| {
+        let times = line.split_once(" times, parent sh, pid ");
+        let number = times.and_then(|(before, _)| before.rsplit('(').next());
+        number.map_or(1, |number| number.parse::<u64>().expect("a number"))
+    });
+    // The first at once, and then one line a second.
+    assert_eq!(times.sum::<u64>(), ENTRIES + 2, "{ended:?}");
+    assert!(lines.count() < 10, "{ended:?}");
+    let Ok(Recorded::Trace(read)) = read::recorded(dir.path()) else {
+        panic!("a trace was kept");
+    };
+    assert_eq!(read.run.summary.rule_changes.len() as u64, ENTRIES + 2);
+    let told = report_trace::changes(&read.run.summary, 50);
+    let begin = "rule changes 1 to ";
+    assert!(told.len() < 10 && told[0].starts_with(begin), "{told:?}");
+}
+
 /// Attaching and ending take some tenths of a second, which are no part of the time that was watched.
 #[test]
 fn a_session_is_as_long_as_was_asked_and_tells_of_that_time_alone() {
@@ -332,6 +366,42 @@ fn an_interrupted_session_ends_in_order() {
     assert!(matches!(read::recorded(&out), Ok(Recorded::Trace(_))));
 }
 
+/// Whatever is to be overwritten; and of a session that has ended nothing stands in the way of the next one.
+#[test]
+fn the_folder_of_a_session_that_still_runs_is_refused() {
+    let node = node();
+    let dir = tempfile::tempdir().expect("a folder");
+    let out = dir.path().join("out");
+    let folder = out.to_str().expect("UTF-8");
+    let mut child = started(&mut trace(&node, &["-o", folder]), dir.path());
+    let before = names(&out);
+    // Room for what it finds.
+    let reserved = format!(".trace.json.{}.tmp", child.id());
+    assert_eq!(before, [reserved.as_str(), "journeys.jsonl"]);
+    let pid = format!("(pid {})", child.id());
+    for force in [&["--force"][..], &[]] {
+        let mut command = trace(&node, &["-o", folder]);
+        refused(command.args(force), 2, &["still runs", &pid, folder]);
+    }
+    assert_eq!(names(&out), before);
+    child.kill().expect("it lives");
+    child.wait().expect("it ends");
+    assert_eq!(names(&out), before);
+    let limit = ["-o", folder, "--force", "--duration", "100ms"];
+    let ended = end(&mut trace(&node, &limit));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(names(&out), ["journeys.jsonl", "report.html", "trace.json"]);
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).expect("a folder");
+    let name = |entry: std::io::Result<fs::DirEntry>| entry.expect("an entry").file_name();
+    let names = entries.map(|entry| name(entry).into_string().expect("UTF-8"));
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
 #[test]
 fn a_second_interrupt_kills_a_command_that_does_not_end() {
     let node = node();
@@ -382,7 +452,7 @@ fn a_reader_that_goes_away_is_no_failure_and_costs_no_file() {
     assert!(matches!(read::recorded(&out), Ok(Recorded::Trace(_))));
 }
 
-/// Puts a small empty file system over a folder, for this program alone.
+/// Puts an empty file system of 48 kB over a folder, for this program alone.
 fn with_tmpfs(command: &mut Command, dir: &Path) {
     let dir = std::ffi::CString::new(dir.to_str().expect("UTF-8")).expect("no NUL");
     // SAFETY: unshare and mount are plain system calls; nothing is allocated after the fork.
@@ -391,7 +461,7 @@ fn with_tmpfs(command: &mut Command, dir: &Path) {
             let none: Option<&str> = None;
             unshare(CloneFlags::CLONE_NEWNS)?;
             mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-            let size = Some("size=64k");
+            let size = Some("size=48k");
             let flags = MsFlags::empty();
             mount(Some("tmpfs"), dir.as_c_str(), Some("tmpfs"), flags, size)?;
             Ok(())
@@ -399,32 +469,42 @@ fn with_tmpfs(command: &mut Command, dir: &Path) {
     }
 }
 
-/// What was found is kept, and can be read; journeys are kept while there is room; what is not there is named.
+/// What was found is kept, and can be read; journeys are kept while there is room; what is not there is named. However
+/// many flows there are meanwhile: of 48 kB, 16 kB are reserved for trace.json, and as many of journeys, which can make way
+/// for it, are there before the disk is filled; neither gives back what a page takes.
 #[test]
 fn a_disk_that_becomes_full_takes_journeys_and_not_what_was_found() {
+    const RESERVED: usize = 16 << 10;
     let node = node();
     let dir = tempfile::tempdir().expect("a folder");
+    let elsewhere = tempfile::tempdir().expect("a folder");
     let out = dir.path().join("out");
-    let fill = dir.path().join("fill");
     let (stop, client) = asking(&node);
-    // It is full when journeys have come, and they go on coming.
+    // Journeys go on coming until it is said that one found no room.
     let script = format!(
-        "until [ -s {0}/journeys.jsonl ]; do sleep 0.02; done; head -c 9000000 /dev/zero >{1}; sleep 0.2",
-        out.display(),
-        fill.display(),
+        "until [ $(wc -c <{out}/journeys.jsonl) -ge {RESERVED} ]; do sleep 0.02; done; head -c 9000000 /dev/zero >{fill}; \
+         until grep -q 'journeys.jsonl: No space' {said}; do sleep 0.02; done",
+        out = out.display(),
+        fill = dir.path().join("fill").display(),
+        said = elsewhere.path().join("said").display(),
     );
-    let node_path = node.lab.node().path();
     let all = format!(
-        "{PROGRAM} trace --netns {node_path} -o {out} -- sh -c '{script}'; echo $?; {PROGRAM} report {out}; echo $?; \
-         rm {out}/trace.json; {PROGRAM} report {out}; echo $?",
-        out = out.display()
+        "{PROGRAM} trace --netns {node_path} --duration {limit}s -o {out} -- sh -c \"$SCRIPT\" 2>{elsewhere}/said; echo $?; \
+         {PROGRAM} report {out}; echo $?; {PROGRAM} report {out} --output html >{elsewhere}/page; rm {out}/trace.json; \
+         {PROGRAM} report {out}; echo $?; cat {elsewhere}/said >&2",
+        node_path = node.lab.node().path(),
+        limit = PATIENCE.as_secs(),
+        out = out.display(),
+        elsewhere = elsewhere.path().display(),
     );
     let mut command = Command::new("sh");
-    command.args(["-c", &all]);
+    command.args(["-c", &all]).env("SCRIPT", script);
     with_tmpfs(&mut command, dir.path());
     let ended = end(&mut command);
     stop.store(true, Ordering::Relaxed);
     client.join().expect("it asked");
+    let page = fs::read(elsewhere.path().join("page")).expect("the page, made again");
+    assert!(page.len() > RESERVED, "{}: it had room", page.len());
     let (session, reports) = ended.stdout.split_once("\n1\n").expect("it failed");
     assert!(session.contains("1 Service with flows"), "{ended:?}");
     let (report, without) = reports.split_once("\n0\n").expect("it can be read");

@@ -7,10 +7,12 @@
 
 pub mod answer;
 pub mod blocks;
+pub mod bursts;
 pub mod figures;
 pub mod hlog;
 pub mod html;
 pub mod json;
+mod lock;
 pub mod markdown;
 pub mod plot;
 pub mod quantile;

@@ -26,7 +26,7 @@ use crate::trace::timeline::BINS;
 const LARGEST: u64 = 256 << 20;
 /// No line of journeys.jsonl is longer: a journey with every stage takes 4 KiB.
 const LONGEST_LINE: u64 = 64 << 10;
-/// Journeys that went wrong and are kept to be shown.
+/// Journeys that ended badly and are kept to be shown.
 const SHOWN: usize = 1000;
 
 /// Why a run could not be read.
@@ -366,7 +366,7 @@ fn trace(file: &Path, text: &str) -> Result<TraceRun, ReadError> {
     Ok(run)
 }
 
-/// Reads the journeys that are kept beside a trace; returns those that went wrong, the first of them.
+/// Reads the journeys that are kept beside a trace; returns those that ended badly, the first of them.
 fn journeys(file: &Path, kept: &Kept) -> Result<Vec<KeptJourney>, ReadError> {
     let failed = |source| ReadError::File {
         file: file.to_owned(),

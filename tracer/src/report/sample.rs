@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use tracer_ebpf::histogram::{bounds_of, cell_of};
 use tracer_ebpf::path::{Origin, Path, Target};
 
+use crate::probe::rule_changes::Way;
 use crate::record::run::{
     Bin, Cell, Clock, Environment, FORMAT, Fault, FaultKind, FaultPath, Histogram, Ledger, Loss,
     Measurements, Outage, PacketState, PathResult, Place, ProbeHealth, RuleChange, Run,
@@ -686,7 +687,7 @@ pub(crate) fn trace() -> Trace {
                 paths,
                 timeline,
                 listening: changes::Listening {
-                    probes: Some("nf_setsockopt and netlink_unicast".to_owned()),
+                    probes: Some(Way::Functions.title().to_owned()),
                     refused: None,
                     lost: 0,
                 },

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::blocks::{Block, MISSING, Table, Tone};
 use super::quantile::quantile;
-use super::{figures, units};
+use super::{bursts, figures, units};
 use crate::record::run::{Bin, Clock, Histogram, PacketState};
 use crate::rules::Mode;
 use crate::trace::changes::RuleChange;
@@ -26,7 +26,7 @@ pub const WORST: usize = 10;
 pub struct Trace {
     /// `trace.json`.
     pub run: TraceRun,
-    /// The journeys beside it that went wrong, as many as a page shows; `None`: they are not beside it.
+    /// The journeys beside it that ended badly, as many as a page shows; `None`: they are not beside it.
     pub wrong: Option<Vec<KeptJourney>>,
 }
 
@@ -297,11 +297,16 @@ pub fn translators(summary: &Summary) -> Vec<String> {
             *sum = sum.saturating_add(*count);
         }
     }
+    let more = if summary.listening.is_at_functions() {
+        " (--detail functions may tell)"
+    } else {
+        ""
+    };
     let line = |(modes, (services, flows)): (&[String], (u64, BTreeMap<&str, u64>))| {
         let by = flows.iter().map(|(mode, count)| {
             let count = units::count(*count);
             match *mode {
-                "unknown" => format!("{count} by which is unknown (--detail functions may tell)"),
+                "unknown" => format!("{count} by which is unknown{more}"),
                 mode => format!("{count} by {mode}"),
             }
         });
@@ -459,29 +464,7 @@ fn of_service(service: &ServiceSummary) -> Vec<String> {
     if !later.is_empty() {
         lines.push(format!("{}: of established flows {later}", service.title()));
     }
-    if service.picked_up > 0 {
-        let flows = units::plural(
-            service.picked_up,
-            "established flow was",
-            "established flows were",
-        );
-        lines.push(format!(
-            "{}: {flows} picked up by conntrack, whose entry was gone",
-            service.title()
-        ));
-    }
-    if service.untracked > 0 {
-        let packets = units::plural(
-            service.untracked,
-            "packet of established flows was",
-            "packets of established flows were",
-        );
-        lines.push(format!(
-            "{}: {packets} not tracked by conntrack, and so not translated: the rules that have it track are gone, or \
-             it takes them for invalid (net.netfilter.nf_conntrack_log_invalid=6 tells why)",
-            service.title()
-        ));
-    }
+    lines.extend(beside_conntrack(service));
     let answers = answer_drops(service);
     if !answers.is_empty() {
         lines.push(format!(
@@ -497,6 +480,32 @@ fn of_service(service: &ServiceSummary) -> Vec<String> {
         ));
     }
     lines
+}
+
+/// Established flows that conntrack had lost, or does not track.
+fn beside_conntrack(service: &ServiceSummary) -> Vec<String> {
+    let counts = [
+        (
+            service.picked_up,
+            ["established flow was", "established flows were"],
+            "picked up by conntrack, whose entry was gone",
+        ),
+        (
+            service.untracked,
+            [
+                "packet of established flows was",
+                "packets of established flows were",
+            ],
+            "not tracked by conntrack, and so not translated: the rules that have it track are gone, or it takes them \
+             for invalid (net.netfilter.nf_conntrack_log_invalid=6 tells why)",
+        ),
+    ];
+    let counted = counts.into_iter().filter(|(count, ..)| *count > 0);
+    let said = counted.map(|(count, [one, many], what)| {
+        let number = units::plural(count, one, many);
+        format!("{}: {number} {what}", service.title())
+    });
+    said.collect()
 }
 
 /// The outages that lost most flows, at most so many, and the others in one line; all of them in their order if there
@@ -674,17 +683,24 @@ pub fn seconds(ns: u64) -> String {
     format!("+{}.{:06} s", ns / 1_000_000_000, ns % 1_000_000_000 / 1000)
 }
 
-/// Rule changes in order, at most so many.
+/// Rule changes in order, those of one program in a row in a line, at most so many lines.
 pub fn changes(summary: &Summary, most: usize) -> Vec<String> {
-    let all = summary.rule_changes.iter().enumerate();
-    let mut lines: Vec<String> = all
+    let mut told = 0;
+    let mut lines: Vec<String> = bursts::of(&summary.rule_changes)
+        .iter()
         .take(most)
-        .map(|(i, change)| {
-            let at = since(summary, change.time_ns);
-            format!("rule change {} at {at}: {change}", i + 1)
+        .map(|burst| {
+            let first = told + 1;
+            told += burst.times();
+            let [from, to] = [burst.first_ns(), burst.last_ns()].map(|ns| since(summary, ns));
+            if burst.times() == 1 {
+                format!("rule change {first} at {to}: {burst}")
+            } else {
+                format!("rule changes {first} to {told} from {from} to {to}: {burst}")
+            }
         })
         .collect();
-    let more = summary.changes().saturating_sub(lines.len() as u64);
+    let more = summary.changes().saturating_sub(told);
     if more > 0 {
         lines.push(format!(
             "and {} more",
@@ -795,19 +811,21 @@ pub fn journeys(run: &TraceRun, journeys: &[KeptJourney], most: usize) -> Table 
                 ),
             },
             time_on_node(run.summary.clock, journey.elapsed_ns),
-            format!("{}{}", journey.end, place(journey.first, journey.answer)),
+            format!(
+                "{}{}",
+                journey.end,
+                place(journey.first, journey.answer, journey.told_before)
+            ),
         ]
     };
     Table {
         title: format!(
-            "What went wrong, the first {} of {}",
+            "Journeys that ended badly, the first {} of {}",
             journeys.len().min(most),
-            units::plural(
+            units::count(
                 run.journeys
                     .wrong
-                    .saturating_add(run.journeys.wrong_left_out),
-                "journey",
-                "journeys"
+                    .saturating_add(run.journeys.wrong_left_out)
             )
         ),
         header: ["at", "Service", "path", "from, to", "on the node", "end"]
@@ -830,7 +848,7 @@ pub fn kept(kept: &Kept, beside: bool) -> String {
         "; it is not beside trace.json"
     };
     format!(
-        "journeys.jsonl holds {} that went well and {} that went wrong (at most {} of each); {} and {} are left out{failure}{missing}",
+        "journeys.jsonl holds {} that ended well and {} that ended badly (at most {} of each); {} and {} are left out{failure}{missing}",
         units::count(kept.good),
         units::count(kept.wrong),
         units::count(kept.limit),
@@ -852,6 +870,7 @@ pub fn mode(summary: &Summary) -> Option<Mode> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::probe::rule_changes::Way;
     use crate::report::sample;
     use crate::report::{markdown, terminal};
 
@@ -977,6 +996,10 @@ mod tests {
             service.translated = counted.collect();
         }
         insta::assert_snapshot!(translators(&summary).join("\n"), @"2 of 2 Services are in the rules of iptables-legacy and nftables at once: new flows were translated 330 by iptables-legacy, 30 by which is unknown (--detail functions may tell)");
+        // Where the kernel refuses programs at functions nobody is sent there.
+        summary.listening.probes = Some(Way::SystemCalls.title().to_owned());
+        let told = translators(&summary).join("\n");
+        assert!(told.ends_with("30 by which is unknown"), "{told}");
         assert_eq!(summary.services[0].mode(), "iptables-legacy");
         assert_eq!(summary.services[1].mode(), "several");
     }

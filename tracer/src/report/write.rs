@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use super::lock::{self, Held};
 use super::{Invalid, html, json, read};
 use crate::record::run::Run;
 use crate::report::hlog;
@@ -44,6 +45,14 @@ pub enum WriteError {
     /// The folder holds a run of the other kind.
     #[error("{} is there, which is a run of another kind: choose another folder", .0.display())]
     OtherKind(PathBuf),
+    /// Another session writes its trace there.
+    #[error("a session that still runs{} writes to {}: choose another folder, or end that session first", who(*.pid), dir.display())]
+    InUse {
+        /// The folder.
+        dir: PathBuf,
+        /// Its process; `None` if it is not to be seen from here.
+        pid: Option<u32>,
+    },
     /// A figure that could not be encoded.
     #[error("nothing written: {0}")]
     Encode(String),
@@ -70,7 +79,7 @@ impl WriteError {
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Invalid(_) => 5,
-            Self::Exists(_) | Self::OtherKind(_) => 2,
+            Self::Exists(_) | Self::OtherKind(_) | Self::InUse { .. } => 2,
             Self::Encode(_) | Self::Page { .. } | Self::File { .. } => 1,
         }
     }
@@ -91,6 +100,11 @@ pub(super) fn remove_left_over(dir: &Path, name: &str) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// ` (pid 812)`.
+fn who(pid: Option<u32>) -> String {
+    pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
 }
 
 /// What to do about an error of the file system.
@@ -116,8 +130,14 @@ pub fn check_target(dir: &Path, force: bool) -> Result<(), WriteError> {
     check_run(dir, force, &[RUN_FILE], TRACE_FILE)
 }
 
-/// The same for a trace, before anything is attached.
+/// The same for a trace, before anything is attached; refuses a folder that another session writes to, whatever is to be
+/// overwritten.
 pub fn check_trace_target(dir: &Path, force: bool) -> Result<(), WriteError> {
+    // What cannot be opened nobody writes, or is told below.
+    if let Ok(Some(Held { by })) = lock::holder_of(&dir.join(JOURNEYS_FILE)) {
+        let dir = dir.to_owned();
+        return Err(WriteError::InUse { dir, pid: by });
+    }
     check_run(dir, force, &[TRACE_FILE, JOURNEYS_FILE], RUN_FILE)
 }
 

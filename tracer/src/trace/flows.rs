@@ -241,13 +241,15 @@ impl Flows {
         }
     }
 
-    /// A flow's first packet went on to an endpoint on this very node: where it stands now.
-    pub fn further(&mut self, key: Key, journey: &Journey) {
-        if let Some(flow) = self.known.get_mut(&key) {
-            flow.end = journey.end.clone();
-            flow.headed = journey.headed.or(flow.headed);
-            self.touched.push_back((flow.first_ns, key));
-        }
+    /// A flow's first packet went on to an endpoint on this very node: where it stands now. Is the flow known?
+    pub fn further(&mut self, key: Key, journey: &Journey) -> bool {
+        let Some(flow) = self.known.get_mut(&key) else {
+            return false;
+        };
+        flow.end = journey.end.clone();
+        flow.headed = journey.headed.or(flow.headed);
+        self.touched.push_back((flow.first_ns, key));
+        true
     }
 
     /// What came back was dropped on this node; is it of a flow that nothing has come back of yet?

@@ -169,6 +169,10 @@ pub struct Journey {
     pub first: Option<bool>,
     /// Is it an answer, on its way back?
     pub answer: bool,
+    /// Is it a first packet that was told before, when it came to a socket or to an endpoint on this very node, and did
+    /// not end there?
+    #[serde(skip_serializing_if = "is_false")]
+    pub told_before: bool,
     /// The sum of the stages that it passed, ns: its time on this node without the probes' own, up to the stage that
     /// dropped it; `None` if it was not timed.
     pub elapsed_ns: Option<u64>,
@@ -206,11 +210,17 @@ impl std::fmt::Display for Journey {
     }
 }
 
-/// What is said behind the end of a packet that is no flow's first one, or of which nobody knows: see
-/// [`Journey::first`]. A reply may be the first as well.
-pub const fn place(first: Option<bool>, answer: bool) -> &'static str {
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+const fn is_false(flag: &bool) -> bool {
+    !*flag
+}
+
+/// What is said behind the end of a packet that is no flow's first one, of which nobody knows, or which was told before:
+/// see [`Journey::first`]. A reply may be the first as well.
+pub const fn place(first: Option<bool>, answer: bool, told_before: bool) -> &'static str {
     match first {
         _ if answer => ", a reply",
+        Some(true) if told_before => ", a packet told before",
         Some(true) => "",
         Some(false) => ", established",
         None => ", new or established",
@@ -261,6 +271,7 @@ impl Journey {
             path: "pod→ClusterIP",
             first: Some(true),
             answer: false,
+            told_before: false,
             elapsed_ns: Some(32_000),
             source_after: Some(socket("10.244.0.7:51544")),
             stages: Vec::new(),

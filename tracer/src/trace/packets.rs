@@ -261,6 +261,8 @@ impl Reader {
                 is_first(record, headers.map(|headers| headers.protocol))
             },
             answer: record.state == state::REPLY,
+            // Only the session knows.
+            told_before: false,
             elapsed_ns: (record.started != 0).then_some(record.elapsed),
             source_after,
             stages,

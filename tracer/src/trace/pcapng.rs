@@ -98,7 +98,7 @@ impl Encoder {
     pub fn journey(self, journey: &Journey) -> Vec<u8> {
         let length = packet_length(&journey.header);
         let captured = journey.header.len().min(length as usize);
-        let later = place(journey.first, journey.answer);
+        let later = place(journey.first, journey.answer, journey.told_before);
         let comment = format!(
             "{journey}: {}{later}, {} {}",
             journey.end,

@@ -58,7 +58,7 @@ pub struct TraceEnvironment {
     pub notes: Vec<String>,
 }
 
-/// Which journeys were kept: those that went well up to a limit, and those that went wrong up to the
+/// Which journeys were kept: those that ended well up to a limit, and those that ended badly up to the
 /// same limit, so that neither crowds out the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -66,13 +66,13 @@ pub struct TraceEnvironment {
 pub struct Kept {
     /// How many of each at most.
     pub limit: u64,
-    /// Kept of those that went well.
+    /// Kept of those that ended well.
     pub good: u64,
-    /// Kept of those that went wrong.
+    /// Kept of those that ended badly.
     pub wrong: u64,
-    /// Left out of those that went well.
+    /// Left out of those that ended well.
     pub good_left_out: u64,
-    /// Left out of those that went wrong.
+    /// Left out of those that ended badly.
     pub wrong_left_out: u64,
     /// Why journeys were not written from some time on; `None`: they were.
     pub failure: Option<String>,
@@ -81,14 +81,27 @@ pub struct Kept {
 impl Kept {
     /// Is there room for one more of this kind? Counts it, as kept or as left out.
     pub fn take(&mut self, good: bool) -> bool {
-        let (kept, left_out) = if good {
+        let limit = self.failure.as_ref().map_or(self.limit, |_| 0);
+        let (kept, left_out) = self.of(good);
+        let room = *kept < limit;
+        *(if room { kept } else { left_out }) += 1;
+        room
+    }
+
+    /// One that was kept is left out after all.
+    pub fn give_up(&mut self, good: bool) {
+        let (kept, left_out) = self.of(good);
+        *kept = kept.saturating_sub(1);
+        *left_out += 1;
+    }
+
+    /// Those of a kind that are kept, and those that are left out.
+    const fn of(&mut self, good: bool) -> (&mut u64, &mut u64) {
+        if good {
             (&mut self.good, &mut self.good_left_out)
         } else {
             (&mut self.wrong, &mut self.wrong_left_out)
-        };
-        let room = *kept < self.limit && self.failure.is_none();
-        *(if room { kept } else { left_out }) += 1;
-        room
+        }
     }
 
     /// Lines of `journeys.jsonl`.
@@ -115,6 +128,9 @@ pub struct KeptJourney {
     /// Is it an answer, on its way back?
     #[serde(default)]
     pub answer: bool,
+    /// Is it a first packet that has a line before, of when it came to a socket or an endpoint?
+    #[serde(default)]
+    pub told_before: bool,
     /// Who it came from at the end; `None` if unknown.
     #[serde(default)]
     pub source_after: Option<SocketAddr>,
@@ -137,6 +153,7 @@ impl From<&Journey> for KeptJourney {
             destination: journey.destination,
             headed: journey.headed,
             answer: journey.answer,
+            told_before: journey.told_before,
             source_after: journey.source_after,
             first: journey.first,
             elapsed_ns: journey.elapsed_ns,
@@ -168,6 +185,7 @@ mod tests {
     #[test]
     fn a_journey_is_read_as_it_was_told() {
         let journey = Journey {
+            told_before: true,
             end: End::Dropped {
                 reason: "NO_SOCKET".to_owned(),
                 stage: "INPUT deliver".to_owned(),

@@ -553,7 +553,7 @@ impl Session {
                 } else if journey.first.is_none() {
                     Turn::Unplaced
                 } else if further {
-                    self.flows.further(key, &journey);
+                    journey.told_before = self.flows.further(key, &journey);
                     if !dropped {
                         return;
                     }

@@ -140,6 +140,9 @@ pub struct Watch {
     seen: HashMap<Key, Seen>,
     reading: Option<Receiver<Result<Look, ConntrackError>>>,
     last: Option<Instant>,
+    /// It is known that there are too many former endpoints to be asked for one by one: nobody looks again before
+    /// the whole list's time.
+    many: bool,
     /// Why the list cannot be read.
     failure: Option<String>,
 }
@@ -153,6 +156,7 @@ impl Watch {
     /// The directory is not to be believed at the moment.
     pub fn pause(&mut self) {
         self.reading = None;
+        self.many = false;
     }
 
     /// The flows of which it is known since the last call that they are stuck. `heard` tells when a packet came
@@ -182,13 +186,15 @@ impl Watch {
             };
         }
         let waited = |every| self.last.is_none_or(|last| last.elapsed() >= every);
-        if waited(EVERY_OF_FEW) && self.failure.is_none() && directory.has_former() {
+        let every = if self.many { EVERY } else { EVERY_OF_FEW };
+        if waited(every) && self.failure.is_none() && directory.has_former() {
             let former = directory.former();
             let addresses: HashSet<IpAddr> = former.iter().map(|(to, _)| to.ip()).collect();
-            if addresses.len() <= FEW {
+            let few = addresses.len() <= FEW;
+            self.many = !few && !waited(EVERY);
+            if !self.many {
+                let addresses = if few { addresses } else { HashSet::new() };
                 self.reading = Some(begin(ns, former, addresses));
-            } else if waited(EVERY) {
-                self.reading = Some(begin(ns, former, HashSet::new()));
             }
         }
         Ok(Vec::new())

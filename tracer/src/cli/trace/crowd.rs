@@ -8,7 +8,7 @@ use tracer::report::units;
 use tracer::trace::session::Event;
 
 /// Within so long, ns, at most [`WORST`] of a kind are told one by one.
-const WINDOW_NS: u64 = 1_000_000_000;
+pub(super) const WINDOW_NS: u64 = 1_000_000_000;
 
 /// Kinds of events of which there may be one a Service, or one a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,12 +1,14 @@
 //! What a session shows while it lasts, and what it leaves.
 
 use std::io::IsTerminal as _;
+use std::path::Path;
 use std::time::Duration;
 
 use tracer::kernel::clock;
 use tracer::kernel::netns::Netns;
 use tracer::probe::tier::Tier;
 use tracer::record::run::Clock;
+use tracer::report::bursts::Burst;
 use tracer::report::recorder::Recorder;
 use tracer::report::write::{WriteError, printable};
 use tracer::report::{trace, units};
@@ -18,6 +20,7 @@ use tracer::trace::summary::Summary;
 
 use super::crowd::Crowd;
 use super::live::Live;
+use super::row::Row;
 use super::{Args, Output, text};
 use crate::cli::{bench, environment, exit};
 
@@ -29,6 +32,7 @@ pub(super) struct Faces {
     started_ns: u64,
     live: Option<Live>,
     crowd: Crowd,
+    row: Row,
     encoder: Encoder,
     recorder: Option<Recorder>,
     environment: TraceEnvironment,
@@ -60,12 +64,13 @@ impl Faces {
             started_ns: session.started_ns(),
             live: (plain_table && std::io::stdout().is_terminal()).then(live),
             crowd: Crowd::default(),
+            row: Row::default(),
             encoder: Encoder::new(clock, offset_ns),
-            recorder: args.dir.as_ref().map(|dir| {
-                let (recorder, began) = Recorder::start(dir, args.keep);
-                goes_on(began);
-                recorder
-            }),
+            recorder: args
+                .dir
+                .as_ref()
+                .map(|dir| recorder(dir, args.keep))
+                .transpose()?,
             environment: TraceEnvironment {
                 realtime_offset_ns: offset_ns,
                 ..environment(args, session)
@@ -106,7 +111,10 @@ impl Faces {
         match self.output {
             Output::Text => {
                 for event in self.crowd.part(events, now_ns) {
-                    self.text(&mut out, event);
+                    self.text(&mut out, event, now_ns);
+                }
+                if let Some(burst) = self.row.over(until_ns) {
+                    out.extend(self.burst(&burst));
                 }
                 let at = self.since(now_ns);
                 for others in self.crowd.others(until_ns) {
@@ -186,19 +194,30 @@ impl Faces {
         }
     }
 
-    fn text(&mut self, out: &mut Vec<u8>, event: &Event) {
+    fn text(&mut self, out: &mut Vec<u8>, event: &Event, now_ns: u64) {
         let line = match event {
             Event::Journey(journey) if self.journeys => {
                 text::journey(self.clock, &self.since(journey.time_ns), journey)
             }
             Event::Journey(_) => return,
             Event::Verdict(_) if !self.journeys => return,
+            Event::RuleChange(change) => {
+                if let Some(live) = &mut self.live {
+                    live.heard(change);
+                }
+                let told = self.row.part(change, now_ns);
+                out.extend(told.iter().flat_map(|burst| self.burst(burst)));
+                return;
+            }
             other => format!("{}  {}\n", self.since(other.time_ns()), words(other)),
         };
-        if let (Event::RuleChange(change), Some(live)) = (event, &mut self.live) {
-            live.heard(change);
-        }
         out.extend(line.into_bytes());
+    }
+
+    /// A line for rule changes.
+    fn burst(&self, burst: &Burst) -> Vec<u8> {
+        let words = printable(&burst.to_string());
+        format!("{}  {words}\n", self.since(burst.last_ns())).into_bytes()
     }
 
     fn json(&self, out: &mut Vec<u8>, event: &Event) {
@@ -232,6 +251,13 @@ impl Faces {
     fn since(&self, time_ns: u64) -> String {
         trace::seconds(time_ns.saturating_sub(self.started_ns))
     }
+}
+
+/// Begins the files, as far as they can be written.
+fn recorder(dir: &Path, limit: u64) -> Result<Recorder, WriteError> {
+    let (recorder, began) = Recorder::start(dir, limit)?;
+    goes_on(began);
+    Ok(recorder)
 }
 
 /// Says why journeys are not kept from here on: the recorder tells that once.

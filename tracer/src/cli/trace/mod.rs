@@ -3,10 +3,11 @@
 mod crowd;
 mod faces;
 mod live;
+mod row;
 mod text;
 
 use std::io::IsTerminal as _;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
@@ -51,7 +52,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NS/NAME[:PORT]", value_parser = service)]
     service: Vec<String>,
     /// Only the Service at this virtual address and port.
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = vip)]
     vip: Vec<SocketAddr>,
     /// Only the Service at this NodePort.
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
@@ -100,7 +101,7 @@ pub(crate) struct Args {
     /// Overwrite a trace that is there.
     #[arg(long, requires = "dir")]
     force: bool,
-    /// Journeys that -o keeps: so many that went well, and so many that went wrong. About 300 bytes each, without
+    /// Journeys that -o keeps: so many that ended well, and so many that ended badly. About 300 bytes each, without
     /// stages.
     #[arg(long, value_name = "N", default_value_t = 50_000, requires = "dir")]
     keep: u64,
@@ -214,6 +215,27 @@ fn service(text: &str) -> Result<String, String> {
         Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => Ok(text.to_owned()),
         _ => Err("a Service is NAMESPACE/NAME or NAMESPACE/NAME:PORT".to_owned()),
     }
+}
+
+fn vip(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| match text.parse() {
+        Ok(IpAddr::V4(address)) => format!("its port is missing: {address}:PORT"),
+        Ok(IpAddr::V6(address)) => bracketed(text, address),
+        Err(_) => "an address and a port are 10.96.0.10:53 or [fd00::10]:53".to_owned(),
+    })
+}
+
+/// How an IPv6 address and a port are written, of which the last number may be the port.
+fn bracketed(text: &str, address: Ipv6Addr) -> String {
+    let meant = text.rsplit_once(':').and_then(|(address, port)| {
+        let address: Ipv6Addr = address.parse().ok()?;
+        let port: u16 = port.parse().ok()?;
+        Some(format!("[{address}]:{port}, or "))
+    });
+    format!(
+        "before a port an IPv6 address stands in brackets: {}[{address}]:PORT",
+        meant.unwrap_or_default()
+    )
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
@@ -487,6 +509,26 @@ mod tests {
         assert_eq!(duration("2"), Ok(Duration::from_secs(2)));
         for bad in ["", "s", "-1s", "0", "soon", "NaN", "inf", "1e300h"] {
             assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_address_has_a_port() {
+        for good in ["10.96.0.10:53", "[fd00::10]:53"] {
+            assert_eq!(vip(good).map(|vip| vip.to_string()), Ok(good.to_owned()));
+        }
+        for (bad, meant) in [
+            ("fd00::1:80", "brackets: [fd00::1]:80, or [fd00::1:80]:PORT"),
+            ("fd00::1", "brackets: [fd00::1]:PORT"),
+            ("fd00::1:cafe", "brackets: [fd00::1:cafe]:PORT"),
+            ("::", "brackets: [::]:PORT"),
+            ("10.96.0.10", "missing: 10.96.0.10:PORT"),
+            ("10.96.0.10:99999", "10.96.0.10:53 or [fd00::10]:53"),
+            ("[fd00::1]", "10.96.0.10:53 or [fd00::10]:53"),
+            ("shop/web", "10.96.0.10:53 or [fd00::10]:53"),
+        ] {
+            let error = vip(bad).expect_err(bad);
+            assert!(error.ends_with(meant), "{bad}: {error}");
         }
     }
 

@@ -13,7 +13,7 @@ use tracer::trace::translator::Translator;
 /// stage that was recorded. Ends in a newline.
 pub(super) fn journey(clock: Clock, at: &str, journey: &Journey) -> String {
     let cost = time_on_node(clock, journey.elapsed_ns);
-    let later = place(journey.first, journey.answer);
+    let later = place(journey.first, journey.answer, journey.told_before);
     let who = printable(&journey.to_string());
     if journey.stages.is_empty() {
         return format!("{at}  {who}  {cost}  {}{later}\n", journey.end);
@@ -128,6 +128,7 @@ mod tests {
             path: "pod→ClusterIP",
             first: Some(true),
             answer: false,
+            told_before: false,
             elapsed_ns: Some(stages.iter().map(|stage| stage.took_ns).sum()),
             source_after: Some(socket("10.244.0.7:51544")),
             stages,
@@ -160,6 +161,21 @@ mod tests {
         journey.first = Some(false);
         let text = super::journey(Clock::Virtual, "+0.1 s", &journey);
         insta::assert_snapshot!(text, @"+0.1 s  shop/web:http pod→ClusterIP 10.244.0.7:51544 → 10.96.10.1:80  32.0k  leaked, established");
+    }
+
+    #[test]
+    fn a_packet_that_its_socket_does_not_take_is_told_to_be_the_same() {
+        let mut journey = flow(Vec::new());
+        journey.headed = Some(journey.destination);
+        journey.told_before = true;
+        journey.end = End::Dropped {
+            reason: "NO_SOCKET".to_owned(),
+            stage: "INPUT deliver".to_owned(),
+            by: None,
+        };
+        let text = super::journey(Clock::Wall, "+0 s", &journey);
+        let told = "dropped at INPUT deliver (NO_SOCKET), a packet told before\n";
+        assert!(text.ends_with(told), "{text}");
     }
 
     #[test]

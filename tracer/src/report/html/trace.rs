@@ -213,7 +213,7 @@ impl Page<'_> {
             return;
         };
         self.sheet
-            .heading("journeys", "What went wrong, one by one?");
+            .heading("journeys", "Which journeys ended badly, and how?");
         self.sheet.table(&trace::journeys(self.run, wrong, MOST));
     }
 

@@ -14,6 +14,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::probe::rule_changes::Way;
+
 pub mod actor;
 mod addresses;
 mod assemble;
@@ -75,6 +77,13 @@ pub struct Listening {
     pub refused: Option<String>,
     /// Records of theirs for which there was no room.
     pub lost: u64,
+}
+
+impl Listening {
+    /// Did the kernel allow programs at functions?
+    pub fn is_at_functions(&self) -> bool {
+        self.probes.as_deref() == Some(Way::Functions.title())
+    }
 }
 
 /// What was changed.
