@@ -278,8 +278,8 @@ fn words(event: &Event) -> String {
         Event::Services { there, gone, .. } => {
             let there = units::plural(*there as u64, "Service", "Services");
             match gone {
-                0 => format!("rules read: {there}"),
-                gone => format!("rules read: {there}; gone since they were last read: {gone}"),
+                0 => format!("the rules now name {there}"),
+                gone => format!("the rules now name {there}; gone since the session began: {gone}"),
             }
         }
         Event::Unread { why, .. } => format!("the changed rules are not read: {}", printable(why)),

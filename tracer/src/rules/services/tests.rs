@@ -199,7 +199,7 @@ fn nftables_says_the_same_as_iptables() {
     let nftables = real_nftables();
     assert_eq!(nftables.modes, ["nftables"]);
     let iptables: Vec<_> = real_iptables().services.iter().map(as_nftables).collect();
-    assert_eq!(nftables.services, iptables);
+    assert_eq!(without_maps(nftables.services), iptables);
     let json = dump!("nftables/nft-ip.json");
     let texts = Texts {
         v4: FamilyTexts {
@@ -209,7 +209,18 @@ fn nftables_says_the_same_as_iptables() {
         ..Texts::default()
     };
     let json = read(&texts).expect("a real dump");
-    assert_eq!(json.services, iptables[..iptables.len() - 1]);
+    assert_eq!(without_maps(json.services), iptables[..iptables.len() - 1]);
+}
+
+/// Which map has what, no other mode can say.
+fn without_maps(mut services: Vec<FoundService>) -> Vec<FoundService> {
+    for service in &mut services {
+        for at in std::mem::take(&mut service.served) {
+            let mut frontends = service.frontends.iter();
+            assert!(frontends.any(|one| (one.address, one.port) == at), "{at:?}");
+        }
+    }
+    services
 }
 
 #[test]
@@ -698,7 +709,7 @@ proptest! {
         let iptables: Vec<_> = told.iter().map(as_iptables).collect();
         prop_assert_eq!(found(Mode::IptablesNft).services, iptables);
         let nftables: Vec<_> = told.iter().map(as_nftables).collect();
-        prop_assert_eq!(found(Mode::Nftables).services, nftables);
+        prop_assert_eq!(without_maps(found(Mode::Nftables).services), nftables);
 
         let affinity = |told: &FoundService| {
             let mut services = cluster.services.iter();
