@@ -115,3 +115,36 @@ fn every_flow_to_a_watched_port_is_counted_once_at_every_stage() {
         assert_eq!(steps, record.elapsed, "stages sum to the whole");
     }
 }
+
+/// Where more targets come than there is room for, those that find none are counted, and the others are watched.
+#[test]
+fn what_finds_no_room_is_counted_and_ends_nothing() {
+    const MANY: u16 = 200;
+    let node = node_with_loopback();
+    track(&node);
+    let server = UdpSocket::bind("127.0.0.1:0").expect("binds");
+    let watched = server.local_addr().expect("bound");
+    let target = |port: u16| (([10, 96, 0, 1], port).into(), 17, Target::ClusterIp);
+    let mut watch = Watch {
+        targets: vec![(watched, 17, Target::Pod)],
+        node_addresses: vec!["127.0.0.1".parse().expect("address")],
+        spare: 1,
+        ..Watch::default()
+    };
+    let mut probes = Probes::attach(Some(Tier::Hooks), &node, &watch).expect("attaches");
+    assert_eq!(probes.without_room(), 0);
+    let late: Vec<_> = (1..=MANY).map(target).collect();
+    probes.watch_targets(&late).expect("goes on");
+    let without = probes.without_room();
+    assert!(without > 0 && without < usize::from(MANY), "{without}");
+    // Told again they find none again, and are counted once.
+    watch.targets.extend(late);
+    probes.watch_also(&watch).expect("goes on");
+    assert_eq!(probes.without_room(), without);
+    node.run(|| {
+        let client = UdpSocket::bind("127.0.0.1:0").expect("binds");
+        client.send_to(b"hello", watched).expect("sends");
+    })
+    .expect("enters");
+    assert!(probes.stats().expect("reads").journeys > 0);
+}

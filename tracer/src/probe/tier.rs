@@ -254,9 +254,17 @@ pub struct Probes {
     told: ToldTargets,
 }
 
-/// What the programs know, so that of many targets only what is new has to be told: what is there, and whether it is
-/// a former endpoint.
-type ToldTargets = HashMap<(SocketAddr, u8), (Target, bool)>;
+/// An address and port, and a protocol's number.
+type Place = (SocketAddr, u8);
+
+/// What the programs have been told, so that of many targets only what is new has to be.
+#[derive(Debug, Default)]
+struct ToldTargets {
+    /// What is there, and whether it is a former endpoint.
+    known: HashMap<Place, (Target, bool)>,
+    /// For which there was no room.
+    without_room: HashSet<Place>,
+}
 
 /// A packet that the ring buffer told of.
 #[derive(Clone, Debug)]
@@ -317,7 +325,7 @@ impl Probes {
         ];
         let mut programs = Programs::new(OBJECT, &rooms)?;
         programs.resolve(RDONLY_CAST, offsets::rdonly_cast(btf)?);
-        let mut told = ToldTargets::new();
+        let mut told = ToldTargets::default();
         fill(&mut programs, watch, &mut told)?;
         let tracepoints = catalogue::tracepoints(watch.detail)
             .map(|Tracepoint { name, .. }| {
@@ -382,7 +390,7 @@ impl Probes {
     ///
     /// # Errors
     ///
-    /// There is no room for them, or the kernel takes them not.
+    /// The kernel takes them not; that there is no room for them is none: see [`Probes::without_room`].
     pub fn watch_also(&mut self, watch: &Watch) -> Result<(), ProbeError> {
         fill(&mut self.programs, watch, &mut self.told)
     }
@@ -391,13 +399,19 @@ impl Probes {
     ///
     /// # Errors
     ///
-    /// A map refuses, or is full.
+    /// As of [`Probes::watch_also`].
     pub fn watch_targets(
         &mut self,
         targets: &[(SocketAddr, u8, Target)],
     ) -> Result<(), ProbeError> {
         let (programs, none) = (&mut self.programs, HashSet::new());
         fill_targets(programs, targets, &none, &mut self.told)
+    }
+
+    /// For how many targets there was no room: those that came late, where very many did. Their packets are other
+    /// packets.
+    pub fn without_room(&self) -> usize {
+        self.told.without_room.len()
     }
 
     /// When a packet came from a former endpoint last (`CLOCK_MONOTONIC`, ns); `None` if none did since it is one.
@@ -653,14 +667,14 @@ fn fill_priorities(programs: &mut Programs) -> Result<(), ProbeError> {
 fn fill_targets(
     programs: &mut Programs,
     targets: &[(SocketAddr, u8, Target)],
-    former: &HashSet<(SocketAddr, u8)>,
+    former: &HashSet<Place>,
     told: &mut ToldTargets,
 ) -> Result<(), ProbeError> {
     let mut targets: Vec<_> = targets.iter().collect();
     targets.retain(|(address, protocol, target)| {
         let key = (*address, *protocol);
         let now = (*target, former.contains(&key));
-        told.insert(key, now) != Some(now)
+        told.known.insert(key, now) != Some(now)
     });
     if targets.is_empty() {
         return Ok(());
@@ -684,13 +698,14 @@ fn fill_targets(
             former: u32::from(former.contains(&(*address, *protocol))),
             heard: 0,
         };
+        let place = (*address, *protocol);
         match key_of(*address, *protocol) {
-            Key::V4(key) => v4.push((key, known)),
-            Key::V6(key) => v6.push((key, known)),
+            Key::V4(key) => v4.push((place, key, known)),
+            Key::V6(key) => v6.push((place, key, known)),
         }
     }
-    know_all(programs, "TARGETS4", v4)?;
-    know_all(programs, "TARGETS6", v6)
+    know_all(programs, "TARGETS4", v4, told)?;
+    know_all(programs, "TARGETS6", v6, told)
 }
 
 fn fill(programs: &mut Programs, watch: &Watch, told: &mut ToldTargets) -> Result<(), ProbeError> {
@@ -761,20 +776,37 @@ fn look_up<K: Copy + 'static>(
 fn know_all<K: Copy + 'static>(
     programs: &mut Programs,
     name: &'static str,
-    targets: Vec<(K, Known)>,
+    targets: Vec<(Place, K, Known)>,
+    told: &mut ToldTargets,
 ) -> Result<(), ProbeError> {
     let mut map: BpfHashMap<_, Plain<K>, Plain<Known>> = map_mut(programs, name)?;
-    for (key, known) in targets {
+    for (place, key, known) in targets {
         if known.former != 0
             && let Ok(before) = map.get(&Plain(key), 0)
             && before.0.former != 0
         {
             continue;
         }
-        map.insert(Plain(key), Plain(known), 0)
-            .map_err(map_error(name))?;
+        match map.insert(Plain(key), Plain(known), 0) {
+            Ok(()) => drop(told.without_room.remove(&place)),
+            Err(error) if is_full(&error) => {
+                told.known.remove(&place);
+                told.without_room.insert(place);
+            }
+            Err(error) => return Err(map_error(name)(error)),
+        }
     }
     Ok(())
+}
+
+/// Is there no room for one more in a map?
+fn is_full(error: &aya::maps::MapError) -> bool {
+    match error {
+        aya::maps::MapError::SyscallError(error) => {
+            error.io_error.raw_os_error() == Some(libc::E2BIG)
+        }
+        _ => false,
+    }
 }
 
 /// Tells the probes which addresses are absorbed, and no others.

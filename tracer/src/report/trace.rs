@@ -641,6 +641,13 @@ pub fn health(probes: &Health) -> Vec<String> {
         units::count(probes.forgotten),
     )];
     lines.extend(at_sockets(probes));
+    lines.extend((probes.without_room > 0).then(|| {
+        let addresses = units::plural(probes.without_room, "address", "addresses");
+        format!(
+            "no room among the probes' targets for {addresses} that came during the session: flows to them are not \
+             told; a new session has room for them"
+        )
+    }));
     lines.extend(cost(probes));
     lines
 }

@@ -209,6 +209,10 @@ pub struct Health {
     pub timed: u64,
     /// Flows that were forgotten before it was known what became of them: too many at once.
     pub forgotten: u64,
+    /// Addresses of Services and endpoints, come after the session began, for which the probes had no room: packets to
+    /// them are other packets.
+    #[serde(default)]
+    pub without_room: u64,
     /// What the probes cost by the kernel's account (always wall-clock ns): runs, and their time without
     /// the way in and out of each; absent if it was not asked for.
     #[serde(flatten)]
@@ -240,6 +244,7 @@ impl Health {
         to_endpoints: u64,
         freed: FreedAtSockets,
         forgotten: u64,
+        without_room: usize,
         cost: Option<RunTime>,
     ) -> Self {
         Self {
@@ -266,6 +271,7 @@ impl Health {
             to_endpoints,
             timed: stats.timed,
             forgotten,
+            without_room: without_room as u64,
             cost: cost.map(|cost| Cost {
                 probe_runs: cost.runs,
                 probe_ns: cost.ns,

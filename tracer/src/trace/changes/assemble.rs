@@ -208,6 +208,11 @@ impl Assembler {
     /// Announcements of transactions were lost.
     pub(super) fn lose(&mut self, now: u64) {
         self.lost_until = now + PATIENCE;
+        self.news.push(News {
+            time_ns: now,
+            arrived: Vec::new(),
+            patch: None,
+        });
     }
 
     /// An address was announced.

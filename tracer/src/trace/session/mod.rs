@@ -2,23 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::time::Duration;
 
 use serde::Serialize;
 use tracer_ebpf::path::{Origin, Path, Target};
 
-use super::changes::{ChangesError, Listening, RuleChange, Watcher};
-use super::directory::{Choice, Directory};
-use super::flows::{ALL_READ, Back, Decided, Flows, Key};
-use super::hints;
-use super::journey::{End, Journey};
-use super::outages::{Outage, Outages};
-use super::packets::{Reader, Told};
-use super::reading::{self, Reading, ReadingError};
-use super::stuck::{self, Stuck};
-use super::summary::{FreedAtSockets, Health, Rest, Summary};
-use super::tally::Tally;
-use super::timeline::Timeline;
 use crate::cluster::{Cidr, Family};
 use crate::kernel::addresses::{self, AddressError};
 use crate::kernel::btf::BtfError;
@@ -29,7 +16,20 @@ use crate::probe::tier::{Heard, ProbeError, Probes, Tier, Watch};
 use crate::record::evidence::Reasons;
 use crate::record::times;
 use crate::rules::Mode;
-use crate::rules::services::FoundService;
+use crate::trace::changes::{ChangesError, Listening, RuleChange, Watcher};
+use crate::trace::directory::{Choice, Directory};
+use crate::trace::flows::{ALL_READ, Back, Decided, Flows, Key};
+use crate::trace::hints;
+use crate::trace::journey::{End, Journey};
+use crate::trace::outages::{Outage, Outages};
+use crate::trace::packets::{Reader, Told};
+use crate::trace::reading::{Reading, ReadingError};
+use crate::trace::stuck::{self, Stuck};
+use crate::trace::summary::{FreedAtSockets, Health, Rest, Summary};
+use crate::trace::tally::Tally;
+use crate::trace::timeline::Timeline;
+
+mod learning;
 
 /// Room for Services that come while a session lasts, as addresses and endpoints of each family.
 const SPARE: u32 = 16 << 10;
@@ -143,7 +143,7 @@ pub enum Event {
     Outage(Outage),
     /// Somebody changed rules.
     RuleChange(RuleChange),
-    /// The rules were read again.
+    /// It is known anew what the rules say.
     Services {
         /// When (`CLOCK_MONOTONIC`, ns).
         time_ns: u64,
@@ -422,102 +422,6 @@ impl Session {
         Ok(events)
     }
 
-    /// Takes in what became of reading the rules.
-    fn learn(&mut self, turn: reading::Turn, events: &mut Vec<Event>) -> Result<(), TraceError> {
-        match turn {
-            reading::Turn::Nothing | reading::Turn::Begins => {}
-            reading::Turn::Read | reading::Turn::Patched => {
-                self.learn_found()?;
-                if matches!(turn, reading::Turn::Patched) {
-                    self.reading.learnt();
-                }
-                let there = |there| {
-                    let services = self.directory.services().iter();
-                    services.filter(|service| service.there == there).count()
-                };
-                events.push(Event::Services {
-                    time_ns: monotonic_ns(),
-                    there: there(true),
-                    gone: there(false),
-                });
-            }
-            reading::Turn::Failed(why) => {
-                events.push(Event::Unread {
-                    time_ns: monotonic_ns(),
-                    why,
-                });
-            }
-        }
-        Ok(())
-    }
-
-    /// Rules that changed a moment ago are read before the last flows are judged by them.
-    fn learn_at_end(&mut self, events: &mut Vec<Event>) -> Result<(), TraceError> {
-        let turn = self.reading.learn(self.now_ns());
-        self.learn(turn, events)?;
-        let mut begun = false;
-        loop {
-            let turn = if self.reading.is_under_way() {
-                self.reading.poll_at_end()
-            } else if begun {
-                return Ok(());
-            } else {
-                begun = true;
-                self.reading.begin_at_end()
-            };
-            // What could not be read once is not tried again.
-            let failed = matches!(turn, reading::Turn::Failed(_));
-            self.learn(turn, events)?;
-            if failed {
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// Has everybody know what was read.
-    fn learn_found(&mut self) -> Result<(), TraceError> {
-        let local = addresses::of_node(&self.ns)?;
-        self.directory
-            .learn(self.reading.found(), &local, self.reading.changed_ns());
-        self.directory.read_at(self.reading.read_ns());
-        self.directory.learn_bound(addresses::bound(&self.ns)?);
-        self.reader.local = local.iter().copied().collect();
-        self.tallies
-            .resize(self.directory.services().len(), Tally::default());
-        let watch = watch(&self.directory, local, &self.options, self.may_absorb);
-        self.probes.watch_also(&watch)?;
-        // What came while they were read may be missing from what was read.
-        let arrived: Vec<_> = self.reading.arrived().cloned().collect();
-        self.expect(&arrived)
-    }
-
-    /// Takes in what is new of Services, and has everybody know of those that have just come.
-    fn hear_news(&mut self) -> Result<(), TraceError> {
-        let news = self.watcher.drain_news();
-        let arrived: Vec<_> = news.iter().flat_map(|news| news.arrived.clone()).collect();
-        self.reading.hear_news(news);
-        self.expect(&arrived)
-    }
-
-    fn expect(&mut self, arrived: &[FoundService]) -> Result<(), TraceError> {
-        if arrived.is_empty() {
-            return Ok(());
-        }
-        let local: Vec<IpAddr> = self.reader.local.iter().copied().collect();
-        let mut new = Vec::new();
-        for service in arrived {
-            new.extend(self.directory.expect(service, &local));
-        }
-        if new.is_empty() {
-            return Ok(());
-        }
-        self.tallies
-            .resize(self.directory.services().len(), Tally::default());
-        self.probes.watch_targets(&new)?;
-        Ok(())
-    }
-
     /// Takes in what the probes told.
     fn hear(&mut self, heard: &Heard, events: &mut Vec<Event>) {
         match self.reader.read(heard, &self.directory) {
@@ -712,7 +616,14 @@ impl Session {
             listening: self.watcher.listening(),
             outages: self.ended_outages,
             outages_left_out: self.more_outages,
-            probes: Health::new(stats, self.others, self.freed, self.flows.forgotten(), cost),
+            probes: Health::new(
+                stats,
+                self.others,
+                self.freed,
+                self.flows.forgotten(),
+                self.probes.without_room(),
+                cost,
+            ),
         };
         let summary = Summary::new(&self.directory, &self.tallies, rest);
         events.sort_by_key(Event::time_ns);
