@@ -1,6 +1,6 @@
 //! What a session does with each record of the ring buffer: read, its flow found, counted, judged, told.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::hint::black_box;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -27,27 +27,18 @@ fn directory() -> Directory {
     let service = |number: u16| {
         let [high, low] = number.to_be_bytes();
         let vip = SocketAddr::from(([10, 96, high, low], 80));
+        let name = Some(format!("lab/svc-{number:05}:p"));
         FoundService {
-            name: Some(format!("lab/svc-{number:05}:p")),
-            mode: "nftables",
-            family: Family::V4,
-            protocol: Protocol::Tcp,
             frontends: vec![Frontend {
                 kind: FrontendKind::ClusterIp,
                 address: Some(vip.ip()),
                 port: vip.port(),
                 refusal: None,
             }],
-            served: BTreeSet::new(),
             endpoints: (9..12)
                 .map(|host| SocketAddr::from(([10, 244, 0, host], 8080)))
                 .collect(),
-            local_endpoints: Vec::new(),
-            internal_policy: None,
-            external_policy: None,
-            affinity: None,
-            source_ranges: Vec::new(),
-            health_check_node_port: None,
+            ..FoundService::bare(name, "nftables", Family::V4, Protocol::Tcp)
         }
     };
     let found = Found {

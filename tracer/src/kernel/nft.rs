@@ -16,6 +16,26 @@ const NFT_MSG_GETRULE: u8 = 7;
 const NFT_MSG_GETSET: u8 = 10;
 const NFT_MSG_GETSETELEM: u8 = 13;
 const NFT_MSG_GETGEN: u8 = 16;
+
+// What the kernel announces; what is there comes in the same messages.
+/// A chain is there, new or not.
+pub const NFT_MSG_NEWCHAIN: u8 = 3;
+/// A chain goes.
+pub const NFT_MSG_DELCHAIN: u8 = 5;
+/// A rule comes.
+pub const NFT_MSG_NEWRULE: u8 = 6;
+/// A rule goes.
+pub const NFT_MSG_DELRULE: u8 = 8;
+/// A set is there, new or not.
+pub const NFT_MSG_NEWSET: u8 = 9;
+/// A set goes.
+pub const NFT_MSG_DELSET: u8 = 11;
+/// Elements come.
+pub const NFT_MSG_NEWSETELEM: u8 = 12;
+/// Elements go.
+pub const NFT_MSG_DELSETELEM: u8 = 14;
+/// The transaction is in.
+pub const NFT_MSG_NEWGEN: u8 = 15;
 const NFPROTO_UNSPEC: u8 = 0;
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;

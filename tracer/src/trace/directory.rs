@@ -459,20 +459,11 @@ pub(super) mod tests {
             port,
             refusal: None,
         }));
+        let (name, protocol) = (Some(name.to_owned()), Protocol::Tcp);
         FoundService {
-            name: Some(name.to_owned()),
-            mode: "nftables",
-            family: Family::V4,
-            protocol: Protocol::Tcp,
             frontends,
-            served: BTreeSet::new(),
             endpoints: vec![endpoint.parse().expect("an address")],
-            local_endpoints: Vec::new(),
-            internal_policy: None,
-            external_policy: None,
-            affinity: None,
-            source_ranges: Vec::new(),
-            health_check_node_port: None,
+            ..FoundService::bare(name, "nftables", Family::V4, protocol)
         }
     }
 

@@ -306,7 +306,7 @@ impl Collector {
 
 impl FoundService {
     /// One of which nothing more is known yet.
-    const fn bare(
+    pub const fn bare(
         name: Option<String>,
         mode: &'static str,
         family: Family,

@@ -10,15 +10,12 @@ use super::news::News;
 use super::requests::{NFNL_SUBSYS_NFTABLES, NFTA_TABLE, text};
 use super::table::Transaction;
 use crate::kernel::netlink::{Announcement, Attributes, NetlinkError};
-use crate::kernel::nft::{Holdings, Ruleset, TableKey, count_elements, family_name, lasting_set};
+use crate::kernel::nft::{
+    Holdings, NFT_MSG_DELRULE, NFT_MSG_DELSET, NFT_MSG_DELSETELEM, NFT_MSG_NEWGEN, NFT_MSG_NEWRULE,
+    NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM, Ruleset, TableKey, count_elements, family_name,
+    lasting_set,
+};
 
-const NFT_MSG_NEWRULE: u8 = 6;
-const NFT_MSG_DELRULE: u8 = 8;
-const NFT_MSG_NEWSET: u8 = 9;
-const NFT_MSG_DELSET: u8 = 11;
-const NFT_MSG_NEWSETELEM: u8 = 12;
-const NFT_MSG_DELSETELEM: u8 = 14;
-const NFT_MSG_NEWGEN: u8 = 15;
 /// A set's name, in messages about the set and about its elements.
 const NFTA_SET: u16 = 2;
 const NFTA_GEN_ID: u16 = 1;

@@ -9,17 +9,11 @@ use super::news::address_of;
 use super::requests::text;
 use crate::cluster::{Family, Protocol};
 use crate::kernel::netlink::{Attributes, NetlinkError};
-use crate::kernel::nft::family_name;
+use crate::kernel::nft::{
+    NFT_MSG_DELCHAIN, NFT_MSG_DELRULE, NFT_MSG_DELSET, NFT_MSG_DELSETELEM, NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWRULE, NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM, family_name,
+};
 use crate::rules::services::{ChainChange, ChainNow, ElementChange, Patch, Place, chain_of};
-
-const NFT_MSG_NEWCHAIN: u8 = 3;
-const NFT_MSG_DELCHAIN: u8 = 5;
-const NFT_MSG_NEWRULE: u8 = 6;
-const NFT_MSG_DELRULE: u8 = 8;
-const NFT_MSG_NEWSET: u8 = 9;
-const NFT_MSG_DELSET: u8 = 11;
-const NFT_MSG_NEWSETELEM: u8 = 12;
-const NFT_MSG_DELSETELEM: u8 = 14;
 
 const NFTA_CHAIN_NAME: u16 = 3;
 const NFTA_RULE_CHAIN: u16 = 2;
