@@ -379,6 +379,14 @@ fn cost_against_bpftrace_needs_it() {
     assert!(error.to_string().contains("--package bpftrace"), "{error}");
 }
 
+#[test]
+fn functions_identity() {
+    for mode in [Mode::IptablesLegacy, Mode::IptablesNft, Mode::Nftables] {
+        let beside = tests::identity::Beside::default();
+        tests::identity::every_flow_is_told_as_it_was(mode, &[Tier::Functions], beside);
+    }
+}
+
 /// Both tiers at once; beside captures, and with links that take no large segments.
 #[test]
 fn identity_in_both_tiers() {

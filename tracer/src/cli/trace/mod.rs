@@ -41,8 +41,8 @@ use super::exit;
     sudo svcpath trace --output pcapng | wireshark -k -i -\n  \
     sudo svcpath trace --vip 10.96.0.10:53 --output json -- dig @10.96.0.10 kubernetes.default\n  \
     sudo svcpath trace --netns /run/netns/node1 --node-port 30080\n\n\
-    Services have the names that the node's own rules give them; the rules are read again after every\n\
-    change. In IPVS mode rules hold no names: a Service is then its address and port.\n\n\
+    Services have the names that the node's own rules give them, also those that come meanwhile.\n\
+    In IPVS mode rules hold no names: a Service is then its address and port.\n\n\
     Ctrl-C ends the session in order; a second one kills a command that does not end. With json and\n\
     pcapng, what the command prints goes to standard error.\n\n\
     Reads only. The exit code is that of the command after `--`, if there is one; 1 if -o could not be\n\
