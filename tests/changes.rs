@@ -604,8 +604,7 @@ fn altered(cluster: &Cluster, step: u64) -> Cluster {
 }
 
 /// After each of many syncs of nftables mode what is known by their announcements is what reading all rules tells.
-pub fn what_a_sync_changes_is_known_without_reading() {
-    const SYNCS: u64 = 16;
+pub fn what_a_sync_changes_is_known_without_reading(syncs: u64) {
     let mode = Mode::Nftables;
     let ns = Netns::create("syncs").expect("root");
     ask(&ns, "ip", &["link", "set", "lo", "up"]);
@@ -634,7 +633,7 @@ pub fn what_a_sync_changes_is_known_without_reading() {
         }
         true
     };
-    for step in 0..SYNCS {
+    for step in 0..syncs {
         let after = altered(&first, step);
         for step in sync(&before, &after, &view, mode).steps {
             if let Step::Nft { text, .. } = step {
@@ -656,7 +655,7 @@ pub fn what_a_sync_changes_is_known_without_reading() {
         assert_eq!(patched.len(), read.len(), "sync {step}");
         before = after;
     }
-    assert!(changed >= 2 * SYNCS, "{changed} transactions");
+    assert!(changed >= 2 * syncs, "{changed} transactions");
     // What kube-proxy does not do is not understood: one more rule in a Service's chain.
     let chain = ask(&ns, "nft", &["list", "chains", "ip"]);
     let chain = chain

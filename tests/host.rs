@@ -251,7 +251,7 @@ fn changes_of_tables_by_one_process() {
 
 #[test]
 fn changes_of_nftables_syncs() {
-    tests::changes::what_a_sync_changes_is_known_without_reading();
+    tests::changes::what_a_sync_changes_is_known_without_reading(16);
 }
 
 #[test]

@@ -172,6 +172,12 @@ fn ipvs_trace() {
     tests::trace::every_flow_is_told_by_its_service(Mode::Ipvs, Tier::Hooks);
 }
 
+/// On this kernel as well.
+#[test]
+fn nftables_syncs() {
+    tests::changes::what_a_sync_changes_is_known_without_reading(4);
+}
+
 #[test]
 fn ipvs_new_service() {
     tests::trace::a_service_that_comes_is_known_at_once(Mode::Ipvs);

@@ -24,7 +24,7 @@ use crate::vm::print_line;
 
 /// Tests that take long, and about how long, in seconds of an idle CPU (emulated, kernel 6.12): they are begun first.
 /// A run tells how long each test took.
-const LONGEST: [(&str, u32); 14] = [
+const LONGEST: [(&str, u32); 15] = [
     ("ipvs_walk", 105),
     ("every_mode_loses_new_flows_to_a_flush", 45),
     ("ipvs_truth_of_ways", 45),
@@ -37,6 +37,7 @@ const LONGEST: [(&str, u32); 14] = [
     ("functions_pair_interleaved_packets", 20),
     ("functions_trace", 15),
     ("functions_verdicts", 15),
+    ("functions_identity", 13),
     ("every_mode_accounts_for_everything", 12),
     ("safety_of_unloaded_modules", 12),
 ];
