@@ -9,6 +9,10 @@ use super::from_nftables::{Place, SERVICE, chain_of, of_element};
 use super::{Found, FoundService, Frontend, FrontendKind, Mode};
 use crate::cluster::Family;
 
+/// The most changes that are put in one by one, each of which looks through all Services: of more, as of a first sync,
+/// reading the rules takes no longer.
+const MOST: usize = 1000;
+
 /// What a transaction did to a table of kube-proxy's, where all of that is understood.
 ///
 /// Policies, source ranges and affinity are not in it: they stay what they were when the rules were read.
@@ -110,6 +114,9 @@ impl Found {
     /// read.
     #[must_use]
     pub fn apply(&mut self, patch: &Patch) -> bool {
+        if patch.elements.len() + patch.chains.len() > MOST {
+            return false;
+        }
         // First what came: what moves between maps keeps what is known of it.
         let mut understood = true;
         for element in patch.elements.iter().filter(|element| element.added) {
