@@ -20,6 +20,7 @@ use tests::trace::{
     a_flush_is_heard_and_what_it_breaks_is_seen, a_service_that_comes_is_known_at_once,
     every_flow_is_told_by_its_service, external_addresses_have_a_path_of_their_own,
     it_is_told_which_of_two_modes_translates, only_what_is_chosen_is_traced,
+    what_changes_hands_is_told_as_it_is_or_as_unknown,
 };
 use tests::truth::{
     drops_before_conntrack_are_told_as_what_they_are, drops_equal_the_counter_over_100_000_packets,
@@ -232,6 +233,16 @@ fn nftables_stuck_flow() {
 #[test]
 fn nftables_trace_of_a_new_service() {
     a_service_that_comes_is_known_at_once(Mode::Nftables);
+}
+
+#[test]
+fn nftables_trace_of_what_changes_hands() {
+    what_changes_hands_is_told_as_it_is_or_as_unknown(Mode::Nftables);
+}
+
+#[test]
+fn iptables_legacy_trace_of_what_changes_hands() {
+    what_changes_hands_is_told_as_it_is_or_as_unknown(Mode::IptablesLegacy);
 }
 
 #[test]

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use tokio::task::LocalSet;
 use tracer::cluster::{Cluster, Family};
 use tracer::kernel::clock::monotonic_ns;
-use tracer::kernel::dump;
+use tracer::kernel::netns::Netns;
+use tracer::kernel::{dump, tool};
 use tracer::lab::traffic::{self, Stream, TrafficPlan, TrafficResult};
 use tracer::lab::{Outcome, plan};
 use tracer::probe::catalogue::Detail;
 use tracer::probe::tier::Tier;
-use tracer::rules::Mode;
 use tracer::rules::dump::Texts;
+use tracer::rules::{Mode, Step};
 use tracer::scenario::node::TestNode;
 use tracer::trace::changes::What;
 use tracer::trace::directory::Choice;
@@ -478,6 +479,87 @@ pub fn a_service_that_comes_is_known_at_once(mode: Mode) {
     assert_eq!((told.mode.as_str(), told.endpoints), (mode.name(), 2));
     let paths: Vec<&str> = summary.paths.iter().map(|path| &*path.path).collect();
     assert_eq!(paths, ["host→ClusterIP", "pod→ClusterIP"]);
+}
+
+/// Loads a step of a sync as kube-proxy does.
+fn load(ns: &Netns, step: &Step) {
+    match step {
+        Step::Nft { text, .. } => tool::run(ns, "nft", &["-f", "-"], text),
+        Step::Iptables {
+            family,
+            backend,
+            text,
+        } => {
+            let restore = format!("{}-restore", backend.tool(*family));
+            tool::run(ns, &restore, &["--noflush", "--counters"], text)
+        }
+        step => panic!("no such step is a sync's here: {step:?}"),
+    }
+    .expect("it is loaded");
+}
+
+/// An address that another Service takes over, and endpoints that come and go faster than rules are read: nothing
+/// false is said of the flows meanwhile, and what is counted holds together.
+pub fn what_changes_hands_is_told_as_it_is_or_as_unknown(mode: Mode) {
+    const ROUNDS: usize = 12;
+    let mut node = TestNode::build(2, 2).expect("a laboratory");
+    let both = node.cluster.clone();
+    let path = Path::SERVICE
+        .into_iter()
+        .find(|path| path.title() == "host→ClusterIP");
+    let path = path.expect("there is such a path");
+    on_one_thread(node.apply(mode)).expect("rules");
+    let mut session =
+        Session::start(node.lab.node(), options(Vec::new(), Tier::Hooks)).expect("attaches");
+    let mut flows = 0;
+    let mut events = Vec::new();
+    for round in 0..ROUNDS {
+        // The TCP Service has the one or the other endpoint, and by turns another name.
+        let mut service = both.services[0].clone();
+        if round % 4 >= 2 {
+            "another".clone_into(&mut service.name);
+        }
+        let endpoint = service.ports[0].endpoints[round % 2].clone();
+        service.ports[0].endpoints = vec![endpoint];
+        let before = std::mem::replace(&mut node.cluster.services, vec![service]);
+        let before = Cluster {
+            services: before,
+            ..node.cluster.clone()
+        };
+        for step in node.sync(&before, mode).steps {
+            load(node.lab.node(), &step);
+        }
+        let result = send_by(&node, &node.cluster, Family::V4, 2, round as u64, [path]);
+        let answered = |outcome: &Outcome| matches!(outcome, Outcome::Delivered { .. });
+        assert!(result.flows.iter().all(|flow| answered(&flow.outcome)));
+        flows += result.flows.len() as u64;
+        if round % 3 == 0 {
+            events.extend(session.poll().expect("polls"));
+        }
+    }
+    let (last, summary) = session.finish().expect("ends");
+    events.extend(last);
+    let told: u64 = summary.services.iter().map(|service| service.flows).sum();
+    for event in &events {
+        if let Event::Verdict(decided) = event {
+            let known = [Verdict::Delivered, Verdict::Unknown].contains(&decided.verdict);
+            assert!(known, "{mode}: {decided}");
+        }
+    }
+    for service in &summary.services {
+        let ended: u64 = service.verdicts.iter().map(|one| one.count).sum();
+        assert_eq!(ended, service.flows, "{mode}: {service:#?}");
+    }
+    // In nftables mode everything is announced.
+    if mode == Mode::Nftables {
+        let delivered = summary
+            .services
+            .iter()
+            .flat_map(|service| &service.verdicts);
+        let delivered = delivered.filter(|one| one.verdict == Verdict::Delivered);
+        let delivered: u64 = delivered.map(|one| one.count).sum();
+        assert_eq!((told, delivered), (flows, flows), "{summary}");
+    }
 }
 
 /// Services that were not asked for are not told of.

@@ -13,7 +13,7 @@
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use tracer_ebpf::record::{IPV4, NO_STAGE};
+use tracer_ebpf::record::NO_STAGE;
 
 use super::catalogue::{
     self, COMPONENTS, Component, Detail, HOOK, HOOK_PARAMETERS, Shape, TELLERS, Teller, Tells,
@@ -261,10 +261,8 @@ fn find(module: &str, name: &'static str) -> Result<(Object, Function), ProbeErr
 fn of_stages(watch: &Watch) -> [(&'static str, Vec<u8>); 3] {
     let first = bytes(catalogue::first_stages());
     let last = bytes(catalogue::last_stages(watch.detail).map(|stage| stage.unwrap_or(NO_STAGE)));
-    let families = watch
-        .families()
-        .map(|family| if family == IPV4 { 1_u32 } else { 2 })
-        .sum::<u32>();
+    // IPv4 and IPv6: of a family without a Service one may come.
+    let families = 3_u32;
     [
         ("FIRST_STAGES", first.to_ne_bytes().to_vec()),
         ("LAST_STAGES", last.to_ne_bytes().to_vec()),

@@ -252,6 +252,15 @@ pub struct Probes {
     counting: Option<Counting>,
     detail: Detail,
     told: ToldTargets,
+    /// To attach to one more family when the first target of it comes; `None`: no more, or never.
+    later: Option<Later>,
+}
+
+/// What it takes to attach the hooks tier to one more family.
+#[derive(Debug)]
+struct Later {
+    node: Netns,
+    constants: Constants,
 }
 
 /// An address and port, and a protocol's number.
@@ -355,6 +364,10 @@ impl Probes {
             counting: None,
             detail: watch.detail,
             told,
+            later: (tier == Tier::Hooks).then(|| Later {
+                node: node.clone(),
+                constants,
+            }),
         })
     }
 
@@ -377,6 +390,7 @@ impl Probes {
     /// Begins no more journeys: those under way are followed to their ends, and what was counted stays. When the
     /// last could begin (`CLOCK_MONOTONIC`, ns).
     pub fn stop(&mut self) -> u64 {
+        self.later = None;
         self.attached.beginnings.iter_mut().for_each(Link::detach);
         monotonic_ns()
     }
@@ -392,7 +406,8 @@ impl Probes {
     ///
     /// The kernel takes them not; that there is no room for them is none: see [`Probes::without_room`].
     pub fn watch_also(&mut self, watch: &Watch) -> Result<(), ProbeError> {
-        fill(&mut self.programs, watch, &mut self.told)
+        fill(&mut self.programs, watch, &mut self.told)?;
+        self.attach_families(&watch.targets)
     }
 
     /// Has the probes recognise these too: address, protocol number and what is there.
@@ -405,7 +420,33 @@ impl Probes {
         targets: &[(SocketAddr, u8, Target)],
     ) -> Result<(), ProbeError> {
         let (programs, none) = (&mut self.programs, HashSet::new());
-        fill_targets(programs, targets, &none, &mut self.told)
+        fill_targets(programs, targets, &none, &mut self.told)?;
+        self.attach_families(targets)
+    }
+
+    /// Attaches the hooks tier to families whose first target has come by now.
+    fn attach_families(&mut self, targets: &[(SocketAddr, u8, Target)]) -> Result<(), ProbeError> {
+        let Some(later) = &self.later else {
+            return Ok(());
+        };
+        let placed = &self.attached.placed;
+        let is_new = |(address, _, _): &&(SocketAddr, u8, Target)| {
+            let family = if address.is_ipv4() { IPV4 } else { IPV6 };
+            !placed.iter().any(|placed| placed.family == family)
+        };
+        let watch = Watch {
+            targets: targets.iter().filter(is_new).copied().collect(),
+            detail: self.detail,
+            ..Watch::default()
+        };
+        if watch.targets.is_empty() {
+            return Ok(());
+        }
+        let more = hooks::attach(&mut self.programs, &later.node, &watch, &later.constants)?;
+        self.attached.links.extend(more.links);
+        self.attached.beginnings.extend(more.beginnings);
+        self.attached.placed.extend(more.placed);
+        Ok(())
     }
 
     /// For how many targets there was no room: those that came late, where very many did. Their packets are other

@@ -29,7 +29,7 @@ use crate::record::evidence::Evidence;
 use crate::record::flows::{Seen, Sent};
 use crate::record::run::ProbeHealth;
 use crate::rules::iptables;
-use crate::rules::{Mode, NodeView, RuleCounts, RuleSet, render};
+use crate::rules::{Mode, NodeView, RuleCounts, RuleSet, render, sync};
 
 /// Why a job could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -160,6 +160,11 @@ impl TestNode {
     /// The rules of a mode.
     pub fn rules(&self, mode: Mode) -> RuleSet {
         render(&self.cluster, &self.view, mode)
+    }
+
+    /// What kube-proxy sends when the cluster was this one before.
+    pub fn sync(&self, before: &Cluster, mode: Mode) -> RuleSet {
+        sync(before, &self.cluster, &self.view, mode)
     }
 
     /// Puts a mode's rules in and checks that all went in.

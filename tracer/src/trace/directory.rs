@@ -13,6 +13,8 @@ use crate::rules::services::{Found, FoundService, FrontendKind};
 
 /// How often it is remembered that a Service's rules were altered.
 const ALTERED: usize = 64;
+/// How many times it is remembered that nobody knows what the rules of a mode said.
+const GAPS: usize = 1000;
 
 /// One `ServicePort`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -135,6 +137,9 @@ pub struct Directory {
     known_ns: u64,
     /// Of which nothing has been read since they came.
     expected: BTreeSet<usize>,
+    /// By mode when its rules were changed more than once between two readings, or for a while, in the order of time:
+    /// what they said then nobody knows (`CLOCK_MONOTONIC`, ns).
+    gaps: HashMap<&'static str, VecDeque<(u64, u64)>>,
 }
 
 impl Directory {
@@ -190,8 +195,8 @@ impl Directory {
         self.expected.clear();
     }
 
-    /// Takes in a frontend that came after the rules were read, which will tell more of it when they are read again.
-    /// What the probes have to recognise besides: an answer to it will be, whoever gives it.
+    /// Takes in a frontend or endpoints that came after the rules were read, which will tell more when they are read
+    /// again. What the probes have to recognise besides: an answer will be, whoever gives it.
     pub fn expect(
         &mut self,
         service: &FoundService,
@@ -210,11 +215,31 @@ impl Directory {
         }
         let protocol = service.protocol.number();
         let mut new = Vec::new();
+        for endpoint in service.endpoints.iter().copied() {
+            let known = &mut self.services[index];
+            if !known.endpoints.insert(endpoint) {
+                continue;
+            }
+            known.former.remove(&endpoint);
+            if let Some(of_mode) = known.by_mode.get_mut(service.mode) {
+                of_mode.insert(endpoint);
+            }
+            self.expected.insert(index);
+            if !self.frontends.contains_key(&(endpoint, protocol)) {
+                new.push((endpoint, protocol, Target::Pod));
+            }
+        }
         for (socket, target) in sockets(service, local) {
-            let before = self.frontends.get(&(socket, protocol));
-            // Whoever has it by what was read keeps it until the rules are read again.
-            if before.is_none_or(|(owner, _)| *owner != index && !self.services[*owner].there) {
+            let before = self.frontends.get(&(socket, protocol)).copied();
+            // Of two modes whoever has it by what was read keeps it until the rules are read again.
+            let is_new = before.is_none_or(|(owner, _)| {
+                let owner = &self.services[owner];
+                !owner.there || owner.mode == service.mode
+            });
+            if is_new {
                 self.frontends.insert((socket, protocol), (index, target));
+            }
+            if is_new && before.is_none_or(|(_, known)| known != target) {
                 new.push((socket, protocol, target));
             }
         }
@@ -328,6 +353,25 @@ impl Directory {
     pub fn asked(&self, destination: SocketAddr, protocol: u8) -> Option<usize> {
         let (index, _) = self.frontends.get(&(destination, protocol))?;
         Some(*index)
+    }
+
+    /// Rules of this mode were changed from then to then, and not read in between (`CLOCK_MONOTONIC`, ns).
+    pub fn add_gap(&mut self, mode: &'static str, from_to: (u64, u64)) {
+        let gaps = self.gaps.entry(mode).or_default();
+        gaps.push_back(from_to);
+        if gaps.len() > GAPS {
+            gaps.pop_front();
+        }
+    }
+
+    /// Is it unknown what the rules said of the Service at that time, in between of what was read before and after?
+    pub fn is_uncertain(&self, index: usize, at_ns: u64) -> bool {
+        let Some(known) = self.get(index) else {
+            return false;
+        };
+        let modes = known.by_mode.keys().chain([&known.mode]);
+        let mut gaps = modes.filter_map(|mode| self.gaps.get(mode)).flatten();
+        gaps.any(|(from, to)| (*from..=*to).contains(&at_ns))
     }
 
     /// Is this an endpoint of the Service, or was it one at that time?
@@ -661,25 +705,54 @@ pub(super) mod tests {
             [(by_node, protocol, Target::NodePort)]
         );
         assert_eq!(directory.asked(by_node, protocol), Some(index));
-        // What has an owner by the rules keeps it.
-        let taken = Frontend {
-            address: all.services[0].frontends[0].address,
-            port: all.services[0].frontends[0].port,
-            ..frontend
-        };
-        assert!(directory.expect(&arriving(taken), &[node]).is_empty());
-        directory.learn(&found(), &[node], 0);
+        // Endpoints, of which one goes again before the rules are read: it was one.
+        let endpoint = |last: u8| SocketAddr::from(([10, 244, 9, last], 8080));
+        for one in [1, 2] {
+            let endpoints = FoundService {
+                frontends: Vec::new(),
+                endpoints: vec![endpoint(one)],
+                ..last.clone()
+            };
+            assert_eq!(
+                directory.expect(&endpoints, &[node]),
+                [(endpoint(one), protocol, Target::Pod)]
+            );
+        }
+        let mut then = found();
+        then.services[2].endpoints = vec![endpoint(2)];
+        directory.learn(&then, &[node], 50);
         let known = directory.get(index).expect("known");
-        assert!(known.there && known.altered.len() == 1 && !known.endpoints.is_empty());
-        // It goes, and somebody else comes in its place.
-        directory.learn(&all, &[node], 0);
+        assert!(known.there && known.altered.len() == 1);
+        assert!(
+            directory.serves(index, endpoint(1), 49) && !directory.serves(index, endpoint(1), 50)
+        );
+        assert!(directory.serves(index, endpoint(2), 60));
+        // Somebody else of this mode takes its address over; of another, not yet.
         let mut other = arriving(frontend);
         other.name = Some("shop/other:http".to_owned());
-        assert_eq!(directory.expect(&other, &[node]).len(), 1);
+        let with = |mode| FoundService {
+            mode,
+            ..other.clone()
+        };
+        assert!(directory.expect(&with("ipvs"), &[node]).is_empty());
+        assert_eq!(directory.asked(vip, protocol), Some(index));
+        assert!(directory.expect(&other, &[node]).is_empty());
         assert_ne!(directory.asked(vip, protocol), Some(index));
         let mut one = Directory::new(vec![Choice::Service("shop/web".to_owned())]);
         one.learn(&all, &[node], 0);
         assert!(one.expect(&other, &[node]).is_empty());
+    }
+
+    #[test]
+    fn in_a_gap_nobody_knows_what_the_rules_said() {
+        let mut directory = Directory::new(Vec::new());
+        directory.learn(&found(), &[], 0);
+        directory.add_gap("ipvs", (1, 100));
+        directory.add_gap("nftables", (5, 7));
+        for (at_ns, uncertain) in [(4, false), (5, true), (7, true), (8, false)] {
+            assert_eq!(directory.is_uncertain(0, at_ns), uncertain, "{at_ns}");
+        }
+        assert!(!directory.is_uncertain(9, 6));
     }
 
     #[test]

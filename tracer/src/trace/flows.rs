@@ -215,6 +215,20 @@ impl Flows {
         true
     }
 
+    /// A flow is about to be counted as this Service's, which the rules that were read meanwhile say: whose it is, so that
+    /// all that is told of it is told of one. Its verdict may have been told already.
+    pub fn owned_by(&mut self, key: &Key, first_ns: u64, index: usize) -> usize {
+        match self.known.get_mut(key) {
+            Some(flow) if flow.first_ns == first_ns => {
+                if flow.verdict.is_none() {
+                    flow.index = index;
+                }
+                flow.index
+            }
+            _ => index,
+        }
+    }
+
     /// Would a packet be its flow's first one, sent once more, by what is remembered of the flow? `None` if
     /// nothing is: most flows are forgotten once they are answered.
     pub fn is_repeated(&self, key: &Key) -> Option<bool> {
@@ -512,6 +526,9 @@ impl Flow {
                 return Judged::Is(Verdict::Delivered);
             }
             Some((Back::Answer(_), at_ns)) if at_ns >= read_ns => return Judged::Unread,
+            Some((Back::Answer(_), _)) if directory.is_uncertain(self.index, self.first_ns) => {
+                return Judged::Is(Verdict::Unknown);
+            }
             Some((Back::Answer(by), _)) => return Judged::Is(Verdict::Misdelivered { by }),
             None => {}
         }
@@ -531,6 +548,13 @@ impl Flow {
                 None => Verdict::Absorbed,
             }),
             (_, Some(_)) if self.last_ns >= read_ns => Judged::Unread,
+            (_, Some(_)) if directory.is_uncertain(self.index, self.last_ns) => {
+                if age_ns < patience_ns {
+                    Judged::Open
+                } else {
+                    Judged::Is(Verdict::Unanswered { stray: None })
+                }
+            }
             (_, Some(endpoint)) if self.known && directory.served(self.index, endpoint) => {
                 Judged::Is(Verdict::Stuck { endpoint })
             }

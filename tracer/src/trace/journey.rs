@@ -44,7 +44,7 @@ pub enum End {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         by: Option<String>,
     },
-    /// The packet's headers could not be read.
+    /// The packet's headers could not be read, or not what the rules said then.
     Unknown,
 }
 
@@ -87,7 +87,10 @@ impl End {
                 "the address is bound on kube-ipvs0 for a Service, and with it every port; no Service has this one"
             }
             Self::Dropped { stage, .. } => advice_of_drop(stage),
-            Self::Unknown => "fragments and packets with long extension headers are not read",
+            Self::Unknown => {
+                "fragments and packets with long extension headers are not read, and not known is what rules said \
+             between two readings if they were changed twice"
+            }
         })
     }
 }

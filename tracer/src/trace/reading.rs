@@ -4,6 +4,7 @@
 //! Services, and iptables' tools one. So rules are read at most some tenth of the time, and none after changes that
 //! tell nothing of Services. What says by itself what it changed ([`News`]) is taken in without reading.
 
+use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use crate::cluster::Family;
 use crate::kernel::clock::monotonic_ns;
 use crate::kernel::dump::{self, DumpError};
 use crate::kernel::netns::Netns;
+use crate::rules::Mode;
 use crate::rules::dump::Unreadable;
 use crate::rules::services::{self, Found, FoundService};
 
@@ -44,12 +46,22 @@ pub enum ReadingError {
 }
 
 /// What a rule change can have changed of what is known of Services.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Touched {
     Nothing,
     /// What it changed is known, or quickly asked, as the node's addresses are, which serve NodePorts.
     Known,
-    Rules,
+    /// The rules of these modes.
+    Rules(Vec<&'static str>),
+}
+
+/// By mode from when to when its rules were changed, once or more often (`CLOCK_MONOTONIC`, ns): what they said in
+/// between nobody has read.
+pub(super) type Gaps = BTreeMap<&'static str, (u64, u64)>;
+
+fn widen(gaps: &mut Gaps, mode: &'static str, (begin_ns, end_ns): (u64, u64)) {
+    let gap = gaps.entry(mode).or_insert((begin_ns, end_ns));
+    *gap = (gap.0.min(begin_ns), gap.1.max(end_ns));
 }
 
 /// What became of reading.
@@ -80,6 +92,11 @@ pub(super) struct Reading {
     /// Of what is in `found`: of the last thing that was put in, and of all.
     said: Since,
     known: Since,
+    /// What has been changed since they were begun to be read, what until then since they were read before, and what
+    /// until then since they were known before that.
+    unread: Gaps,
+    being_read: Gaps,
+    gaps: Gaps,
     /// Since when they may say something else than what was read (`CLOCK_MONOTONIC`, ns), and for how long they did before.
     outdated_since_ns: Option<u64>,
     outdated_ns: u64,
@@ -134,6 +151,9 @@ impl Reading {
             outdated_since_ns: None,
             outdated_ns: 0,
             next: known,
+            unread: Gaps::new(),
+            being_read: Gaps::new(),
+            gaps: Gaps::new(),
             under_way: None,
             news: Vec::new(),
         })
@@ -180,11 +200,18 @@ impl Reading {
         if change.is_refused() || touched == Touched::Nothing {
             return;
         }
-        if change.time_ns < self.next.read_ns {
-            // It was over when they were begun to be read: they say so already.
-            self.next.changed_ns = self.next.changed_ns.max(change.time_ns);
-        } else {
-            self.outdate(touched, change.time_ns);
+        let time_ns = change.time_ns;
+        let took = (change.begin_ns.unwrap_or(time_ns), time_ns);
+        if time_ns >= self.next.read_ns {
+            self.outdate(&touched, took);
+            return;
+        }
+        // It was over when they were begun to be read: they say so already.
+        self.next.changed_ns = self.next.changed_ns.max(time_ns);
+        if let Touched::Rules(modes) = touched {
+            for mode in modes {
+                widen(&mut self.being_read, mode, took);
+            }
         }
     }
 
@@ -193,9 +220,9 @@ impl Reading {
         for news in news {
             let touched = match news.patch {
                 Some(_) => Touched::Known,
-                None => Touched::Rules,
+                None => Touched::Rules(vec![news.mode.name()]),
             };
-            self.outdate(touched, news.time_ns);
+            self.outdate(&touched, (news.time_ns, news.time_ns));
             self.news.push(news);
         }
     }
@@ -205,12 +232,19 @@ impl Reading {
         self.news.iter().flat_map(|news| &news.arrived)
     }
 
-    fn outdate(&mut self, touched: Touched, time_ns: u64) {
+    /// Something changed, from when to when (`CLOCK_MONOTONIC`, ns).
+    fn outdate(&mut self, touched: &Touched, took: (u64, u64)) {
+        let (_, time_ns) = took;
         self.changed_ns = self.changed_ns.max(time_ns);
         let pace = match touched {
             Touched::Nothing => return,
             Touched::Known => &mut self.learning,
-            Touched::Rules => &mut self.pace,
+            Touched::Rules(modes) => {
+                for mode in modes {
+                    widen(&mut self.unread, mode, took);
+                }
+                &mut self.pace
+            }
         };
         pace.change(Instant::now());
         self.outdated_since_ns.get_or_insert(time_ns);
@@ -302,6 +336,11 @@ impl Reading {
         }
     }
 
+    /// What was changed, and what it was in between has not been read: since the last time this was asked.
+    pub(super) fn take_gaps(&mut self) -> Gaps {
+        std::mem::take(&mut self.gaps)
+    }
+
     /// Is a reading under way?
     pub(super) const fn is_under_way(&self) -> bool {
         self.under_way.is_some()
@@ -313,6 +352,7 @@ impl Reading {
             changed_ns: self.changed_ns,
             read_ns: monotonic_ns(),
         };
+        self.being_read = std::mem::take(&mut self.unread);
         let (tell, reading) = channel();
         let ns = self.ns.clone();
         std::thread::spawn(move || {
@@ -338,6 +378,7 @@ impl Reading {
         match result {
             Ok(found) => {
                 self.found = found;
+                self.gaps = std::mem::take(&mut self.being_read);
                 // What came while they were read may be missing from what was read.
                 let read_ns = self.next.read_ns;
                 self.news.retain(|news| news.time_ns >= read_ns);
@@ -353,6 +394,9 @@ impl Reading {
                 Turn::Read
             }
             Err(why) => {
+                for (mode, gap) in std::mem::take(&mut self.being_read) {
+                    widen(&mut self.unread, mode, gap);
+                }
                 self.pace.retry(Instant::now());
                 Turn::Failed(why)
             }
@@ -409,28 +453,38 @@ const SETS: &str = "KUBE-";
 const TOO_LONG: &str = "reading them takes too long to wait for at the end";
 
 fn touched(change: &RuleChange) -> Touched {
-    if change.incomplete {
-        return Touched::Rules;
-    }
-    let rules = |any: bool| {
-        if any {
-            Touched::Rules
+    let [legacy, nft, ipvs, nftables] = [
+        Mode::IptablesLegacy,
+        Mode::IptablesNft,
+        Mode::Ipvs,
+        Mode::Nftables,
+    ]
+    .map(Mode::name);
+    let rules = |any: bool, modes: &[&'static str]| {
+        if any || change.incomplete {
+            Touched::Rules(modes.to_vec())
         } else {
             Touched::Nothing
         }
     };
     match &change.what {
         // Of a transaction that names no table nothing is known.
-        What::Nftables { tables, .. } => {
-            rules(tables.is_empty() || tables.keys().any(|table| is_of_iptables(table)))
+        What::Nftables { tables, .. } if tables.is_empty() || change.incomplete => {
+            rules(true, &[nft, nftables])
         }
-        What::IptablesLegacy { table, .. } => rules(TABLES.contains(&table.as_str())),
-        What::Ipset { sets } => rules(
-            sets.keys()
-                .any(|name| name == ALL_SETS || name.starts_with(SETS)),
-        ),
-        What::Ipvs(_) => Touched::Rules,
-        What::Addresses { links } if links.values().any(|link| link.virtual_ips) => Touched::Rules,
+        What::Nftables { tables, .. } => {
+            rules(tables.keys().any(|table| is_of_iptables(table)), &[nft])
+        }
+        What::IptablesLegacy { table, .. } => rules(TABLES.contains(&table.as_str()), &[legacy]),
+        What::Ipset { sets } => {
+            let ours = |name: &String| name == ALL_SETS || name.starts_with(SETS);
+            rules(sets.keys().any(ours), &[ipvs])
+        }
+        What::Ipvs(_) => rules(true, &[ipvs]),
+        What::Addresses { links } if links.values().any(|link| link.virtual_ips) => {
+            rules(true, &[ipvs])
+        }
+        What::Addresses { .. } if change.incomplete => rules(true, &[ipvs]),
         What::Addresses { .. } => Touched::Known,
     }
 }
@@ -478,6 +532,9 @@ mod tests {
                 outdated_since_ns: None,
                 outdated_ns: 0,
                 next: Since::default(),
+                unread: Gaps::new(),
+                being_read: Gaps::new(),
+                gaps: Gaps::new(),
                 under_way: None,
                 news: Vec::new(),
             }
@@ -512,27 +569,29 @@ mod tests {
             )]
             .into(),
         };
+        let rules = |modes: &[&'static str]| Touched::Rules(modes.to_vec());
+        let [of_legacy, of_nft, of_ipvs] = [["iptables-legacy"], ["iptables-nft"], ["ipvs"]];
         for (what, expected) in [
             (nftables(&["ip kube-proxy"]), Touched::Nothing),
-            (nftables(&["inet policy", "ip6 nat"]), Touched::Rules),
+            (nftables(&["inet policy", "ip6 nat"]), rules(&of_nft)),
             (
                 nftables(&["inet kube-proxy", "ip mangle"]),
                 Touched::Nothing,
             ),
-            (nftables(&[]), Touched::Rules),
-            (legacy("nat"), Touched::Rules),
-            (legacy("filter"), Touched::Rules),
+            (nftables(&[]), rules(&["iptables-nft", "nftables"])),
+            (legacy("nat"), rules(&of_legacy)),
+            (legacy("filter"), rules(&of_legacy)),
             (legacy("mangle"), Touched::Nothing),
-            (set("KUBE-CLUSTER-IP"), Touched::Rules),
-            (set(ALL_SETS), Touched::Rules),
+            (set("KUBE-CLUSTER-IP"), rules(&of_ipvs)),
+            (set(ALL_SETS), rules(&of_ipvs)),
             (set("cali40all-ipam-pools"), Touched::Nothing),
-            (link(true), Touched::Rules),
+            (link(true), rules(&of_ipvs)),
             (link(false), Touched::Known),
         ] {
             let mut change = change(what);
             assert_eq!(touched(&change), expected, "{:?}", change.what);
             change.incomplete = true;
-            assert_eq!(touched(&change), Touched::Rules);
+            assert!(matches!(touched(&change), Touched::Rules(_)));
         }
     }
 
@@ -568,7 +627,7 @@ mod tests {
         assert!(!reading.is_under_way());
         // New addresses are learnt of without reading.
         reading.pace.changed = None;
-        reading.outdate(Touched::Known, 8);
+        reading.outdate(&Touched::Known, (8, 8));
         reading.pace.took = Duration::ZERO;
         assert!(matches!(reading.learn(9), Turn::Patched));
         assert!(matches!(reading.begin_at_end(), Turn::Nothing));
@@ -581,6 +640,7 @@ mod tests {
     fn news(time_ns: u64, patch: Option<Patch>) -> News {
         News {
             time_ns,
+            mode: Mode::Nftables,
             arrived: vec![found().services.remove(0)],
             patch,
         }
@@ -661,6 +721,47 @@ mod tests {
         assert!(!reading.is_outdated());
         reading.hear(&change(4));
         assert!(reading.is_outdated());
+    }
+
+    /// What was changed twice between two readings, nobody knows what it was in between.
+    #[test]
+    fn what_was_not_read_in_between_is_a_gap() {
+        let legacy = |begin_ns, time_ns| RuleChange {
+            begin_ns: Some(begin_ns),
+            time_ns,
+            ..change(What::IptablesLegacy {
+                family: "IPv4".to_owned(),
+                table: "nat".to_owned(),
+                before: 5,
+                after: 5,
+            })
+        };
+        let mut reading = Reading::of(found(), Instant::now());
+        reading.hear(&legacy(3, 4));
+        reading.hear(&legacy(8, 9));
+        let read = |reading: &mut Reading, result: Result<Found, ReadingError>| {
+            let (tell, under_way) = channel();
+            reading.being_read = std::mem::take(&mut reading.unread);
+            reading.next.read_ns = 20;
+            reading.under_way = Some(under_way);
+            // Told late: it was over when they were begun to be read.
+            reading.hear(&legacy(10, 12));
+            tell.send(result).expect("is heard");
+            reading.look()
+        };
+        let no_text = services::read(&Texts {
+            servers: Some(Source {
+                origin: "ipvsadm -Sn".to_owned(),
+                text: "what is this".to_owned(),
+            }),
+            ..Texts::default()
+        });
+        let failed = read(&mut reading, no_text.map_err(Into::into));
+        assert!(matches!(failed, Turn::Failed(_)) && reading.take_gaps().is_empty());
+        assert!(matches!(read(&mut reading, Ok(found())), Turn::Read));
+        let gaps: Vec<_> = reading.take_gaps().into_iter().collect();
+        assert_eq!(gaps, [("iptables-legacy", (3, 12))]);
+        assert!(reading.take_gaps().is_empty());
     }
 
     #[test]

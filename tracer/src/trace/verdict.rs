@@ -72,7 +72,7 @@ pub enum Verdict {
     },
     /// The session ended before anybody could say.
     Undecided,
-    /// Its headers could not be read.
+    /// Its headers could not be read, or not what the rules said then.
     Unknown,
 }
 
@@ -200,7 +200,10 @@ impl Verdict {
             Self::Unanswered { stray: Some(_) } => {
                 "a rule of somebody else translates first, or a packet was sent where the rules no longer point"
             }
-            Self::Unknown => "fragments and packets with long extension headers are not read",
+            Self::Unknown => {
+                "fragments and packets with long extension headers are not read, and not known is what rules said \
+             between two readings if they were changed twice"
+            }
         })
     }
 }

@@ -66,10 +66,27 @@ pub(crate) enum ChainNow {
 }
 
 impl Patch {
-    /// The Services that came with it, each with one frontend and without endpoints, as far as elements tell.
+    /// What came with it, whatever goes meanwhile: Services with one frontend and without endpoints, and with endpoints
+    /// and without frontends.
     pub fn arrivals(&self) -> impl Iterator<Item = FoundService> {
         let added = self.elements.iter().filter(|element| element.added);
-        added.filter_map(of_element)
+        let frontends = added.filter_map(of_element);
+        frontends.chain(self.chains.iter().filter_map(ChainChange::service))
+    }
+}
+
+impl ChainChange {
+    /// Its Service with the endpoints that it has now, if it was written anew.
+    fn service(&self) -> Option<FoundService> {
+        let ChainNow::Written(endpoints) = &self.now else {
+            return None;
+        };
+        let (_, name, protocol) = chain_of(&self.name)?;
+        let mode = Mode::Nftables.name();
+        Some(FoundService {
+            endpoints: endpoints.clone(),
+            ..FoundService::bare(Some(name), mode, self.family, protocol)
+        })
     }
 }
 

@@ -15,6 +15,7 @@ use super::requests::{self, Address, Ask, Asked, Batch, ServerChange, SetChange}
 use super::sets::{Other, Sets};
 use super::{AddressDelta, RuleChange, ServerDelta, What};
 use crate::kernel::nft::family_name;
+use crate::rules::Mode;
 use crate::rules::services::FoundService;
 
 /// Requests of one process and kind are one change until it pauses for so long: kube-proxy writes its
@@ -160,6 +161,7 @@ impl Assembler {
         if end.result >= 0 && !arrived.is_empty() {
             self.news.push(News {
                 time_ns: end.time,
+                mode: Mode::Ipvs,
                 arrived,
                 patch: None,
             });
@@ -210,6 +212,7 @@ impl Assembler {
         self.lost_until = now + PATIENCE;
         self.news.push(News {
             time_ns: now,
+            mode: Mode::Nftables,
             arrived: Vec::new(),
             patch: None,
         });

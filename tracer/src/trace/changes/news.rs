@@ -11,6 +11,7 @@ use tracer_ebpf::change::{Begin, subsystem};
 use super::requests::{NFGENMSG, text};
 use crate::cluster::Protocol;
 use crate::kernel::netlink::{Attributes, NetlinkError, messages};
+use crate::rules::Mode;
 use crate::rules::ipvs::{Entry, Role, SetKind};
 use crate::rules::services::{self, FoundService, Patch};
 
@@ -19,8 +20,10 @@ use crate::rules::services::{self, FoundService, Patch};
 pub struct News {
     /// When it was heard of (`CLOCK_MONOTONIC`, ns), or where its end was seen, when that was.
     pub time_ns: u64,
-    /// Services, or more frontends of theirs, that clients can ask from now on: a name, if this mode has names, and one
-    /// frontend; no endpoints.
+    /// Of whose rules.
+    pub mode: Mode,
+    /// What clients can ask and endpoints can be sent from now on: a Service's name, if this mode has names, and one
+    /// frontend, or endpoints.
     pub arrived: Vec<FoundService>,
     /// What else it changed; `None`: the rules have to be read to know.
     pub patch: Option<Patch>,

@@ -15,6 +15,7 @@ use crate::kernel::nft::{
     NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM, Ruleset, TableKey, count_elements, family_name,
     lasting_set,
 };
+use crate::rules::Mode;
 
 /// A set's name, in messages about the set and about its elements.
 const NFTA_SET: u16 = 2;
@@ -175,11 +176,13 @@ impl Ledger {
         let news = match news {
             Some((patch, understood)) => Some(News {
                 time_ns: now,
+                mode: Mode::Nftables,
                 arrived: patch.arrivals().collect(),
                 patch: (understood && !incomplete).then_some(patch),
             }),
             None => incomplete.then(|| News {
                 time_ns: now,
+                mode: Mode::Nftables,
                 arrived: Vec::new(),
                 patch: None,
             }),

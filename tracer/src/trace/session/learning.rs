@@ -70,6 +70,9 @@ impl Session {
 
     /// Has everybody know what was read.
     fn learn_found(&mut self) -> Result<(), TraceError> {
+        for (mode, from_to) in self.reading.take_gaps() {
+            self.directory.add_gap(mode, from_to);
+        }
         let local = addresses::of_node(&self.ns)?;
         self.directory
             .learn(self.reading.found(), &local, self.reading.changed_ns());

@@ -540,9 +540,26 @@ impl Session {
             .extract_if(.., |(_, heard)| heard.record.time < sure_ns);
         let known: Vec<_> = known.collect();
         for (turn, heard) in known {
-            if let Told::Journey { index, journey, .. } = self.reader.read(&heard, &self.directory)
+            if let Told::Journey {
+                key,
+                index,
+                mut journey,
+                ..
+            } = self.reader.read(&heard, &self.directory)
             {
-                self.tell(turn, index, *journey, events);
+                let owner = match turn {
+                    Turn::First => self.flows.owned_by(&key, journey.time_ns, index),
+                    _ => index,
+                };
+                if let Some(known) = self.directory.get(owner).filter(|_| owner != index) {
+                    journey.service.clone_from(&known.name);
+                }
+                if journey.end == End::Elsewhere
+                    && self.directory.is_uncertain(owner, heard.record.time)
+                {
+                    journey.end = End::Unknown;
+                }
+                self.tell(turn, owner, *journey, events);
             }
         }
     }
