@@ -15,6 +15,8 @@ use crate::rules::services::{Found, FoundService, FrontendKind};
 const ALTERED: usize = 64;
 /// How many times it is remembered that nobody knows what the rules of a mode said.
 const GAPS: usize = 1000;
+/// How many owners of one address before the present one are remembered.
+const OWNERS: usize = 8;
 
 /// One `ServicePort`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,6 +130,8 @@ pub struct Directory {
     by_name: HashMap<Identity, usize>,
     /// By virtual address, or the node's, port and protocol.
     frontends: HashMap<(SocketAddr, u8), (usize, Target)>,
+    /// Whose those were before that others have taken over, and until when (`CLOCK_MONOTONIC`, ns), the last ones last.
+    handovers: HashMap<(SocketAddr, u8), Vec<(u64, usize)>>,
     /// External and load balancer addresses that IPVS mode serves, by the rules as they are now: the first
     /// `ServicePort` of each.
     external: HashMap<IpAddr, usize>,
@@ -173,7 +177,7 @@ impl Directory {
         }
         for service in &found.services {
             if self.is_chosen(service) {
-                self.learn_one(service, local);
+                self.learn_one(service, local, changed_ns);
             }
         }
         for service in &mut self.services {
@@ -195,12 +199,25 @@ impl Directory {
         self.expected.clear();
     }
 
-    /// Takes in a frontend or endpoints that came after the rules were read, which will tell more when they are read
+    /// An address is this Service's from this time on.
+    fn hand_over(&mut self, frontend: (SocketAddr, u8), now: (usize, Target), at_ns: u64) {
+        let before = self.frontends.insert(frontend, now);
+        if let Some((owner, _)) = before.filter(|(owner, _)| *owner != now.0) {
+            let owners = self.handovers.entry(frontend).or_default();
+            owners.push((at_ns, owner));
+            if owners.len() > OWNERS {
+                owners.remove(0);
+            }
+        }
+    }
+
+    /// Takes in a frontend or endpoints that came at this time, after the rules were read, which will tell more when they are read
     /// again. What the probes have to recognise besides: an answer will be, whoever gives it.
     pub fn expect(
         &mut self,
         service: &FoundService,
         local: &[IpAddr],
+        at_ns: u64,
     ) -> Vec<(SocketAddr, u8, Target)> {
         let known = self.by_name.get(&identity_of(service)).copied();
         if known.is_none() && !self.is_chosen(service) {
@@ -237,7 +254,7 @@ impl Directory {
                 !owner.there || owner.mode == service.mode
             });
             if is_new {
-                self.frontends.insert((socket, protocol), (index, target));
+                self.hand_over((socket, protocol), (index, target), at_ns);
             }
             if is_new && before.is_none_or(|(_, known)| known != target) {
                 new.push((socket, protocol, target));
@@ -273,7 +290,7 @@ impl Directory {
         index
     }
 
-    fn learn_one(&mut self, service: &FoundService, local: &[IpAddr]) {
+    fn learn_one(&mut self, service: &FoundService, local: &[IpAddr], changed_ns: u64) {
         let protocol = service.protocol.number();
         let index = self.index_of(service);
         let known = &mut self.services[index];
@@ -296,7 +313,7 @@ impl Directory {
         }
         for (socket, target) in sockets(service, local) {
             let owner = self.owner_of((socket, protocol), index);
-            self.frontends.insert((socket, protocol), (owner, target));
+            self.hand_over((socket, protocol), (owner, target), changed_ns);
         }
     }
 
@@ -353,6 +370,29 @@ impl Directory {
     pub fn asked(&self, destination: SocketAddr, protocol: u8) -> Option<usize> {
         let (index, _) = self.frontends.get(&(destination, protocol))?;
         Some(*index)
+    }
+
+    /// The same, of a packet of that time that was sent on to `headed`: where somebody else has taken the address over, the
+    /// one of whose endpoints that was one, and if that does not tell, whose it was then.
+    pub fn asked_at(
+        &self,
+        destination: SocketAddr,
+        protocol: u8,
+        at_ns: u64,
+        headed: impl Fn() -> Option<SocketAddr>,
+    ) -> Option<usize> {
+        let frontend = (destination, protocol);
+        let &(owner, _) = self.frontends.get(&frontend)?;
+        let Some(before) = self.handovers.get(&frontend) else {
+            return Some(owner);
+        };
+        let then = before.iter().find(|(until_ns, _)| at_ns < *until_ns);
+        let then = then.map_or(owner, |(_, owner)| *owner);
+        let headed = headed();
+        let serves = |index: &usize| headed.is_some_and(|to| self.serves(*index, to, at_ns));
+        let owners = [then, owner].into_iter();
+        let mut owners = owners.chain(before.iter().rev().map(|(_, owner)| *owner));
+        owners.find(serves).or(Some(then))
     }
 
     /// Rules of this mode were changed from then to then, and not read in between (`CLOCK_MONOTONIC`, ns).
@@ -685,14 +725,18 @@ pub(super) mod tests {
         let vip = SocketAddr::new(frontend.address.expect("a virtual IP"), frontend.port);
         let protocol = last.protocol.number();
         assert_eq!(
-            directory.expect(&arriving(frontend), &[node]),
+            directory.expect(&arriving(frontend), &[node], 40),
             [(vip, protocol, Target::ClusterIp)]
         );
         let index = directory.asked(vip, protocol).expect("known");
         let known = directory.get(index).expect("known");
         assert!(known.there && known.endpoints.is_empty() && known.altered.is_empty());
         // Nothing new; then a port of the node.
-        assert!(directory.expect(&arriving(frontend), &[node]).is_empty());
+        assert!(
+            directory
+                .expect(&arriving(frontend), &[node], 40)
+                .is_empty()
+        );
         let port = Frontend {
             kind: FrontendKind::NodePort,
             address: None,
@@ -701,7 +745,7 @@ pub(super) mod tests {
         };
         let by_node = SocketAddr::new(node, 30099);
         assert_eq!(
-            directory.expect(&arriving(port), &[node]),
+            directory.expect(&arriving(port), &[node], 40),
             [(by_node, protocol, Target::NodePort)]
         );
         assert_eq!(directory.asked(by_node, protocol), Some(index));
@@ -714,7 +758,7 @@ pub(super) mod tests {
                 ..last.clone()
             };
             assert_eq!(
-                directory.expect(&endpoints, &[node]),
+                directory.expect(&endpoints, &[node], 40),
                 [(endpoint(one), protocol, Target::Pod)]
             );
         }
@@ -730,17 +774,27 @@ pub(super) mod tests {
         // Somebody else of this mode takes its address over; of another, not yet.
         let mut other = arriving(frontend);
         other.name = Some("shop/other:http".to_owned());
+        let arriving_other = other.clone();
         let with = |mode| FoundService {
             mode,
-            ..other.clone()
+            ..arriving_other.clone()
         };
-        assert!(directory.expect(&with("ipvs"), &[node]).is_empty());
+        assert!(directory.expect(&with("ipvs"), &[node], 60).is_empty());
         assert_eq!(directory.asked(vip, protocol), Some(index));
-        assert!(directory.expect(&other, &[node]).is_empty());
-        assert_ne!(directory.asked(vip, protocol), Some(index));
+        assert!(directory.expect(&other, &[node], 60).is_empty());
+        let other = directory.asked(vip, protocol).expect("known");
+        assert_ne!(other, index);
+        // Whose a packet is, its endpoint tells, or else its time.
+        let to =
+            |at_ns, to: Option<u8>| directory.asked_at(vip, protocol, at_ns, || to.map(endpoint));
+        assert_eq!((to(59, None), to(60, None)), (Some(index), Some(other)));
+        assert_eq!(
+            (to(59, Some(7)), to(61, Some(2))),
+            (Some(index), Some(index))
+        );
         let mut one = Directory::new(vec![Choice::Service("shop/web".to_owned())]);
         one.learn(&all, &[node], 0);
-        assert!(one.expect(&other, &[node]).is_empty());
+        assert!(one.expect(&arriving_other, &[node], 60).is_empty());
     }
 
     #[test]

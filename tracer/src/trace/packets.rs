@@ -105,7 +105,8 @@ impl Reader {
         let record = &heard.record;
         let tuples = tuples_of(record);
         let key = key_of(record, tuples.as_ref());
-        let asked = directory.asked(key.destination, key.protocol);
+        let headed = || Some(dissect(&record.header.0)?.addresses()?.1);
+        let asked = directory.asked_at(key.destination, key.protocol, record.time, headed);
         if let Some(sure) = self.was_freed(record) {
             return Told::Freed { index: asked, sure };
         }
@@ -210,8 +211,7 @@ impl Reader {
         let (source_after, headed) = headers.and_then(|h| h.addresses()).unzip();
         let path = Path::ALL.get(usize::from(record.path));
         let service = directory.get(index);
-        let is_endpoint =
-            |headed: &SocketAddr| service.is_some_and(|service| service.endpoints.contains(headed));
+        let is_endpoint = |headed: &SocketAddr| directory.serves(index, *headed, record.time);
         let asked = key.destination;
         let virtual_address =
             path.is_some_and(|path| matches!(path.target, Target::ClusterIp | Target::External));

@@ -227,9 +227,12 @@ impl Reading {
         }
     }
 
-    /// The Services that have come since the rules were begun to be read.
-    pub(super) fn arrived(&self) -> impl Iterator<Item = &FoundService> {
-        self.news.iter().flat_map(|news| &news.arrived)
+    /// What has come, and when (`CLOCK_MONOTONIC`, ns), since the rules were begun to be read.
+    pub(super) fn arrived(&self) -> impl Iterator<Item = (u64, &FoundService)> {
+        self.news.iter().flat_map(|news| {
+            let arrived = news.arrived.iter();
+            arrived.map(|service| (news.time_ns, service))
+        })
     }
 
     /// Something changed, from when to when (`CLOCK_MONOTONIC`, ns).

@@ -7,6 +7,7 @@ use super::{Event, Session, TraceError, watch};
 use crate::kernel::addresses;
 use crate::kernel::clock::monotonic_ns;
 use crate::rules::services::FoundService;
+use crate::trace::changes::News;
 use crate::trace::reading;
 use crate::trace::tally::Tally;
 
@@ -84,26 +85,39 @@ impl Session {
         let watch = watch(&self.directory, local, &self.options, self.may_absorb);
         self.probes.watch_also(&watch)?;
         // What came while they were read may be missing from what was read.
-        let arrived: Vec<_> = self.reading.arrived().cloned().collect();
+        let arrived = self.reading.arrived();
+        let arrived: Vec<_> = arrived
+            .map(|(at_ns, service)| (at_ns, service.clone()))
+            .collect();
         self.expect(&arrived)
     }
 
     /// Takes in what is new of Services, and has everybody know of those that have just come.
     pub(super) fn hear_news(&mut self) -> Result<(), TraceError> {
         let news = self.watcher.drain_news();
-        let arrived: Vec<_> = news.iter().flat_map(|news| news.arrived.clone()).collect();
+        let of = |news: &News| {
+            news.arrived
+                .clone()
+                .into_iter()
+                .zip(std::iter::repeat(news.time_ns))
+        };
+        let arrived: Vec<_> = news
+            .iter()
+            .flat_map(of)
+            .map(|(service, at)| (at, service))
+            .collect();
         self.reading.hear_news(news);
         self.expect(&arrived)
     }
 
-    fn expect(&mut self, arrived: &[FoundService]) -> Result<(), TraceError> {
+    fn expect(&mut self, arrived: &[(u64, FoundService)]) -> Result<(), TraceError> {
         if arrived.is_empty() {
             return Ok(());
         }
         let local: Vec<IpAddr> = self.reader.local.iter().copied().collect();
         let mut new = Vec::new();
-        for service in arrived {
-            new.extend(self.directory.expect(service, &local));
+        for (at_ns, service) in arrived {
+            new.extend(self.directory.expect(service, &local, *at_ns));
         }
         if new.is_empty() {
             return Ok(());
