@@ -604,22 +604,25 @@ pub fn a_stranger_that_answers_is_told(mode: Mode) {
     assert_eq!(told, [&Verdict::Misdelivered { by }], "{summary}");
 }
 
-/// The same, while somebody changes the rules so often that they are never at rest.
+/// The same, while somebody changes rules, of another mode, so often that they are never at rest.
 pub fn a_stranger_is_told_while_rules_change_all_the_time() {
     let stranger = Stranger::on_a_node(Mode::Nftables);
     let ns = stranger.node.lab.node();
-    run(
-        ns,
-        "nft",
-        &["add set ip kube-proxy seen { type ipv4_addr; }"],
-    );
     let mut session = Session::start(ns, Options::default()).expect("attaches");
     let mut changed = 0_u32;
     let mut change = |session: &mut Session| {
         changed += 1;
-        let element = std::net::Ipv4Addr::from(0x0a00_0000 + changed);
-        let add = format!("add element ip kube-proxy seen {{ {element} }}");
-        run(ns, "nft", &[&add]);
+        let comment = changed.to_string();
+        let words = [
+            "-t",
+            "nat",
+            "-A",
+            "PREROUTING",
+            "-m",
+            "comment",
+            "--comment",
+        ];
+        run(ns, "iptables-nft", &[&words[..], &[&comment]].concat());
         session.poll().expect("polls")
     };
     let is_change = |event: &Event| matches!(event, Event::RuleChange(_));
