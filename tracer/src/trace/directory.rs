@@ -15,6 +15,9 @@ use crate::rules::services::{Found, FoundService, FrontendKind};
 const ALTERED: usize = 64;
 /// How many times it is remembered that nobody knows what the rules of a mode said.
 const GAPS: usize = 1000;
+/// How long after somebody took an address over it is still asked whether a packet went to an endpoint of who had it
+/// before, ns: that was heard later than it happened.
+const LATELY: u64 = 1_000_000_000;
 /// How many owners of one address before the present one are remembered.
 const OWNERS: usize = 8;
 
@@ -390,8 +393,13 @@ impl Directory {
         let then = then.map_or(owner, |(_, owner)| *owner);
         let headed = headed();
         let serves = |index: &usize| headed.is_some_and(|to| self.serves(*index, to, at_ns));
-        let owners = [then, owner].into_iter();
-        let mut owners = owners.chain(before.iter().rev().map(|(_, owner)| *owner));
+        let lately = before
+            .iter()
+            .rev()
+            .filter(|(until_ns, _)| at_ns < until_ns.saturating_add(LATELY));
+        let mut owners = [then, owner]
+            .into_iter()
+            .chain(lately.map(|(_, owner)| *owner));
         owners.find(serves).or(Some(then))
     }
 
@@ -792,6 +800,7 @@ pub(super) mod tests {
             (to(59, Some(7)), to(61, Some(2))),
             (Some(index), Some(index))
         );
+        assert_eq!(to(60 + LATELY, Some(2)), Some(other));
         let mut one = Directory::new(vec![Choice::Service("shop/web".to_owned())]);
         one.learn(&all, &[node], 0);
         assert!(one.expect(&arriving_other, &[node], 60).is_empty());
